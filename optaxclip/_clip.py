@@ -1,0 +1,226 @@
+"""The engine: measure, limit, respond, record. Read this first.
+
+updates --> MEASURE --> sizes --> LIMIT --> limits --> RESPOND --> updates
+                          |        ^  | learns            ^
+                          |        +--+                   |
+                          +--------------+----------------+
+                                         v
+                                      RECORD --> ClipState.reading
+"""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.experimental import checkify
+from jax.extend.core import primitives
+
+from optaxclip import _validate, norms, responses, scopes
+from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope, Threshold
+from optaxclip.scopes import Layout
+from optaxclip.thresholds import as_thresholds
+from optaxclip.thresholds.combine import observed, side_by_side
+
+POLICIES = ("propagate", "zero", "raise")
+
+
+def clip(
+    threshold: Any,
+    *,
+    scope: Scope = scopes.tree(),
+    norm: Norm = norms.l2(),
+    response: Response = responses.rescale,
+    nonfinite: str = "propagate",
+    axis_name: Hashable | None = None,
+    record: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Limits how large the updates are: the one transform of which every method is a row.
+
+    For each group of numbers :math:`g` that the scope puts together, with size
+    :math:`s = \|g\|` and limit :math:`c` from the threshold, the default response returns
+
+    .. math:: g \min(1, c / s).
+
+    What holds, whatever the four parts:
+
+    | updates | result |
+    |---|---|
+    | size within the limit | the same bits (but for `smooth` and `normalize`, which act below it too) |
+    | size above the limit | size at most `limit * (1 + d)`: d = 1e-6 in float32 and wider, 2e-3 in float16, 8e-3 in bfloat16 |
+    | squares overflow or underflow | the same, by the true size |
+    | size not finite | by `nonfinite`, and counted; no rule learns from it |
+    | all zero | zero; no rule learns from it |
+    | None, `MaskedNode`, integers, booleans, float0, keys | passed through, not measured |
+    | limit infinite | not clipped |
+    | traced limit negative or NaN | counts as 0: a zero update, never ascent |
+
+    Structure, shapes, dtypes and weak types of the updates are kept. The state has the same
+    structure, shapes and dtypes from `init` on.
+
+    Args:
+        threshold: how large a size may be: a number, a scalar array (traced, too), a schedule, a rule
+            from `optaxclip.thresholds`, or a dict from group name to any of these.
+        scope: which numbers share one size.
+        norm: how large they are.
+        response: what happens to what is larger.
+        nonfinite: what happens to a group whose size is infinite or NaN. `"propagate"`: all of it
+            becomes NaN. `"zero"`: all of it becomes zero. `"raise"`: an error through
+            `jax.experimental.checkify`, which names the group.
+        axis_name: mapped axis (of `jax.vmap`, `jax.pmap`, `jax.shard_map`), or several, along which
+            every measured leaf is split.
+        record: whether the state has a `Reading` of what was measured and done.
+
+    Returns:
+        A transform with state `ClipState`, for any place in an Optax chain. `update` needs `params`
+        only if the threshold is relative to them.
+
+    Raises:
+        TypeError: an argument is not what it should be, such as a threshold that is no number.
+        ValueError: an argument is out of range, such as a threshold that is negative.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optaxclip
+        >>> optimizer = optax.chain(optaxclip.clip(3.0), optax.sgd(0.5))
+        >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+        >>> state = optimizer.init(params)
+        >>> grads = {"w": jnp.array([2.0, 4.0]), "b": jnp.array([4.0])}
+        >>> updates, state = optimizer.update(grads, state)
+        >>> updates["w"]
+        Array([-0.5, -1. ], dtype=float32)
+        >>> state[0].reading.size_before, state[0].reading.size_after
+        (Array([6.], dtype=float32), Array([3.], dtype=float32))
+    """
+    threshold = as_thresholds(threshold)
+    _validate.part("scope", scope, Scope, "scopes.tree()")
+    _validate.part("norm", norm, Norm, "norms.l2()")
+    _validate.function("response", response, "responses.rescale")
+    _validate.option("nonfinite", nonfinite, POLICIES)
+
+    def init(params: optax.Params) -> ClipState:
+        layout = scopes.lay_out(scope, params)
+        shapes = jax.eval_shape(lambda leaves: _measure(norm, layout, leaves), layout.gradients)
+        sizes = [jnp.zeros(size.shape, size.dtype) for size in shapes]
+        states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
+        return ClipState(jnp.zeros((), jnp.int32), states, _record(None, layout, sizes, sizes, sizes) if record else None)
+
+    def update(
+        updates: optax.Updates, state: ClipState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ClipState]:
+        del extra_args
+        layout = scopes.lay_out(scope, updates)
+        rules = _rules(threshold, layout)
+        measure = functools.partial(_measure, norm, layout, axis_name=axis_name)
+
+        sizes = measure(layout.gradients)
+        contexts = _contexts(rules, state.step, lambda: measure(layout.matching(params)))
+        limits = [_limit(*block) for block in zip(rules, sizes, state.rules, contexts, strict=True)]
+        clipped, clipped_sizes = _respond(response, nonfinite, layout, sizes, limits)
+        blocks = zip(rules, sizes, clipped_sizes, state.rules, contexts, strict=True)
+        learned = tuple(rule.learn(*observation) for rule, *observation in blocks)
+        reading = _record(state.reading, layout, sizes, clipped_sizes, limits) if record else None
+        if nonfinite == "raise":
+            _check_finite(layout, sizes)
+        return layout.rebuild(clipped), ClipState(optax.safe_increment(state.step), learned, reading)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rules(threshold: Threshold | dict[str, Threshold], layout: Layout) -> list[Threshold]:
+    """The rule of each block."""
+    if isinstance(threshold, Threshold):
+        return [observed(threshold)] * layout.blocks
+    _validate.names(threshold, layout.names)
+    rules = [observed(threshold[name]) for name in layout.names]
+    return [side_by_side(rules)] if layout.axes is None else rules
+
+
+def _measure(norm: Norm, layout: Layout, leaves: list[Any], axis_name: Hashable | None = None) -> list[Array]:
+    """MEASURE: the sizes of all groups, in blocks."""
+    split = axis_name if layout.axes is None or any(layout.axes) else None  # a single element is never split
+    sizes = norms.measure(norm, leaves, axes=layout.axes, groups=layout.groups, axis_name=split)
+    if norm.mean is None:
+        return sizes
+    shards = 1 if split is None else jax.lax.psum(1, split)
+    counts = [np.maximum(count, 1) * shards for count in layout.counts]
+    return [size / norm.mean(count).astype(size.dtype) for size, count in zip(sizes, counts, strict=True)]
+
+
+def _contexts(rules: list[Threshold], step: Array, measure_params: Callable[[], list[Array]]) -> list[Context]:
+    """What each block's rule may know; the parameters are measured only if some rule asks for it."""
+    if not any(rule.uses_params for rule in rules):
+        return [Context(step)] * len(rules)
+    return [Context(step, param_sizes) for param_sizes in measure_params()]
+
+
+def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array:
+    """LIMIT: what the sizes may be. A limit that is negative or NaN counts as 0, never as ascent."""
+    limits = jnp.asarray(rule.limit(sizes, state, context), sizes.dtype)
+    return jnp.broadcast_to(jnp.where(limits >= 0, limits, 0), sizes.shape)
+
+
+def _respond(
+    response: Response, nonfinite: str, layout: Layout, sizes: list[Array], limits: list[Array]
+) -> tuple[list[Array], list[Array]]:
+    """RESPOND: the gradients clipped, in float32 or wider and returned in their own dtype; and the sizes clipped."""
+    wide = [norms.widen(gradient) for gradient in layout.gradients]
+    finite = [jnp.isfinite(size) for size in sizes]
+    fill = 0.0 if nonfinite == "zero" else jnp.nan
+    target = getattr(response, "target", None)
+    if target is None:
+
+        def respond(gradient: Array, ok: Array, size: Array, limit: Array) -> Array:
+            return jnp.where(ok, response(gradient, size, limit), fill)
+
+        clipped_sizes = list(map(respond, sizes, finite, sizes, limits))
+        clipped = map(respond, wide, *map(layout.per_leaf, (finite, sizes, limits)))
+    else:  # the direction is kept: factors for all groups at once, then one multiplication for each leaf
+        clipped_sizes = [jnp.where(ok, target(*block), fill) for ok, *block in zip(finite, sizes, limits, strict=True)]
+        observed_sizes = [jnp.where(ok, size, 1) for ok, size in zip(finite, sizes, strict=True)]
+        factors = zip(*map(responses.factors, observed_sizes, clipped_sizes), strict=True)
+        clipped = map(responses.multiply, wide, *[layout.per_leaf(list(blocks)) for blocks in factors])
+    return [_cast_like(x, gradient) for x, gradient in zip(clipped, layout.gradients, strict=True)], clipped_sizes
+
+
+def _cast_like(x: Array, like: Any) -> Array:
+    """`x` with the dtype of `like`, and weakly typed if that is (a Python number): no public function does both."""
+    like = jnp.asarray(like)
+    x = x.astype(like.dtype)
+    if not like.weak_type:
+        return x
+    return primitives.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
+
+
+def _record(
+    reading: Reading | None, layout: Layout, sizes: list[Array], clipped_sizes: list[Array], limits: list[Array]
+) -> Reading:
+    """RECORD: a number per group, or per leaf where a leaf holds many groups; counts over all steps."""
+    over = [jnp.isfinite(size) & (size > limit) for size, limit in zip(sizes, limits, strict=True)]
+    if layout.axes is None:
+        measured = jnp.stack([sizes[0], clipped_sizes[0], limits[0], over[0].astype(sizes[0].dtype)])
+    else:
+        largest = [[jnp.max(block, initial=0) for block in blocks] for blocks in (sizes, clipped_sizes, limits)]
+        measured = jnp.array([*largest, [_share(block) for block in over]])
+    counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
+    if reading is None:
+        return Reading(measured, jnp.zeros_like(counted))
+    return Reading(measured.astype(reading.measured.dtype), reading.counted + counted)
+
+
+def _share(over: Array) -> Array:
+    # Through int8, because XLA adds converted booleans one by one on CPU.
+    return over.astype(jnp.int8).sum(dtype=jnp.float32) / max(over.size, 1)
+
+
+def _check_finite(layout: Layout, sizes: list[Array]) -> None:
+    """An error through checkify that names the first group whose size is not finite."""
+    by_name = sizes if layout.axes is not None else [sizes[0][i] for i in range(len(layout.names))]
+    for name, size in zip(layout.names, by_name, strict=True):
+        checkify.check(
+            jnp.isfinite(size).all(),
+            f"the size of {name!r} is not finite; look at what made this gradient".replace("{", "{{").replace("}", "}}"),
+        )

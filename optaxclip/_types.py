@@ -1,0 +1,137 @@
+"""The nouns of the library: NamedTuples of pure functions, or of arrays.
+
+    clip = scope  x  norm  x  threshold rule  x  response
+
+A method is one choice of each, given to `optaxclip.clip`. Nothing here is
+registered and nothing is inherited: a new part is a new value of these types.
+
+Words used everywhere: a *group* is a set of numbers that share one *size* (what
+is measured) and one *limit* (what the size may be). A *block* is one array of
+sizes: `[groups]` where groups are made of whole leaves, and one array per leaf,
+shaped to broadcast against it, where a leaf holds many groups.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax import Array
+
+Axes = tuple[int, ...]
+"""Axes of one leaf, counted from the front."""
+
+Response = Callable[[Array, Array, Array], Array]
+"""`(gradient, size, limit) -> gradient` on one leaf, where size and limit broadcast.
+
+Applied to the sizes themselves, `response(size, size, limit)`, it tells the size after clipping.
+"""
+
+
+class Scope(NamedTuple):
+    """Which numbers share one size.
+
+    Attributes:
+        group: `path -> name`. Leaves of one name are measured jointly; `None` as a
+            name leaves the leaf alone. Without it, every leaf is its own group.
+        axes: `(path, shape) -> axes measured together`, for scopes finer than a leaf;
+            `None` as axes leaves the leaf alone. Without it, leaves are measured whole.
+    """
+
+    group: Callable[[str], str | None] | None = None
+    axes: Callable[[str, tuple[int, ...]], Axes | None] | None = None
+
+
+class Norm(NamedTuple):
+    """How large an array is, told by moments: sums or maxima that can be joined.
+
+    Attributes:
+        moments: `(magnitudes, axes) -> moments`, a tuple of reductions over the axes of one leaf, which
+            are kept with length 1.
+        join: `(moments, axis) -> moments` of a whole from those of its parts along an axis. Zeros add nothing.
+        root: `(*moments) -> sizes`.
+        rescue: `(magnitudes, axes) -> moment`, one more for `root`, which matters only where the first
+            moment overflowed and may be anything finite elsewhere. None: not needed.
+        mean: `count -> divisor` of the size, for a mean over the elements. None: no mean.
+        magnitude: how large one element is: real, not negative, and NaN for NaN.
+    """
+
+    moments: Callable[[Array, Axes], tuple[Array, ...]]
+    join: Callable[[tuple[Array, ...], int], tuple[Array, ...]]
+    root: Callable[..., Array]
+    rescue: Callable[[Array, Axes], Array] | None = None
+    mean: Callable[[Any], Any] | None = None
+    magnitude: Callable[[Array], Array] = abs
+
+
+class Context(NamedTuple):
+    """What a rule may know besides the sizes.
+
+    Attributes:
+        step: int32 scalar, updates completed so far.
+        param_sizes: the parameters measured by the same scope and norm, a block like
+            `sizes`; None unless the rule says `uses_params`.
+    """
+
+    step: Array
+    param_sizes: Array | None = None
+
+
+class Threshold(NamedTuple):
+    """How large a size may be: a rule, written once for a block of any shape.
+
+    Every array in the rule's state ends in the block's shape. The engine keeps what
+    was learned clean: where a size is zero or not finite, `learn` changes nothing.
+
+    Attributes:
+        init: `sizes -> state`; only the shape and dtype of `sizes` mean anything.
+        limit: `(sizes, state, context) -> limits`, that broadcast against `sizes`. `inf` means do not clip.
+        learn: `(sizes, clipped_sizes, state, context) -> state`.
+        uses_params: whether `context.param_sizes` is needed.
+    """
+
+    init: Callable[[Array], Any]
+    limit: Callable[[Array, Any, Context], Array]
+    learn: Callable[[Array, Array, Any, Context], Any]
+    uses_params: bool = False
+
+
+class Reading(NamedTuple):
+    """What the last step measured and did, and counts over all steps.
+
+    There is one number per group, or per leaf where a leaf holds many groups: then
+    sizes and limit are the largest in the leaf. They are packed in two arrays because a
+    compiled step is cheaper with few results; read them by name.
+
+    Attributes:
+        measured: float `[4, groups]`, the four below.
+        counted: int32 `[2]`, the two below.
+        size_before: `[groups]`, sizes before clipping.
+        size_after: `[groups]`, sizes after clipping.
+        limit: `[groups]`, what the sizes were allowed to be.
+        clipped_share: `[groups]`, share of the group that was over its limit: 0 or 1 where it is one group.
+        clipped_steps: scalar, steps in which something was clipped.
+        nonfinite_steps: scalar, steps in which some size was not finite.
+    """
+
+    measured: Array
+    counted: Array
+
+    size_before = property(lambda self: self.measured[..., 0, :])
+    size_after = property(lambda self: self.measured[..., 1, :])
+    limit = property(lambda self: self.measured[..., 2, :])
+    clipped_share = property(lambda self: self.measured[..., 3, :])
+    clipped_steps = property(lambda self: self.counted[..., 0])
+    nonfinite_steps = property(lambda self: self.counted[..., 1])
+
+
+class ClipState(NamedTuple):
+    """State of one clip in an optimizer state; the same structure, shapes and dtypes at every step.
+
+    Attributes:
+        step: int32 scalar, updates completed.
+        rules: one state of the threshold rule per block.
+        reading: what the last step measured; None with `record=False`.
+    """
+
+    step: Array
+    rules: tuple[Any, ...]
+    reading: Reading | None

@@ -1,0 +1,133 @@
+"""The words of every refusal: which argument, what it was, and what to do."""
+
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, exclusive: bool = False) -> None:
+    """Refuses all but one real number from `low` to `high` (`exclusive`: the ends not allowed either).
+
+    A traced number cannot be looked at and passes.
+
+    Raises:
+        TypeError: `value` is not a real number.
+        ValueError: it is an array of several numbers, NaN, or out of range.
+    """
+    array = isinstance(value, jax.Array | np.ndarray)
+    real = jnp.isrealobj(value) and value.dtype != bool if array else isinstance(value, numbers.Real)
+    if not real or isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a real number, got {value!r} ({type(value).__name__}); pass a float such as 1.0")
+    if array and value.shape != ():
+        raise ValueError(
+            f"{name} must be one number, got an array of shape {value.shape}; give groups limits of their own "
+            "with a dict and scopes.group, or try several at once with jax.vmap"
+        )
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not (low < value < high if exclusive else low <= value <= high):
+        bounds = f"({low:g}, {high:g})" if exclusive else f"[{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be in {bounds}, got {value}; pass a number inside")
+
+
+def count(name: str, value: Any, *, low: int = 1) -> None:
+    """Refuses all but an integer of at least `low`.
+
+    Raises:
+        TypeError: `value` is not an integer.
+        ValueError: it is below `low`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass a count such as {max(low, 1)}"
+        )
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}; pass a larger count")
+
+
+def option(name: str, value: Any, options: Iterable[str]) -> None:
+    """Refuses all but one of the words in `options`.
+
+    Raises:
+        ValueError: `value` is another one.
+    """
+    if value not in options:
+        words = ", ".join(repr(word) for word in options)
+        raise ValueError(f"{name} must be one of {words}, got {value!r}; choose one of these")
+
+
+def part(name: str, value: Any, kind: type, example: str) -> None:
+    """Refuses all but a part of the type `kind`.
+
+    Raises:
+        TypeError: `value` is something else, such as a part that was not called.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}; pass one such as {example}")
+
+
+def function(name: str, value: Any, example: str) -> None:
+    """Refuses what cannot be called.
+
+    Raises:
+        TypeError: `value` is not callable.
+    """
+    if not isinstance(value, Callable):
+        raise TypeError(f"{name} must be a function, got {value!r}; pass one such as {example}")
+
+
+def names(given: Iterable[str], found: Iterable[str]) -> None:
+    """Refuses a dict of limits whose keys are not exactly the groups of the tree.
+
+    Raises:
+        ValueError: a group has no limit, or a limit has no group.
+    """
+    given, found = set(given), set(found)
+    if given - found:
+        raise ValueError(
+            f"threshold has limits for {sorted(given - found)}, but the tree has only the groups {sorted(found)}; remove or rename them"
+        )
+    if found - given:
+        raise ValueError(
+            f"threshold has no limit for the groups {sorted(found - given)}; add one for each, float('inf') for no limit"
+        )
+
+
+def params_given(params: Any) -> None:
+    """Refuses to go on without parameters where a limit depends on them.
+
+    Raises:
+        ValueError: `params` is None.
+    """
+    if params is None:
+        raise ValueError("this threshold is relative to the parameters, got params=None; call update(updates, state, params)")
+
+
+def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
+    """Refuses a parameter that cannot be the one of a gradient of this shape.
+
+    Raises:
+        ValueError: it is missing or has another shape.
+    """
+    found = None if param is None or isinstance(param, tuple) else jnp.shape(param)
+    if found != shape:
+        raise ValueError(
+            f"params has {'nothing' if found is None else f'shape {found}'} at {path!r}, where updates has shape {shape}; pass the params that these are updates of"
+        )
+
+
+def real(dtype: Any) -> None:
+    """Refuses complex updates where numbers are ordered.
+
+    Raises:
+        TypeError: `dtype` is complex.
+    """
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"bounds that differ by sign need real updates, got {dtype}; cut complex numbers by magnitude with clip_by_value(limit)"
+        )

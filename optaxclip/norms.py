@@ -1,0 +1,235 @@
+r"""How large an array is: `l2 l1 linf lp rms`.
+
+Every norm is exact where its squares or powers would leave the float range: the
+size of float32 `[3e20, 4e20]` is `5e20`, not `inf`, and that of `[3e-25, 4e-25]` is
+`5e-25`, not 0. Leaves of 16 bits are measured in float32, so are their joint sizes.
+
+Laws, for each norm here: a size is 0 for zeros and for an empty array, complex
+numbers count by magnitude, `size(c x) = |c| size(x)`, the size of a whole is the size
+of the sizes of its parts, and derivatives are finite, at zero too.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from optaxclip import _validate
+from optaxclip._types import Axes, Norm
+
+
+def l2() -> Norm:
+    r"""Euclidean norm, :math:`\sqrt{\sum |x|^2}`.
+
+    Reads the array once and is right for every size up to the largest float, as long as the
+    elements that matter are above `1e-29` in float32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import norms
+        >>> norms.measure(norms.l2(), [jnp.array([3e20, 4e20])])
+        [Array([5.e+20], dtype=float32)]
+    """
+
+    # Squares of floats span twice the exponents that floats have, so one sum cannot hold them all. Two can, where H
+    # is half of the largest exponent (64 in float32):
+    #   near = sum (x 2^(H-28))^2   finite for norms below 2^28 / up to there nothing above 2^(28-2H) is lost,
+    #   far  = sum (x 2^-(H+1))^2   finite for every norm that is a float; loses only elements below 4.
+    # `far` counts only once `near` overflows. The norm is then above 2^27, and even 2^30 elements of 4 are less than
+    # 2^-20 of its square: the two ranges overlap by enough, and both sums are made in one pass over the array.
+    # The caps square to infinity like what is above them. They keep derivatives finite, and they keep the compiler
+    # from pulling the scales out of the squares, where x^2 is infinite and the scale squared is 0.
+    def near(magnitudes: Array, axes: Axes) -> tuple[Array]:
+        half = jnp.finfo(magnitudes.dtype).maxexp // 2
+        return (_sum(jnp.minimum(magnitudes * 2.0 ** (half - 28), 2.0**half) ** 2, axes),)
+
+    def far(magnitudes: Array, axes: Axes) -> Array:
+        half = jnp.finfo(magnitudes.dtype).maxexp // 2
+        return _sum(jnp.minimum(magnitudes * 2.0 ** -(half + 1), 2.0**half) ** 2, axes)
+
+    def root(near: Array, far: Array) -> Array:
+        half = jnp.finfo(near.dtype).maxexp // 2
+        enough = jnp.isfinite(near)
+        unit = jnp.where(enough, 2.0 ** -(half - 28), 2.0 ** (half + 1)).astype(near.dtype)
+        return _root(jnp.where(enough, near, far), 2) * unit
+
+    return Norm(near, _add, root, rescue=far)
+
+
+def l1() -> Norm:
+    r"""Sum of magnitudes, :math:`\sum |x|`."""
+    return Norm(lambda m, axes: (_sum(m, axes),), _add, lambda total: total)
+
+
+def linf() -> Norm:
+    r"""Largest magnitude, :math:`\max |x|`."""
+    return Norm(
+        lambda m, axes: (_max(m, axes),), lambda moments, axis: (jnp.max(moments[0], axis, initial=0),), lambda top: top
+    )
+
+
+def lp(p: float) -> Norm:
+    r"""The p-norm, :math:`(\sum |x|^p)^{1/p}`, for any :math:`p \ge 1`, `inf` included.
+
+    Powers other than 1, 2 and `inf` read the array twice: once for its largest
+    magnitude, once for the sum of powers relative to it.
+
+    Args:
+        p: the power, at least 1.
+
+    Raises:
+        TypeError: `p` is not a number.
+        ValueError: `p` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import norms
+        >>> norms.measure(norms.lp(3), [jnp.array([3.0, 4.0, 5.0])])
+        [Array([6.], dtype=float32)]
+    """
+    _validate.number("p", p, low=1.0)
+    if p in (1, 2, math.inf):
+        return {1: l1, 2: l2, math.inf: linf}[p]()
+    power = int(p) if float(p).is_integer() else p
+
+    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
+        top = _scale(_max(magnitudes, axes))
+        return top, _sum((magnitudes / top) ** power, axes)
+
+    def join(moments: tuple[Array, ...], axis: int) -> tuple[Array, Array]:
+        tops, totals = moments
+        top = jnp.max(tops, axis, keepdims=True, initial=0)
+        return top.squeeze(axis), jnp.sum(totals * (tops / _scale(top)) ** power, axis)
+
+    return Norm(moments, join, lambda top, total: top * _root(total, power))
+
+
+def rms() -> Norm:
+    r"""Root mean square, :math:`\sqrt{\sum |x|^2 / n}`; 0 for an empty array."""
+    return l2()._replace(mean=np.sqrt)
+
+
+def upper() -> Norm:
+    r"""Largest positive value, :math:`\max(x, 0)`: a one-sided `linf`, for bounds that differ by sign."""
+    return linf()._replace(magnitude=lambda x: jnp.maximum(_ordered(x), 0))
+
+
+def lower() -> Norm:
+    r"""Largest negative value, :math:`\max(-x, 0)`: a one-sided `linf`, for bounds that differ by sign."""
+    return linf()._replace(magnitude=lambda x: jnp.maximum(-_ordered(x), 0))
+
+
+def measure(
+    norm: Norm,
+    leaves: Sequence[ArrayLike],
+    *,
+    axes: Sequence[Axes] | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
+    axis_name: Hashable | None = None,
+) -> list[Array]:
+    """Measures arrays, in as few kernels as there can be.
+
+    Args:
+        norm: how to measure; a mean is left to the caller, who knows the counts.
+        leaves: arrays of floats or complex numbers, of any precision.
+        axes: for each leaf the axes that are measured together; None measures whole leaves.
+        groups: without axes, positions of the leaves that are measured jointly; None measures each alone.
+        axis_name: mapped axes along which the arrays are split.
+
+    Returns:
+        Sizes, in float32 or wider: a list of one vector `[groups]`; with `axes`, a list of one array per
+        leaf, in which those axes have length 1 (without any, every element has its own size).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import norms
+        >>> leaves = [jnp.array([3e20]), jnp.array([4e20])]
+        >>> norms.measure(norms.l2(), leaves, groups=[[0, 1]])
+        [Array([5.e+20], dtype=float32)]
+        >>> norms.measure(norms.l1(), [jnp.array([[1.0, -2.0], [3.0, 4.0]])], axes=[(1,)])
+        [Array([[3.],
+               [7.]], dtype=float32)]
+    """
+    if axes is not None and not any(axes):
+        return [norm.magnitude(widen(leaf)) for leaf in leaves]
+    if axes is None and not leaves:
+        return [jnp.zeros((0,))]
+
+    def reduce(function: Callable[[Array, Axes], tuple[Array, ...]], leaves: Sequence[ArrayLike]) -> list[tuple[Array, ...]]:
+        parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
+        moments = [function(norm.magnitude(widen(leaf)), part) for leaf, part in zip(leaves, parts, strict=True)]
+        if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
+            moments = [_joined(norm, [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments)], groups)]
+        if axis_name is not None:
+            moments = [norm.join(jax.lax.all_gather(values, axis_name), 0) for values in moments]
+        return moments
+
+    moments = reduce(norm.moments, leaves)
+    if norm.rescue is not None:
+        rescued = _where_needed(moments, lambda leaves: reduce(lambda m, part: (norm.rescue(m, part),), leaves), leaves)
+        moments = [near + far for near, far in zip(moments, rescued, strict=True)]
+    return [norm.root(*values) for values in moments]
+
+
+def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Sequence[int]] | None) -> tuple[Array, ...]:
+    """Moments of groups `[groups]` from those of their leaves `[leaves]`."""
+    if groups is None or all(len(group) == 1 for group in groups):
+        return tuple(moments)
+    absent = len(moments[0])  # position of a zero, which adds nothing
+    members = np.full((len(groups), max(map(len, groups))), absent)
+    for i, group in enumerate(groups):
+        members[i, : len(group)] = group
+    return norm.join(tuple(jnp.append(values, 0)[members] for values in moments), 1)
+
+
+def _where_needed(moments: Any, rescue: Callable[[Any], Any], leaves: Any) -> Any:
+    """`rescue(leaves)`, or zeros where every moment is finite and that is quicker.
+
+    On accelerators the second sum rides on the one read of the leaves, and a branch would cost more than it saves.
+    On CPU it is a pass of its own, and a branch not taken is free.
+    """
+    finite = jnp.array([jnp.isfinite(moment).all() for moment in jax.tree.leaves(moments)]).all()
+
+    def if_needed(leaves: Any) -> Any:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(rescue, leaves))
+        return jax.lax.cond(finite, lambda _: zeros, rescue, leaves)
+
+    return jax.lax.platform_dependent(leaves, cpu=if_needed, default=rescue)
+
+
+def widen(x: ArrayLike) -> Array:
+    """`x` in float32 or wider, complex if it is."""
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def _ordered(x: Array) -> Array:
+    _validate.real(x.dtype)
+    return x
+
+
+def _sum(values: Array, axes: Axes) -> Array:
+    return jnp.sum(values, axes, keepdims=True)
+
+
+def _max(values: Array, axes: Axes) -> Array:
+    return jnp.max(values, axes, keepdims=True, initial=0)
+
+
+def _scale(top: Array) -> Array:
+    """A number to divide by before raising to a power: `top`, unless that is 0, infinite or NaN."""
+    return jax.lax.stop_gradient(jnp.where((top > 0) & jnp.isfinite(top), top, 1))
+
+
+def _root(total: Array, p: float) -> Array:
+    """The p-th root, with derivative 0 at 0 instead of infinity."""
+    positive = jnp.where(total > 0, total, 1)
+    return jnp.where(total > 0, jnp.sqrt(positive) if p == 2 else positive ** (1 / p), total)
+
+
+def _add(moments: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
+    return tuple(jnp.sum(values, axis) for values in moments)

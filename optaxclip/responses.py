@@ -1,0 +1,108 @@
+r"""What happens to what is larger: `rescale clamp smooth zero normalize band`.
+
+A response is a function `(gradient, size, limit) -> gradient` on one leaf, where size and
+limit are scalars or broadcast against it, in float32 or wider. All but `clamp` keep the
+direction of the gradient, so each is told in one line: what it makes of the size.
+
+Laws, for each response here: a zero gradient stays zero; `limit = inf` changes nothing;
+what is not changed comes back bit for bit; derivatives are finite. All but `normalize` and
+`band` never enlarge.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from optaxclip._types import Response
+
+
+def keeps_direction(target: Callable[..., Array]) -> Response:
+    """The response that gives a gradient of a size the size `target(size, limit)`, and leaves zeros alone.
+
+    It carries that function as its attribute `target`: with it the engine does the scalar work
+    for all groups at once, and what remains for each leaf is to multiply.
+    """
+
+    def new_size(size: Array, limit: Array, **options: Any) -> Array:
+        return jnp.where(size > 0, target(size, limit, **options), size)
+
+    def response(gradient: Array, size: Array, limit: Array, **options: Any) -> Array:
+        return multiply(gradient, *factors(size, new_size(size, limit, **options)))
+
+    functools.update_wrapper(response, target)
+    del response.__dict__["__wrapped__"]  # the signature is the response's own
+    response.__dict__["target"] = new_size
+    return response
+
+
+@keeps_direction
+def rescale(size: Array, limit: Array) -> Array:
+    r"""Shrinks to the limit, :math:`g \min(1, c / s)`: the classic response.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import responses
+        >>> responses.rescale(jnp.array([3.0, 4.0]), jnp.array(5.0), jnp.array(1.0))
+        Array([0.6, 0.8], dtype=float32)
+    """
+    return jnp.minimum(size, limit)
+
+
+def clamp(gradient: Array, size: Array, limit: Array) -> Array:
+    r"""Cuts each element at the limit where the size is above it, :math:`\mathrm{sign}(g) \min(|g|, c)`.
+
+    With element scope this is clipping by value. With larger scopes it bounds their `linf` norm
+    exactly, and other norms not at all.
+    """
+    if jnp.iscomplexobj(gradient):
+        return jnp.where(size > limit, rescale(gradient, jnp.abs(gradient), limit), gradient)
+    return jnp.where(size > limit, jnp.clip(gradient, -limit, limit), gradient)
+
+
+@keeps_direction
+def smooth(size: Array, limit: Array) -> Array:
+    r"""Approaches the limit and never reaches it, :math:`g / \sqrt{1 + (s / c)^2}`.
+
+    Every gradient is changed a little; one at its limit shrinks to 0.71 of it.
+    """
+    smaller, larger = jnp.minimum(size, limit), jnp.maximum(size, limit)
+    return smaller / jnp.sqrt(1 + (smaller / jnp.where(larger > 0, larger, 1)) ** 2)  # a ratio of at most 1: no overflow
+
+
+@keeps_direction
+def zero(size: Array, limit: Array) -> Array:
+    """Drops what is above the limit: zeros instead of a smaller gradient."""
+    return jnp.where(size > limit, 0, size)
+
+
+@keeps_direction
+def normalize(size: Array, limit: Array) -> Array:
+    r"""Sets the size to the limit, from above and from below, :math:`g\, c / s`."""
+    return jnp.where(limit < jnp.inf, limit, size)
+
+
+@keeps_direction
+def band(size: Array, limit: Array, *, low: float = 0.5) -> Array:
+    r"""Keeps the size between a share `low` of the limit and the limit, :math:`g\, \mathrm{clip}(s, \ell c, c) / s`."""
+    return jnp.where(limit < jnp.inf, jnp.clip(size, low * limit, limit), size)
+
+
+def factors(size: Array, target: Array) -> tuple[Array, Array]:
+    """Two factors whose product is `target / size`; the first is 0 where nothing is to change.
+
+    The quotient need not be a float where the result is one: 1e-40 is flushed to 0 on many
+    machines. The first factor, an exact power of two, brings it into range.
+    """
+    changed, far = target != size, 2.0**64
+    divisor = jnp.where(changed & (size > 0), size, 1)  # keeps derivatives finite
+    ratio = target / divisor
+    first = jnp.where(ratio < 1 / far, 1 / far, jnp.where(ratio > far, far, 1)).astype(ratio.dtype)
+    return jnp.where(changed, first, 0), target / (divisor * first)
+
+
+def multiply(gradient: Array, first: Array, second: Array) -> Array:
+    """`gradient` times both factors: the same bits where the first is 0; zero, even from infinity, where the second is."""
+    return jnp.where(first == 0, gradient, jnp.where(second == 0, 0, gradient * first * second))

@@ -1,0 +1,225 @@
+"""Which numbers share one size: `tree > group > leaf > unit > element`."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from optaxclip import _validate
+from optaxclip._types import Axes, Scope
+
+AxesOf = Callable[[str, tuple[int, ...]], int | Sequence[int] | None]
+
+
+def tree() -> Scope:
+    """All leaves together: one size for the whole tree."""
+    return Scope(group=lambda path: "tree")
+
+
+def group(name_of: Callable[[str], str | None]) -> Scope:
+    """Leaves of one name together.
+
+    Args:
+        name_of: `path -> name`, with paths such as `"encoder/0/kernel"`; None means that
+            the leaf is neither measured nor clipped.
+
+    Raises:
+        TypeError: `name_of` is not a function.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> from optaxclip import scopes
+        >>> by_layer = scopes.group(lambda path: path.split("/")[0])
+        >>> clip = optaxclip.clip({"body": 1.0, "head": 0.1}, scope=by_layer)
+        >>> grads = {"body": {"w": jnp.array([3.0, 4.0])}, "head": {"w": jnp.array([0.05])}}
+        >>> clip.update(grads, clip.init(grads))[0]
+        {'body': {'w': Array([0.6, 0.8], dtype=float32)}, 'head': {'w': Array([0.05], dtype=float32)}}
+    """
+    _validate.function("name_of", name_of, 'lambda path: path.split("/")[0]')
+    return Scope(group=name_of)
+
+
+def leaf(*, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
+    """Every leaf by itself.
+
+    Args:
+        batch_axes: axes along which a leaf is a stack of layers, each measured by itself
+            (layers scanned over have theirs in front, `0`); or `(path, shape) -> axes`.
+
+    Raises:
+        TypeError: `batch_axes` is neither axes nor a function.
+    """
+    if batch_axes is None:
+        return Scope()
+    stacked = _axes_function("batch_axes", batch_axes)
+
+    def axes(path: str, shape: tuple[int, ...]) -> Axes | None:
+        return _rest(_normalize("batch_axes", stacked(path, shape) or (), path, shape), shape)
+
+    return Scope(axes=axes)
+
+
+def unit(axes: int | Sequence[int] | AxesOf | None = None, *, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
+    """Every output unit by itself: the weights that feed one output share a size.
+
+    By convention (Brock et al. 2021, with Flax's layouts) the axes measured together are those
+    of the fan-in:
+
+    | leaf | axes |
+    |---|---|
+    | no more than one axis longer than 1 (bias, scale, single output) | all |
+    | `[in, out]`, `[in, heads, depth]` | 0 |
+    | convolutions `[..., in, out]` with four axes and more | all but the last |
+
+    Args:
+        axes: the axes measured together instead; or `(path, shape) -> axes`, where None leaves the
+            leaf alone. A leaf with too few axes for a fixed choice is one unit.
+        batch_axes: axes along which a leaf is a stack of layers; not counted in the conventions.
+
+    Raises:
+        TypeError: `axes` or `batch_axes` is neither axes nor a function.
+        ValueError: a function chose an axis that a leaf does not have (on `init` or `update`).
+
+    References:
+        Brock et al., [High-performance large-scale image recognition without
+        normalization](https://arxiv.org/abs/2102.06171), 2021.
+    """
+    stacked = (lambda path, shape: ()) if batch_axes is None else _axes_function("batch_axes", batch_axes)
+    chosen = None if axes is None else _axes_function("axes", axes)
+
+    def measured_together(path: str, shape: tuple[int, ...]) -> Axes | None:
+        if chosen is not None:
+            own = chosen(path, shape)
+            return None if own is None else _normalize("axes", own, path, shape)
+        layer = _rest(_normalize("batch_axes", stacked(path, shape) or (), path, shape), shape)
+        return layer if sum(shape[axis] != 1 for axis in layer) <= 1 else layer[: 1 if len(layer) < 4 else -1]
+
+    return Scope(axes=measured_together)
+
+
+def element() -> Scope:
+    """Every number by itself."""
+    return Scope(axes=lambda path, shape: ())
+
+
+class Layout(NamedTuple):
+    """A tree of updates as a scope sees it.
+
+    Attributes:
+        treedef: structure of the tree, with None and `optax.MaskedNode` as leaves.
+        leaves: all leaves.
+        paths: of all leaves.
+        measured: positions of the leaves that are measured and clipped.
+        axes: for each measured leaf the axes measured together; None if leaves are measured whole.
+        groups: for each group, which of the measured leaves it has; empty with `axes`.
+        names: of the groups; with `axes`, paths of the measured leaves.
+    """
+
+    treedef: Any
+    leaves: list[Any]
+    paths: list[str]
+    measured: list[int]
+    axes: list[Axes] | None
+    groups: list[list[int]]
+    names: list[str]
+
+    @property
+    def gradients(self) -> list[Any]:
+        """The leaves that are measured and clipped."""
+        return [self.leaves[i] for i in self.measured]
+
+    @property
+    def blocks(self) -> int:
+        """How many arrays of sizes there are."""
+        return 1 if self.axes is None else len(self.axes)
+
+    @property
+    def counts(self) -> list[Any]:
+        """How many numbers share a size, in blocks that broadcast against the sizes."""
+        shapes = [jnp.shape(gradient) for gradient in self.gradients]
+        if self.axes is None:
+            return [np.array([sum(math.prod(shapes[k]) for k in group) for group in self.groups], float)]
+        return [np.array(math.prod(shape[axis] for axis in axes), float) for shape, axes in zip(shapes, self.axes, strict=True)]
+
+    def per_leaf(self, blocks: list[Array]) -> list[Array]:
+        """For each measured leaf its own entry of the blocks, which broadcasts against it."""
+        if self.axes is not None:
+            return blocks
+        group_of = {k: g for g, group in enumerate(self.groups) for k in group}
+        return [blocks[0][group_of[k]] for k in range(len(self.measured))]
+
+    def matching(self, params: Any) -> list[Any]:
+        """The leaves of `params` that belong to the gradients.
+
+        Raises:
+            ValueError: there are no parameters, or one is missing or has another shape than its gradient.
+        """
+        _validate.params_given(params)
+        leaves = self.treedef.flatten_up_to(params)
+        for i in self.measured:
+            _validate.parameter(self.paths[i], leaves[i], jnp.shape(self.leaves[i]))
+        return [leaves[i] for i in self.measured]
+
+    def rebuild(self, gradients: list[Array]) -> Any:
+        """The tree with new gradients, everything else as it was."""
+        leaves = list(self.leaves)
+        for i, gradient in zip(self.measured, gradients, strict=True):
+            leaves[i] = gradient
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def lay_out(scope: Scope, tree: Any) -> Layout:
+    """Finds the leaves of `tree` that `scope` measures; integers, booleans, float0 and keys never are."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
+    leaves = [leaf for _, leaf in flat]
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    inexact = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
+    if scope.axes is not None:
+        axes = {i: scope.axes(paths[i], jnp.shape(leaves[i])) for i in inexact}
+        measured = [i for i in inexact if axes[i] is not None]
+        return Layout(treedef, leaves, paths, measured, [axes[i] for i in measured], [], [paths[i] for i in measured])
+    if scope.group is None:
+        return Layout(treedef, leaves, paths, inexact, None, [[k] for k in range(len(inexact))], [paths[i] for i in inexact])
+    names = {i: scope.group(paths[i]) for i in inexact}
+    measured = [i for i in inexact if names[i] is not None]
+    groups: dict[str, list[int]] = {}
+    for position, i in enumerate(measured):
+        groups.setdefault(names[i], []).append(position)
+    return Layout(treedef, leaves, paths, measured, None, list(groups.values()), list(groups))
+
+
+def _is_absent(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, optax.MaskedNode)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return not _is_absent(leaf) and jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact)
+
+
+def _axes_function(name: str, axes: int | Sequence[int] | AxesOf) -> AxesOf:
+    """Axes as a function of the leaf. A fixed choice falls back to the whole leaf where it has too few axes."""
+    if callable(axes):
+        return axes
+    fixed = (axes,) if isinstance(axes, int) else axes
+    if not isinstance(fixed, Sequence) or not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in fixed):
+        raise TypeError(f"{name} must be axes or a function (path, shape) -> axes, got {axes!r}; pass one such as (0, 1)")
+    needed = max((axis + 1 if axis >= 0 else -axis for axis in fixed), default=0)
+    return lambda path, shape: fixed if len(shape) >= needed else tuple(range(len(shape)))
+
+
+def _normalize(name: str, axes: int | Sequence[int], path: str, shape: tuple[int, ...]) -> Axes:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if not all(-len(shape) <= axis < len(shape) for axis in axes):
+        raise ValueError(
+            f"{name} chose {axes} for the leaf {path!r} of shape {shape}; return axes that it has, or None to leave it alone"
+        )
+    return tuple(sorted({axis % len(shape) for axis in axes}))
+
+
+def _rest(axes: Axes, shape: tuple[int, ...]) -> Axes:
+    return tuple(axis for axis in range(len(shape)) if axis not in axes)

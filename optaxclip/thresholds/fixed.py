@@ -1,0 +1,128 @@
+"""Rules that remember nothing: a constant, a schedule, a share of the parameters' size."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from optaxclip import _validate
+from optaxclip._types import Context, Threshold
+
+
+def constant(value: ArrayLike) -> Threshold:
+    """The same limit for every group at every step.
+
+    Args:
+        value: the limit, not negative; a traced number may be anything, and counts as 0 where it
+            is negative or NaN. `float("inf")` never clips.
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: `value` is negative, NaN, or more than one number.
+    """
+    _validate.number("threshold", value)
+    return _memoryless(lambda sizes, context: jnp.asarray(value, sizes.dtype))
+
+
+def scheduled(schedule: Callable[[Array], ArrayLike]) -> Threshold:
+    """A limit that depends on the step, such as any Optax schedule.
+
+    Args:
+        schedule: `step -> limit`; a limit that is negative or NaN counts as 0.
+
+    Raises:
+        TypeError: `schedule` is not a function.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optaxclip
+        >>> clip = optaxclip.clip_by_global_norm(optax.exponential_decay(5.0, 1, 0.5))
+        >>> grads = jnp.array([3.0, 4.0])
+        >>> state = clip.init(grads)
+        >>> for _ in range(3):
+        ...     updates, state = clip.update(grads, state)
+        ...     print(updates)
+        [3. 4.]
+        [1.5 2. ]
+        [0.75 1.  ]
+    """
+    _validate.function("schedule", schedule, "optax.linear_schedule(1.0, 0.1, 1000)")
+    return _memoryless(lambda sizes, context: jnp.asarray(schedule(context.step), sizes.dtype))
+
+
+def relative(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
+    r"""A share of the parameters' own size, :math:`\lambda \max(\|w\|, \epsilon)`.
+
+    The parameters are measured by the scope and norm of the clip; `update` needs them.
+
+    Args:
+        ratio: the share :math:`\lambda`, anything that `as_threshold` takes.
+        floor: :math:`\epsilon`, below which a parameter counts as that large: without it, what starts
+            at zero could never move.
+
+    Raises:
+        TypeError: `floor` is not a number.
+        ValueError: `floor` is negative or NaN.
+    """
+    _validate.number("floor", floor)
+    share = as_threshold(ratio, name="ratio")
+
+    def limit(sizes: Array, state: Any, context: Context) -> Array:
+        return share.limit(sizes, state, context) * jnp.maximum(context.param_sizes, floor).astype(sizes.dtype)
+
+    return share._replace(limit=limit, uses_params=True)
+
+
+def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
+    """The rule that is meant where a user passes a threshold.
+
+    Args:
+        threshold: a number or scalar array, traced or not (`constant`), a function of the step
+            (`scheduled`), or a rule already.
+        name: of the argument, for the message.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: it is a negative number, NaN, or more than one number.
+    """
+    if isinstance(threshold, Threshold):
+        return threshold
+    if callable(threshold):
+        return scheduled(threshold)
+    _validate.number(name, threshold)
+    return constant(threshold)
+
+
+def as_thresholds(threshold: Any, *, name: str = "threshold") -> Threshold | dict[str, Threshold]:
+    """Like `as_threshold`, and for a dict from group name to thresholds the rules of the groups.
+
+    Raises:
+        TypeError: one of them is not a threshold.
+        ValueError: one of them is a negative number, NaN, or more than one number.
+    """
+    if isinstance(threshold, Mapping):
+        return {group: as_threshold(one, name=f"{name}[{group!r}]") for group, one in threshold.items()}
+    return as_threshold(threshold, name=name)
+
+
+def negated(bound: Any, *, name: str) -> Threshold:
+    """The rule for how far below zero a value may be, from a lower bound.
+
+    Raises:
+        TypeError: `bound` is neither a number nor a schedule.
+        ValueError: `bound` is positive or NaN.
+    """
+    if callable(bound):
+        return scheduled(lambda step: -bound(step))
+    _validate.number(name, bound, low=-math.inf, high=0.0)
+    return constant(-bound)
+
+
+def _memoryless(limit: Callable[[Array, Context], Array]) -> Threshold:
+    return Threshold(
+        init=lambda sizes: (),
+        limit=lambda sizes, state, context: limit(sizes, context),
+        learn=lambda sizes, clipped_sizes, state, context: state,
+    )
