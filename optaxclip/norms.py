@@ -98,13 +98,13 @@ def lp(p: float) -> Norm:
     power = int(p) if float(p).is_integer() else p
 
     def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
-        top = _scale(_max(magnitudes, axes))
-        return top, _sum((magnitudes / top) ** power, axes)
+        top = _max(magnitudes, axes)
+        return top, _sum(_share(magnitudes, top) ** power, axes)
 
     def join(moments: tuple[Array, ...], axis: int) -> tuple[Array, Array]:
         tops, totals = moments
         top = jnp.max(tops, axis, keepdims=True, initial=0)
-        return top.squeeze(axis), jnp.sum(totals * (tops / _scale(top)) ** power, axis)
+        return top.squeeze(axis), jnp.sum(totals * _share(tops, top) ** power, axis)
 
     return Norm(moments, join, lambda top, total: top * _root(total, power))
 
@@ -220,9 +220,12 @@ def _max(values: Array, axes: Axes) -> Array:
     return jnp.max(values, axes, keepdims=True, initial=0)
 
 
-def _scale(top: Array) -> Array:
-    """A number to divide by before raising to a power: `top`, unless that is 0, infinite or NaN."""
-    return jax.lax.stop_gradient(jnp.where((top > 0) & jnp.isfinite(top), top, 1))
+def _share(values: Array, top: Array) -> Array:
+    """`values / top`, where the top is a positive float; otherwise the values."""
+    top = jax.lax.stop_gradient(jnp.where((top > 0) & jnp.isfinite(top), top, 1))
+    # A quarter of both, because the compiler multiplies by 1 / top, which is flushed to 0 for the largest floats.
+    quarter = jnp.where(top > 1, 0.25, 1).astype(top.dtype)
+    return values * quarter / (top * quarter)
 
 
 def _root(total: Array, p: float) -> Array:

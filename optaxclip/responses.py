@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -90,17 +91,36 @@ def band(size: Array, limit: Array, *, low: float = 0.5) -> Array:
     return jnp.where(limit < jnp.inf, jnp.clip(size, low * limit, limit), size)
 
 
+@jax.custom_jvp
 def factors(size: Array, target: Array) -> tuple[Array, Array]:
     """Two factors whose product is `target / size`; the first is 0 where nothing is to change.
 
     The quotient need not be a float where the result is one: 1e-40 is flushed to 0 on many
     machines. The first factor, an exact power of two, brings it into range.
     """
+    first, divisor = _first_factor(size, target)
+    return first, target / divisor
+
+
+@factors.defjvp
+def _factors_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    # The rule of quotients with one division where the textbook has size^2, which leaves the float range.
+    size, target = primals
+    first, second = factors(size, target)
+    _, divisor = _first_factor(size, target)
+    change = (tangents[1] - second * jnp.where(first > 0, first, 1) * tangents[0]) / divisor
+    return (first, second), (jnp.zeros_like(first), jnp.where(first > 0, change, 0).astype(second.dtype))
+
+
+def _first_factor(size: Array, target: Array) -> tuple[Array, Array]:
+    """The first factor, and what the target is to be divided by for the second."""
     changed, far = target != size, 2.0**64
-    divisor = jnp.where(changed & (size > 0), size, 1)  # keeps derivatives finite
-    ratio = target / divisor
-    first = jnp.where(ratio < 1 / far, 1 / far, jnp.where(ratio > far, far, 1)).astype(ratio.dtype)
-    return jnp.where(changed, first, 0), target / (divisor * first)
+    positive = jnp.where(changed & (size > 0), size, 1)
+    ratio = target / positive
+    step = jnp.where((ratio < 1 / far) & (positive > 1), 1 / far, jnp.where(ratio > far, far, 1)).astype(ratio.dtype)
+    return jnp.where(changed, step, 0), positive * step
 
 
 def multiply(gradient: Array, first: Array, second: Array) -> Array:

@@ -1,0 +1,248 @@
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import optaxclip
+from optaxclip import scopes
+
+
+def random_leaves(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+@functools.cache
+def compiled(scope, limit):
+    clip = optaxclip.clip(limit, scope=scope)
+    return jax.jit(lambda grads: clip.update(grads, clip.init(grads)))
+
+
+def clipped(scope, grads, limit=0.5):
+    return compiled(scope, limit)(grads)
+
+
+def assert_grouped(scope, groups, grads, limit=0.5):
+    expected = reference.clip(grads, groups, reference.l2, lambda places: limit)
+    updates = clipped(scope, grads, limit)[0]
+    assert set(updates) == set(expected)
+    for name, leaf in updates.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=3e-6, err_msg=name)
+    return updates
+
+
+SHAPES = {
+    "scale": (),
+    "bias": (3,),
+    "dense": (4, 3),
+    "heads": (4, 2, 3),
+    "conv": (2, 1, 3, 4),
+    "single": (5, 1),
+    "none": (0, 2),
+}
+GRADS = random_leaves(SHAPES)
+SCOPES = {
+    "tree": (scopes.tree(), reference.tree),
+    "group": (scopes.group(lambda path: path[-1]), reference.group(lambda name: name[-1])),
+    "leaf": (scopes.leaf(), reference.leaf),
+    "unit": (scopes.unit(), reference.unit),
+    "element": (scopes.element(), reference.element),
+}
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_the_numbers_that_share_a_size_are_those_of_the_definition(name):
+    assert_grouped(*SCOPES[name], GRADS)
+
+
+@pytest.mark.parametrize("name", SCOPES)
+@pytest.mark.parametrize("shapes", [{"a": ()}, {"a": (3,), "b": (3,)}, {"a": (2, 2)}, {"a": (0,)}, {"a": (1, 1), "b": ()}])
+def test_so_they_are_in_small_trees(shapes, name):
+    assert_grouped(*SCOPES[name], random_leaves(shapes), limit=0.1)
+
+
+def test_from_tree_to_element_each_scope_refines_the_one_before():
+    counts = [len(groups(GRADS)) for _, groups in SCOPES.values()]
+    assert counts == sorted(counts) and len(set(counts)) == 5
+    sizes = {name: float(clipped(scope, GRADS)[1].reading.size_before.max()) for name, (scope, _) in SCOPES.items()}
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+
+
+# group
+
+
+def test_a_leaf_whose_group_is_none_is_neither_measured_nor_clipped():
+    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([jnp.nan, 1e30])}
+    updates, state = clipped(scopes.group(lambda path: None if path == "b" else "all"), grads, 1.0)
+    np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], grads["b"])
+    assert state.reading.size_before == pytest.approx([5.0])
+
+
+def test_groups_of_none_alone_leave_the_tree_as_it_is():
+    updates, state = clipped(scopes.group(lambda path: None), {"a": jnp.array([3.0, 4.0])}, 1.0)
+    np.testing.assert_array_equal(updates["a"], [3, 4])
+    assert state.reading.size_before.shape == (0,)
+
+
+class Layer(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def test_paths_are_simple_words_between_slashes():
+    seen = []
+    grads = {"encoder": [Layer(jnp.ones(2), jnp.ones(1)), (jnp.ones(1), None)], "head": {1: jnp.ones(1), 2: jnp.array([1])}}
+    clipped(scopes.group(lambda path: seen.append(path) or "all"), grads)
+    assert set(seen) == {"encoder/0/kernel", "encoder/0/bias", "encoder/1/0", "head/1"}  # neither None nor integers
+
+
+def test_functions_of_axes_get_the_path_and_the_shape():
+    seen = []
+    clipped(scopes.unit(lambda path, shape: seen.append((path, shape)) or ()), {"a": [jnp.ones((2, 3)), jnp.ones(())]})
+    assert set(seen) == {("a/0", (2, 3)), ("a/1", ())}
+
+
+def test_leaves_whose_paths_look_alike_are_still_two_leaves():
+    grads = {"a/b": jnp.array([3.0, 4.0]), "a": {"b": jnp.array([0.3])}}
+    for scope in scopes.leaf(), scopes.unit():
+        updates, state = clipped(scope, grads, 1.0)
+        np.testing.assert_allclose(updates["a/b"], [0.6, 0.8], rtol=1e-6)
+        np.testing.assert_array_equal(updates["a"]["b"], grads["a"]["b"])
+        assert sorted(state.reading.size_before.tolist()) == pytest.approx([0.3, 5.0])
+
+
+# unit
+
+CONVENTIONS = {
+    (): (),
+    (5,): (0,),
+    (0,): (0,),
+    (1, 4): (0, 1),
+    (4, 1): (0, 1),
+    (1, 1, 1, 4): (0, 1, 2, 3),
+    (1, 1, 1, 1, 1, 4): (0, 1, 2, 3, 4, 5),
+    (2, 3): (0,),
+    (0, 3): (0,),
+    (3, 0): (0,),
+    (2, 3, 4): (0,),
+    (1, 3, 4): (0,),
+    (2, 2, 2, 3): (0, 1, 2),
+    (1, 1, 2, 3): (0, 1, 2),
+    (2, 2, 2, 3, 1): (0, 1, 2, 3),
+    (1, 2, 2, 2, 3): (0, 1, 2, 3),
+    (1, 2, 1, 2, 2, 3): (0, 1, 2, 3, 4),
+}
+
+
+@pytest.mark.parametrize("shape, axes", CONVENTIONS.items(), ids=str)
+def test_units_are_those_of_the_conventions(shape, axes):
+    assert scopes.unit().axes("w", shape) == axes
+    assert tuple(reference.fan_in(shape)) == axes
+
+
+def test_units_of_every_rank_are_clipped_by_the_conventions():
+    assert_grouped(scopes.unit(), reference.unit, random_leaves({str(shape): shape for shape in CONVENTIONS}))
+
+
+@pytest.mark.parametrize(
+    "axes, of_rank",
+    [
+        (0, {0: [], 1: [0], 2: [0], 3: [0]}),
+        (-1, {0: [], 1: [0], 2: [1], 3: [2]}),
+        ((0, 1), {0: [], 1: [0], 2: [0, 1], 3: [0, 1]}),
+        ([1, 0], {0: [], 1: [0], 2: [0, 1], 3: [0, 1]}),
+        ((-1, -2), {0: [], 1: [0], 2: [0, 1], 3: [1, 2]}),
+        (2, {0: [], 1: [0], 2: [0, 1], 3: [2]}),
+        ((0, 0), {0: [], 1: [0], 2: [0], 3: [0]}),
+        ((), {0: [], 1: [], 2: [], 3: []}),
+    ],
+    ids=str,
+)
+def test_fixed_axes_are_measured_together_and_leaves_with_too_few_are_one_unit(axes, of_rank):
+    grads = random_leaves({"scale": (), "bias": (3,), "dense": (4, 3), "heads": (4, 2, 3)})
+    assert_grouped(scopes.unit(axes), reference.along(lambda shape: of_rank[len(shape)]), grads)
+
+
+def test_axes_can_depend_on_the_leaf_and_none_leaves_it_alone():
+    grads = random_leaves({"a": (4, 3), "b": (4, 3), "c": (4, 3)}) | {"d": jnp.array([jnp.nan, 3.0])}
+    updates, state = clipped(scopes.unit(lambda path, shape: {"a": 0, "b": [-1], "c": (0, 1), "d": None}[path]), grads)
+    for name, axes in ("a", 0), ("b", 1), ("c", (0, 1)):
+        leaf = np.asarray(grads[name], float)
+        sizes = np.sqrt(np.sum(leaf**2, axes, keepdims=True))
+        np.testing.assert_allclose(updates[name], leaf * np.minimum(1, 0.5 / sizes), rtol=3e-6)
+    np.testing.assert_array_equal(updates["d"], grads["d"])
+    assert state.reading.size_before.shape == (3,)
+
+
+@pytest.mark.parametrize("axes", [5, (0, 2), -3])
+@pytest.mark.parametrize("argument", ["axes", "batch_axes"])
+def test_a_function_that_chooses_an_axis_that_is_not_there_is_told_so(argument, axes):
+    scope = scopes.unit(**{argument: lambda path, shape: axes})
+    advice = rf"^{argument} chose .* for the leaf 'a/w' of shape \(2, 3\); return axes that it has, or None to leave it alone$"
+    with pytest.raises(ValueError, match=advice):
+        optaxclip.clip(1.0, scope=scope).init({"a": {"w": jnp.ones((2, 3))}})
+    with pytest.raises(ValueError, match=advice):
+        optaxclip.clip(1.0, scope=scope).update({"a": {"w": jnp.ones((2, 3))}}, optaxclip.clip(1.0).init(jnp.ones(2)))
+
+
+# Stacked layers
+
+
+def layers(tree):
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(3)]
+
+
+@pytest.mark.parametrize("scope", [scopes.leaf, scopes.unit])
+@pytest.mark.parametrize("batch_axes", [0, (0,), [-5], lambda path, shape: 0], ids=["0", "(0,)", "[-5]", "function"])
+def test_a_stack_is_clipped_like_its_layers(scope, batch_axes):
+    shapes = {"conv": (2, 1, 3, 4)} if batch_axes == [-5] else {name: shape for name, shape in SHAPES.items() if 0 not in shape}
+    stacked = random_leaves({name: (3, *shape) for name, shape in shapes.items()})
+    one_layer, updates = scope(), clipped(scope(batch_axes=batch_axes), stacked)[0]
+    for layer, expected in zip(layers(updates), layers(stacked), strict=True):
+        unstacked = clipped(one_layer, expected)[0]
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), layer, unstacked)
+
+
+@pytest.mark.parametrize("scope", [scopes.leaf, scopes.unit])
+def test_stacks_can_have_two_axes_or_one_behind(scope):
+    (leaf,) = random_leaves({"a": (2, 4, 3, 5)}).values()
+    one_layer, updates = scope(), clipped(scope(batch_axes=(0, -1)), leaf)[0]
+    for i in range(2):
+        for j in range(5):
+            np.testing.assert_allclose(updates[i, ..., j], clipped(one_layer, leaf[i, ..., j])[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scope", [scopes.leaf, scopes.unit])
+def test_leaves_can_be_stacked_or_not(scope):
+    one_layer, grads = scope(), random_leaves({"stack": (3, 4, 2), "plain": (3, 4)})
+    updates = clipped(scope(batch_axes=lambda path, shape: 0 if path == "stack" else None), grads)[0]
+    np.testing.assert_allclose(updates["plain"], clipped(one_layer, grads["plain"])[0], rtol=1e-6)
+    for i in range(3):
+        np.testing.assert_allclose(updates["stack"][i], clipped(one_layer, grads["stack"][i])[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scope", [scopes.leaf, scopes.unit])
+def test_a_leaf_without_the_fixed_batch_axis_is_no_stack(scope):
+    grads = {"scale": jnp.array(3.0), "bias": jnp.array([3.0, 4.0])}
+    updates = clipped(scope(batch_axes=1), grads, 1.0)[0]
+    np.testing.assert_allclose(updates["bias"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(updates["scale"], 1.0, rtol=1e-6)
+
+
+# Split over devices
+
+
+def test_whether_a_number_is_split_does_not_depend_on_other_leaves():
+    def update(grads):
+        clip = optaxclip.clip(1.0, scope=scopes.unit(), axis_name="devices")
+        return clip.update(grads, clip.init(grads))[0]
+
+    alone = {"scale": jnp.array([3.0, 4.0])}
+    with_others = {**alone, "dense": jnp.ones((2, 3, 2))}
+    run = jax.vmap(update, axis_name="devices")
+    np.testing.assert_allclose(run(alone)["scale"], run(with_others)["scale"], rtol=1e-6)

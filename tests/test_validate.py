@@ -1,0 +1,373 @@
+import ast
+import inspect
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip
+from optaxclip import _validate, norms, scopes, thresholds
+
+# What each function of `_validate` refuses, and in which words.
+REFUSALS = {
+    "number": [
+        (("c", -1.0), {}, ValueError, "c must be in [0, inf], got -1.0; pass a number inside"),
+        (("c", np.float32(-1)), {}, ValueError, "c must be in [0, inf], got -1.0; pass a number inside"),
+        (("c", jnp.array(-1.0)), {}, ValueError, "c must be in [0, inf], got -1.0; pass a number inside"),
+        (("c", math.nan), {}, ValueError, "c must be in [0, inf], got nan; pass a number inside"),
+        (("c", jnp.array(jnp.nan)), {}, ValueError, "c must be in [0, inf], got nan; pass a number inside"),
+        (("c", 1.5), {"high": 1.0}, ValueError, "c must be in [0, 1], got 1.5; pass a number inside"),
+        (("c", 0.0), {"high": 1.0, "exclusive": True}, ValueError, "c must be in (0, 1), got 0.0; pass a number inside"),
+        (("c", 1.0), {"high": 1.0, "exclusive": True}, ValueError, "c must be in (0, 1), got 1.0; pass a number inside"),
+        (("c", "1.0"), {}, TypeError, "c must be a real number, got '1.0' (str); pass a float such as 1.0"),
+        (("c", None), {}, TypeError, "c must be a real number, got None (NoneType); pass a float such as 1.0"),
+        (("c", True), {}, TypeError, "c must be a real number, got True (bool); pass a float such as 1.0"),
+        (("c", np.True_), {}, TypeError, "c must be a real number, got np.True_ (bool); pass a float such as 1.0"),
+        (("c", np.array(True)), {}, TypeError, "c must be a real number, got array(True) (ndarray); pass a float such as 1.0"),
+        (("c", 1j), {}, TypeError, "c must be a real number, got 1j (complex); pass a float such as 1.0"),
+        (("c", np.array(1j)), {}, TypeError, "c must be a real number, got array(0.+1.j) (ndarray); pass a float such as 1.0"),
+        (("c", [1.0]), {}, TypeError, "c must be a real number, got [1.0] (list); pass a float such as 1.0"),
+        (
+            ("c", np.ones(2)),
+            {},
+            ValueError,
+            "c must be one number, got an array of shape (2,); give groups limits of their own with a dict and scopes.group, "
+            "or try several at once with jax.vmap",
+        ),
+    ],
+    "count": [
+        (("n", 1.0), {}, TypeError, "n must be an integer, got 1.0 (float); pass a count such as 1"),
+        (("n", True), {}, TypeError, "n must be an integer, got True (bool); pass a count such as 1"),
+        (("n", None), {"low": 5}, TypeError, "n must be an integer, got None (NoneType); pass a count such as 5"),
+        (("n", 0), {}, ValueError, "n must be at least 1, got 0; pass a larger count"),
+        (("n", np.int64(-1)), {"low": 0}, ValueError, "n must be at least 0, got -1; pass a larger count"),
+    ],
+    "option": [(("o", "c", ("a", "b")), {}, ValueError, "o must be one of 'a', 'b', got 'c'; choose one of these")],
+    "part": [(("p", 3, optaxclip.Norm, "norms.l2()"), {}, TypeError, "p must be a Norm, got 3; pass one such as norms.l2()")],
+    "function": [(("f", 3, "len"), {}, TypeError, "f must be a function, got 3; pass one such as len")],
+    "names": [
+        (
+            (["a", "b", "c"], ["a"]),
+            {},
+            ValueError,
+            "threshold has limits for ['b', 'c'], but the tree has only the groups ['a']; remove or rename them",
+        ),
+        (
+            (["a"], ["a", "c", "b"]),
+            {},
+            ValueError,
+            "threshold has no limit for the groups ['b', 'c']; add one for each, float('inf') for no limit",
+        ),
+    ],
+    "params_given": [
+        (
+            (None,),
+            {},
+            ValueError,
+            "this threshold is relative to the parameters, got params=None; call update(updates, state, params)",
+        )
+    ],
+    "parameter": [
+        (
+            ("a/b", np.ones(3), (2,)),
+            {},
+            ValueError,
+            "params has shape (3,) at 'a/b', where updates has shape (2,); pass the params that these are updates of",
+        ),
+        (
+            ("a/b", None, ()),
+            {},
+            ValueError,
+            "params has nothing at 'a/b', where updates has shape (); pass the params that these are updates of",
+        ),
+        (
+            ("a", optax.MaskedNode(), ()),
+            {},
+            ValueError,
+            "params has nothing at 'a', where updates has shape (); pass the params that these are updates of",
+        ),
+    ],
+    "real": [
+        (
+            (np.dtype("complex64"),),
+            {},
+            TypeError,
+            "bounds that differ by sign need real updates, got complex64; cut complex numbers by magnitude with "
+            "clip_by_value(limit)",
+        )
+    ],
+}
+ACCEPTED = {
+    "number": [(("c", x), {}) for x in (0, 1.0, math.inf, np.float32(1), np.int64(1), np.array(1), jnp.array(1.0))],
+    "count": [(("n", 1), {}), (("n", np.int32(1)), {}), (("n", 0), {"low": 0})],
+    "option": [(("o", "a", ("a", "b")), {})],
+    "part": [(("p", norms.l2(), optaxclip.Norm, ""), {})],
+    "function": [(("f", len, ""), {})],
+    "names": [((["b", "a"], ["a", "b", "a"]), {}), (([], []), {})],
+    "params_given": [((np.ones(2),), {}), (([],), {})],
+    "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
+    "real": [((np.dtype("float16"),), {})],
+}
+SOURCE = pathlib.Path(optaxclip.__file__).parent
+
+
+def exactly(words):
+    return f"^{re.escape(words)}$"
+
+
+@pytest.mark.parametrize("name, args, options, error, words", [(name, *one) for name, all in REFUSALS.items() for one in all])
+def test_refusals_say_what_it_was_and_what_to_do(name, args, options, error, words):
+    with pytest.raises(error, match=exactly(words)):
+        getattr(_validate, name)(*args, **options)
+
+
+@pytest.mark.parametrize("name, args, options", [(name, *one) for name, all in ACCEPTED.items() for one in all])
+def test_what_is_right_is_accepted(name, args, options):
+    assert getattr(_validate, name)(*args, **options) is None
+
+
+def test_a_traced_number_passes_unless_its_type_or_shape_is_wrong():
+    jax.jit(lambda x: _validate.number("c", x))(-1.0)
+    with pytest.raises(ValueError, match=r"^c must be one number, got an array of shape \(2,\); give groups"):
+        jax.jit(lambda x: _validate.number("c", x))(np.ones(2))
+    for wrong in 1j, True:
+        with pytest.raises(TypeError, match="^c must be a real number, got "):
+            jax.jit(lambda x: _validate.number("c", x))(wrong)
+
+
+# Construction: each argument of each row
+
+THRESHOLDS = {
+    "threshold": [
+        optaxclip.clip,
+        thresholds.constant,
+        thresholds.as_threshold,
+        thresholds.as_thresholds,
+        lambda value: thresholds.at_most(value, 1.0),
+        lambda value: thresholds.at_least(value, 1.0),
+    ],
+    "bound": [lambda value: thresholds.at_most(1.0, value), lambda value: thresholds.at_least(1.0, value)],
+    "before": [lambda value: thresholds.switch(1, value, 1.0)],
+    "after": [lambda value: thresholds.switch(1, 1.0, value)],
+    "limit": [optaxclip.clip_by_value],
+    "high": [lambda value: optaxclip.clip_by_value(low=-1.0, high=value)],
+    "max_norm": [optaxclip.clip_by_norm, optaxclip.clip_by_global_norm],
+    "max_rms": [optaxclip.clip_by_block_rms],
+    "ratio": [optaxclip.adaptive_grad_clip, thresholds.relative],
+    "floor": [lambda value: optaxclip.adaptive_grad_clip(floor=value), lambda value: thresholds.relative(0.1, floor=value)],
+    "threshold['a']": [
+        lambda value: optaxclip.clip({"a": value, "b": 1.0}),
+        lambda value: thresholds.as_thresholds({"a": value}),
+    ],
+    "max_norm['a']": [
+        lambda value: optaxclip.clip_by_norm({"a": value}),
+        lambda value: optaxclip.clip_by_global_norm({"a": value}),
+    ],
+    "limit['a']": [lambda value: optaxclip.clip_by_value({"a": value})],
+    "max_rms['a']": [lambda value: optaxclip.clip_by_block_rms({"a": value})],
+}
+BAD_NUMBERS = [
+    (-0.5, ValueError, r"must be in \[0, inf\], got -0\.5; pass a number inside"),
+    (-math.inf, ValueError, r"must be in \[0, inf\], got -inf; pass a number inside"),
+    (math.nan, ValueError, r"must be in \[0, inf\], got nan; pass a number inside"),
+    (np.ones(2), ValueError, r"must be one number, got an array of shape \(2,\); give groups limits of their own with a dict"),
+    ("1.0", TypeError, r"must be a real number, got '1\.0' \(str\); pass a float such as 1\.0"),
+    (None, TypeError, r"must be a real number, got None \(NoneType\); pass a float such as 1\.0"),
+    (True, TypeError, r"must be a real number, got True \(bool\); pass a float such as 1\.0"),
+    (1j, TypeError, r"must be a real number, got 1j \(complex\); pass a float such as 1\.0"),
+    ([1.0], TypeError, r"must be a real number, got \[1\.0\] \(list\); pass a float such as 1\.0"),
+]
+
+
+@pytest.mark.parametrize("value, error, words", BAD_NUMBERS, ids=[str(value) for value, *_ in BAD_NUMBERS])
+@pytest.mark.parametrize("name, makers", THRESHOLDS.items(), ids=list(THRESHOLDS))
+def test_every_limit_is_checked_when_it_is_made(name, makers, value, error, words):
+    for make in makers:
+        with pytest.raises(error, match=f"^{re.escape(name)} {words}"):
+            make(value)
+
+
+def test_both_bounds_are_checked():
+    for low, words in (0.5, "got 0.5"), (math.nan, "got nan"), (math.inf, "got inf"):
+        for make in (lambda low: optaxclip.clip_by_value(low, 1.0)), (lambda low: optaxclip.clip_by_value(low=low, high=1.0)):
+            with pytest.raises(ValueError, match=exactly(f"low must be in [-inf, 0], {words}; pass a number inside")):
+                make(low)
+    with pytest.raises(TypeError, match="^low must be a real number, got '-1' "):
+        optaxclip.clip_by_value("-1", 1.0)
+    with pytest.raises(TypeError, match="^low must be a real number, got None "):
+        optaxclip.clip_by_value(high=1.0)
+    with pytest.raises(TypeError, match="^high must be a real number, got None "):
+        optaxclip.clip_by_value(low=-1.0)
+    with pytest.raises(TypeError, match="^limit must be a real number, got None "):
+        optaxclip.clip_by_value()
+
+
+def test_three_bounds_are_one_too_many():
+    with pytest.raises(TypeError, match="limit"):
+        optaxclip.clip_by_value(1.0, 2.0, low=-1.0)
+    with pytest.raises(TypeError, match="^high must be a real number, got None "):
+        optaxclip.clip_by_value(1.0, low=-1.0)
+
+
+def test_bounds_that_differ_by_sign_refuse_complex_updates():
+    for grads in jnp.array([1j]), {"a": jnp.ones(2), "b": jnp.array([1j])}:
+        with pytest.raises(TypeError, match="^bounds that differ by sign need real updates, got complex64; cut complex"):
+            optaxclip.clip_by_value(-1.0, 1.0).init(grads)
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (
+            lambda: optaxclip.clip(1.0, scope="tree"),
+            TypeError,
+            "scope must be a Scope, got 'tree'; pass one such as scopes.tree()",
+        ),
+        (lambda: optaxclip.clip(1.0, norm=2), TypeError, "norm must be a Norm, got 2; pass one such as norms.l2()"),
+        (
+            lambda: optaxclip.clip(1.0, response="clamp"),
+            TypeError,
+            "response must be a function, got 'clamp'; pass one such as responses.rescale",
+        ),
+        (
+            lambda: optaxclip.clip(1.0, nonfinite="skip"),
+            ValueError,
+            "nonfinite must be one of 'propagate', 'zero', 'raise', got 'skip'; choose one of these",
+        ),
+        (lambda: norms.lp(0.5), ValueError, "p must be in [1, inf], got 0.5; pass a number inside"),
+        (lambda: norms.lp(math.nan), ValueError, "p must be in [1, inf], got nan; pass a number inside"),
+        (lambda: norms.lp("2"), TypeError, "p must be a real number, got '2' (str); pass a float such as 1.0"),
+        (
+            lambda: scopes.group("encoder"),
+            TypeError,
+            "name_of must be a function, got 'encoder'; pass one such as lambda path: path.split(\"/\")[0]",
+        ),
+        (
+            lambda: thresholds.scheduled(1.0),
+            TypeError,
+            "schedule must be a function, got 1.0; pass one such as optax.linear_schedule(1.0, 0.1, 1000)",
+        ),
+        (
+            lambda: thresholds.switch(1.5, 1.0, 1.0),
+            TypeError,
+            "steps must be an integer, got 1.5 (float); pass a count such as 1",
+        ),
+        (
+            lambda: thresholds.switch(True, 1.0, 1.0),
+            TypeError,
+            "steps must be an integer, got True (bool); pass a count such as 1",
+        ),
+        (lambda: thresholds.switch(-1, 1.0, 1.0), ValueError, "steps must be at least 0, got -1; pass a larger count"),
+    ],
+)
+def test_every_other_argument_is_checked_when_it_is_made(make, error, words):
+    with pytest.raises(error, match=exactly(words)):
+        make()
+
+
+def test_parts_that_were_not_called_are_refused():
+    for name, part, example in ("scope", scopes.tree, "scopes.tree()"), ("norm", norms.l2, "norms.l2()"):
+        with pytest.raises(
+            TypeError, match=rf"^{name} must be a {name.title()}, got <function .*>; pass one such as {re.escape(example)}$"
+        ):
+            optaxclip.clip(1.0, **{name: part})
+
+
+@pytest.mark.parametrize("axes", ["0", 1.5, True, (0, 1.5), (True,), {0}])
+@pytest.mark.parametrize("name, make", [("axes", scopes.unit), ("batch_axes", scopes.unit), ("batch_axes", scopes.leaf)])
+def test_axes_are_checked_when_they_are_given(name, make, axes):
+    words = f"{name} must be axes or a function (path, shape) -> axes, got {axes!r}; pass one such as (0, 1)"
+    with pytest.raises(TypeError, match=exactly(words)):
+        make(**{name: axes})
+
+
+def test_rows_check_the_keywords_of_clip():
+    makers = [optaxclip.clip_by_norm, optaxclip.clip_by_global_norm, optaxclip.clip_by_block_rms, optaxclip.adaptive_grad_clip]
+    for make in [*makers, optaxclip.clip_by_value, lambda c, **options: optaxclip.clip_by_value(-c, c, **options)]:
+        for option, value, error in ("nonfinite", "x", ValueError), ("response", 3, TypeError), ("scope", 3, TypeError):
+            with pytest.raises(error, match=f"^{option} must be .*got '?{value}'?; "):
+                make(1.0, **{option: value})
+        with pytest.raises(TypeError, match="unexpected keyword argument 'treshold'"):
+            make(1.0, treshold=2.0)
+
+
+# On update
+
+GRADS = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+
+
+@pytest.mark.parametrize(
+    "make", [optaxclip.adaptive_grad_clip, lambda: optaxclip.clip(thresholds.at_most(thresholds.relative(0.1), 1.0))]
+)
+@pytest.mark.parametrize(
+    "params, words",
+    [
+        (None, "this threshold is relative to the parameters, got params=None; call update(updates, state, params)"),
+        (
+            {**GRADS, "b": None},
+            "params has nothing at 'b', where updates has shape (3,); pass the params that these are updates of",
+        ),
+        (
+            {**GRADS, "b": optax.MaskedNode()},
+            "params has nothing at 'b', where updates has shape (3,); pass the params that these are updates of",
+        ),
+        (
+            {**GRADS, "a": jnp.ones((3, 2))},
+            "params has shape (3, 2) at 'a', where updates has shape (2, 3); pass the params that these are updates of",
+        ),
+    ],
+)
+def test_parameters_are_checked_when_a_limit_needs_them(make, params, words):
+    clip = make()
+    with pytest.raises(ValueError, match=exactly(words)):
+        clip.update(GRADS, clip.init(GRADS), params)
+
+
+def test_parameters_are_not_looked_at_where_no_limit_needs_them():
+    clip = optaxclip.clip(1.0)
+    for params in None, {"other": jnp.ones(1)}:
+        clip.update(GRADS, clip.init(GRADS), params)
+
+
+def test_parameters_may_be_more_than_the_updates():
+    clip = optaxclip.adaptive_grad_clip()
+    grads = {"a": GRADS["a"], "b": None}
+    updates, _ = clip.update(grads, clip.init(GRADS | {"b": None}), GRADS)
+    assert updates["b"] is None
+
+
+# Nothing is forgotten
+
+
+def test_every_function_of_validate_is_in_the_tables_above():
+    functions = {name for name, value in vars(_validate).items() if inspect.isfunction(value)}
+    assert functions == set(REFUSALS) == set(ACCEPTED)
+
+
+def raises(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+
+
+def test_every_refusal_of_validate_has_a_case_above():
+    tree = ast.parse((SOURCE / "_validate.py").read_text())
+    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef)]:
+        expected = sum(isinstance(node, ast.Raise) for node in ast.walk(function))
+        kinds = {(error, words.split(" got ")[0].split(" has ")[-1][:12]) for _, _, error, words in REFUSALS[function.name]}
+        assert len(kinds) >= expected > 0, function.name
+
+
+def test_all_refusals_are_in_validate_but_those_of_axes():
+    elsewhere = [path.name for path in sorted(SOURCE.rglob("*.py")) if path.name != "_validate.py" for _ in raises(path)]
+    assert elsewhere == ["scopes.py", "scopes.py"]  # both tested: above, and in `test_scopes.py`
+
+
+def test_every_refusal_gives_the_value_and_advice():
+    for path in SOURCE.rglob("*.py"):
+        for node in raises(path):
+            words = ast.unparse(node)
+            assert re.search(r"\bgot\b|\bhas\b|\bchose\b", words) and ";" in words, words
