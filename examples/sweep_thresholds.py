@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from matplotlib.figure import Figure
-from mlp_regression import BATCHES, OPTIMIZERS, TEST, Transform, command_line, quartiles, save, train, with_norms
+from mlp_regression import BATCHES, OPTIMIZERS, TEST, Transform, train, with_norms
+from report import command_line, quartiles, save
 from tqdm import tqdm
 
 import optaxclip

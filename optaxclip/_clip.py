@@ -101,31 +101,29 @@ def clip(
     _validate.function("response", response, "responses.rescale")
     _validate.option("nonfinite", nonfinite, POLICIES)
 
-    def init(params: optax.Params) -> ClipState:
+    def init(params: Any) -> Any:
         layout = scopes.lay_out(scope, params)
         shapes = jax.eval_shape(lambda leaves: _measure(norm, layout, leaves), layout.gradients)
         sizes = [jnp.zeros(size.shape, size.dtype) for size in shapes]
         states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
         return ClipState(jnp.zeros((), jnp.int32), states, _record(None, layout, sizes, sizes, sizes) if record else None)
 
-    def update(
-        updates: optax.Updates, state: ClipState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, ClipState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
-        layout = scopes.lay_out(scope, updates)
+        layout = scopes.lay_out(scope, updates, params)
         rules = _rules(threshold, layout)
+        _validate.same_blocks(len(rules), len(state.rules))
         measure = functools.partial(_measure, norm, layout, axis_name=axis_name)
 
         sizes = measure(layout.gradients)
         contexts = _contexts(rules, state.step, lambda: measure(layout.matching(params)))
-        limits = [_limit(*block) for block in zip(rules, sizes, state.rules, contexts, strict=True)]
+        limits = list(map(_limit, rules, sizes, state.rules, contexts))
         clipped, clipped_sizes = _respond(response, nonfinite, layout, sizes, limits)
-        blocks = zip(rules, sizes, clipped_sizes, state.rules, contexts, strict=True)
-        learned = tuple(rule.learn(*observation) for rule, *observation in blocks)
+        learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, sizes, clipped_sizes, state.rules, contexts))
         reading = _record(state.reading, layout, sizes, clipped_sizes, limits) if record else None
         if nonfinite == "raise":
             _check_finite(layout, sizes)
-        return layout.rebuild(clipped), ClipState(optax.safe_increment(state.step), learned, reading)
+        return layout.rebuild(clipped), ClipState(jnp.asarray(optax.safe_increment(state.step)), learned, reading)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -208,6 +206,7 @@ def _record(
     counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
     if reading is None:
         return Reading(measured, jnp.zeros_like(counted))
+    _validate.same_blocks(measured.shape[1], reading.measured.shape[1])
     return Reading(measured.astype(reading.measured.dtype), reading.counted + counted)
 
 

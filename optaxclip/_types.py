@@ -72,7 +72,7 @@ class Context(NamedTuple):
     """
 
     step: Array
-    param_sizes: Array | None = None
+    param_sizes: Any = None
 
 
 class Threshold(NamedTuple):

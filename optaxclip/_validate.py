@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, exclusive: bool = False) -> None:
@@ -28,7 +29,7 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, e
             f"{name} must be one number, got an array of shape {value.shape}; give groups limits of their own "
             "with a dict and scopes.group, or try several at once with jax.vmap"
         )
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if not (low < value < high if exclusive else low <= value <= high):
         bounds = f"({low:g}, {high:g})" if exclusive else f"[{low:g}, {high:g}]"
@@ -90,7 +91,8 @@ def names(given: Iterable[str], found: Iterable[str]) -> None:
     given, found = set(given), set(found)
     if given - found:
         raise ValueError(
-            f"threshold has limits for {sorted(given - found)}, but the tree has only the groups {sorted(found)}; remove or rename them"
+            f"threshold has limits for {sorted(given - found)}, but the tree has only the groups {sorted(found)}; "
+            "remove or rename them"
         )
     if found - given:
         raise ValueError(
@@ -108,7 +110,7 @@ def params_given(params: Any) -> None:
         raise ValueError("this threshold is relative to the parameters, got params=None; call update(updates, state, params)")
 
 
-def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
+def parameter(param: Any, shape: tuple[int, ...]) -> None:
     """Refuses a parameter that cannot be the one of a gradient of this shape.
 
     Raises:
@@ -117,7 +119,20 @@ def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
     found = None if param is None or isinstance(param, tuple) else jnp.shape(param)
     if found != shape:
         raise ValueError(
-            f"params has {'nothing' if found is None else f'shape {found}'} at {path!r}, where updates has shape {shape}; pass the params that these are updates of"
+            f"params has shape {found} where updates has shape {shape}; pass the params that these updates are for"
+        )
+
+
+def same_blocks(given: int, known: int) -> None:
+    """Refuses updates that have other groups than the tree that the state was made for.
+
+    Raises:
+        ValueError: their numbers differ.
+    """
+    if given != known:
+        raise ValueError(
+            f"updates has {given} groups, but state was made for {known}; call init on a tree with the same leaves, "
+            "or update(updates, state, params) if some gradients are None"
         )
 
 
@@ -128,6 +143,4 @@ def real(dtype: Any) -> None:
         TypeError: `dtype` is complex.
     """
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"bounds that differ by sign need real updates, got {dtype}; cut complex numbers by magnitude with clip_by_value(limit)"
-        )
+        raise TypeError(f"bounds that differ by sign need real updates, got {dtype}; clip_by_value(limit) cuts by magnitude")

@@ -164,14 +164,16 @@ def measure(
         parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
         moments = [function(norm.magnitude(widen(leaf)), part) for leaf, part in zip(leaves, parts, strict=True)]
         if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
-            moments = [_joined(norm, [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments)], groups)]
+            vectors = [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments, strict=True)]
+            moments = [_joined(norm, vectors, groups)]
         if axis_name is not None:
             moments = [norm.join(jax.lax.all_gather(values, axis_name), 0) for values in moments]
         return moments
 
     moments = reduce(norm.moments, leaves)
-    if norm.rescue is not None:
-        rescued = _where_needed(moments, lambda leaves: reduce(lambda m, part: (norm.rescue(m, part),), leaves), leaves)
+    rescue = norm.rescue
+    if rescue is not None:
+        rescued = _where_needed(moments, lambda leaves: reduce(lambda m, part: (rescue(m, part),), leaves), leaves)
         moments = [near + far for near, far in zip(moments, rescued, strict=True)]
     return [norm.root(*values) for values in moments]
 

@@ -113,25 +113,20 @@ class Layout(NamedTuple):
     Attributes:
         treedef: structure of the tree, with None and `optax.MaskedNode` as leaves.
         leaves: all leaves.
-        paths: of all leaves.
         measured: positions of the leaves that are measured and clipped.
-        axes: for each measured leaf the axes measured together; None if leaves are measured whole.
-        groups: for each group, which of the measured leaves it has; empty with `axes`.
-        names: of the groups; with `axes`, paths of the measured leaves.
+        gradients: those leaves.
+        names: of the groups; with `axes`, paths of the gradients.
+        groups: for each group, which of the gradients it has; empty with `axes`.
+        axes: for each gradient the axes measured together; None if leaves are measured whole.
     """
 
     treedef: Any
     leaves: list[Any]
-    paths: list[str]
     measured: list[int]
-    axes: list[Axes] | None
-    groups: list[list[int]]
+    gradients: list[Any]
     names: list[str]
-
-    @property
-    def gradients(self) -> list[Any]:
-        """The leaves that are measured and clipped."""
-        return [self.leaves[i] for i in self.measured]
+    groups: Sequence[list[int]] = ()
+    axes: Sequence[Axes] | None = None
 
     @property
     def blocks(self) -> int:
@@ -147,14 +142,14 @@ class Layout(NamedTuple):
         return [np.array(math.prod(shape[axis] for axis in axes), float) for shape, axes in zip(shapes, self.axes, strict=True)]
 
     def per_leaf(self, blocks: list[Array]) -> list[Array]:
-        """For each measured leaf its own entry of the blocks, which broadcasts against it."""
+        """For each gradient its own entry of the blocks, which broadcasts against it."""
         if self.axes is not None:
             return blocks
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
         # A reduction, though of two equal numbers, because XLA on CPU compiles a kernel anew for every leaf that takes
         # a slice directly, and one kernel for all leaves that take the result of a reduction.
         twice = jnp.stack([blocks[0], blocks[0]], 1)
-        return [jnp.max(jax.lax.index_in_dim(twice, group_of[k], keepdims=False)) for k in range(len(self.measured))]
+        return [jnp.max(jax.lax.index_in_dim(twice, group_of[k], keepdims=False)) for k in range(len(self.gradients))]
 
     def matching(self, params: Any) -> list[Any]:
         """The leaves of `params` that belong to the gradients.
@@ -164,40 +159,50 @@ class Layout(NamedTuple):
         """
         _validate.params_given(params)
         leaves = self.treedef.flatten_up_to(params)
-        for i in self.measured:
-            _validate.parameter(self.paths[i], leaves[i], jnp.shape(self.leaves[i]))
+        for i, gradient in zip(self.measured, self.gradients, strict=True):
+            _validate.parameter(leaves[i], jnp.shape(gradient))
         return [leaves[i] for i in self.measured]
 
     def rebuild(self, gradients: list[Array]) -> Any:
         """The tree with new gradients, everything else as it was."""
         leaves = list(self.leaves)
         for i, gradient in zip(self.measured, gradients, strict=True):
-            leaves[i] = gradient
+            leaves[i] = None if leaves[i] is None else gradient
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-def lay_out(scope: Scope, tree: Any) -> Layout:
-    """Finds the leaves of `tree` that `scope` measures; integers, booleans, float0 and keys never are."""
+def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
+    """Finds the leaves of `tree` that `scope` measures; integers, booleans, float0 and keys never are.
+
+    Where a gradient is None though its parameter is there, it counts as zero, and stays None.
+    """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
-    leaves = [leaf for _, leaf in flat]
+    leaves = present = [leaf for _, leaf in flat]
+    if params is not None and any(leaf is None for leaf in leaves):
+        others = treedef.flatten_up_to(params)
+        present = [_zeros(other) if leaf is None else leaf for leaf, other in zip(leaves, others, strict=True)]
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    inexact = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
+    inexact = [i for i, leaf in enumerate(present) if _is_inexact(leaf)]
+    names = {i: paths[i] if scope.group is None else scope.group(paths[i]) for i in inexact}
+    axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.shape(present[i])) for i in inexact}
+    measured = [i for i in inexact if names[i] is not None and axes[i] is not None]
+    layout = Layout(treedef, leaves, measured, [present[i] for i in measured], [paths[i] for i in measured])
     if scope.axes is not None:
-        axes = {i: scope.axes(paths[i], jnp.shape(leaves[i])) for i in inexact}
-        measured = [i for i in inexact if axes[i] is not None]
-        return Layout(treedef, leaves, paths, measured, [axes[i] for i in measured], [], [paths[i] for i in measured])
+        return layout._replace(axes=[axes[i] or () for i in measured])
     if scope.group is None:
-        return Layout(treedef, leaves, paths, inexact, None, [[k] for k in range(len(inexact))], [paths[i] for i in inexact])
-    names = {i: scope.group(paths[i]) for i in inexact}
-    measured = [i for i in inexact if names[i] is not None]
-    groups: dict[str, list[int]] = {}
-    for position, i in enumerate(measured):
-        groups.setdefault(names[i], []).append(position)
-    return Layout(treedef, leaves, paths, measured, None, list(groups.values()), list(groups))
+        return layout._replace(groups=[[k] for k in range(len(measured))])
+    groups: dict[str | None, list[int]] = {}
+    for k, i in enumerate(measured):
+        groups.setdefault(names[i], []).append(k)
+    return layout._replace(groups=list(groups.values()), names=list(groups))
 
 
 def _is_absent(leaf: Any) -> bool:
     return leaf is None or isinstance(leaf, optax.MaskedNode)
+
+
+def _zeros(param: Any) -> Any:
+    return None if _is_absent(param) else jnp.zeros(jnp.shape(param), jnp.result_type(param))
 
 
 def _is_inexact(leaf: Any) -> bool:

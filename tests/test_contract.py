@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from jax.experimental import checkify
+from transforms import CASES, Case, expected, gather, group_size
 
 import optaxclip
-from transforms import CASES, Case, expected, gather, group_size
 
 SHAPES = {"bias": (3,), "conv": (1, 2, 2, 3), "dense": (4, 3), "scale": ()}
 # How far above its limit a clipped size may be: rounding of the result to its dtype, and float32 arithmetic.

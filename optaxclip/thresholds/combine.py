@@ -79,7 +79,7 @@ def _combine(thresholds: Sequence[Any], names: Sequence[str], choose: Callable[[
 def side_by_side(rules: Sequence[Threshold]) -> Threshold:
     """One rule for a block `[groups]`, made of a rule for each group, in their order."""
 
-    def one(block: Array | None, i: int) -> Array | None:
+    def one(block: Any, i: int) -> Any:
         return None if block is None else block[i : i + 1]
 
     def each(function: Callable[..., Any], context: Context, *blocks: Array) -> list[Any]:

@@ -27,7 +27,7 @@ def constant(value: ArrayLike) -> Threshold:
     return _memoryless(lambda sizes, context: jnp.asarray(value, sizes.dtype))
 
 
-def scheduled(schedule: Callable[[Array], ArrayLike]) -> Threshold:
+def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
     """A limit that depends on the step, such as any Optax schedule.
 
     Args:
@@ -89,7 +89,7 @@ def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
     """
     if isinstance(threshold, Threshold):
         return threshold
-    if callable(threshold):
+    if isinstance(threshold, Callable):
         return scheduled(threshold)
     _validate.number(name, threshold)
     return constant(threshold)
@@ -114,7 +114,7 @@ def negated(bound: Any, *, name: str) -> Threshold:
         TypeError: `bound` is neither a number nor a schedule.
         ValueError: `bound` is positive or NaN.
     """
-    if callable(bound):
+    if isinstance(bound, Callable):
         return scheduled(lambda step: -bound(step))
     _validate.number(name, bound, low=-math.inf, high=0.0)
     return constant(-bound)

@@ -1,0 +1,46 @@
+"""What a step costs on TPU v5e, by the compiler: no more than Optax's clipping, and nothing for what is recorded."""
+
+import optax
+import pytest
+
+import optaxclip
+from benchmarks.ahead_of_time import cost, gpt2
+
+PARAMS = gpt2()
+
+
+def with_adam(*clips):
+    return cost(optax.chain(*clips, optax.adam(1e-3)), PARAMS)
+
+
+@pytest.fixture(scope="module")
+def optax_global_norm():
+    return with_adam(optax.clip_by_global_norm(1.0))
+
+
+def test_the_counter_knows_what_is_known():
+    assert with_adam().units == pytest.approx(7, abs=1e-3)
+    assert cost(optax.sgd(0.1, momentum=0.9), PARAMS).units == pytest.approx(5, abs=1e-3)
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_global_norm_costs_what_it_costs_in_optax(optax_global_norm, record):
+    ours = with_adam(optaxclip.clip_by_global_norm(1.0, record=record))
+    assert ours.units <= 1.01 * optax_global_norm.units
+    assert ours.kernels <= optax_global_norm.kernels
+    assert ours.temporary <= 0.1
+
+
+@pytest.mark.parametrize("clip", [optaxclip.clip_by_norm(1.0), optaxclip.clip_by_block_rms(1.0)], ids=["norm", "rms"])
+def test_a_norm_per_leaf_costs_no_more_than_a_global_one(optax_global_norm, clip):
+    ours = with_adam(clip)
+    assert ours.units <= 1.01 * optax_global_norm.units
+    assert ours.temporary <= 0.1
+
+
+def test_by_value_costs_nothing():
+    assert with_adam(optaxclip.clip_by_value(1.0)).units == pytest.approx(7, abs=1e-3)
+
+
+def test_adaptive_grad_clip_reads_gradients_and_parameters_once_more():
+    assert with_adam(optaxclip.adaptive_grad_clip(0.01)).units <= 9
