@@ -110,7 +110,7 @@ def params_given(params: Any) -> None:
         raise ValueError("this threshold is relative to the parameters, got params=None; call update(updates, state, params)")
 
 
-def parameter(param: Any, shape: tuple[int, ...]) -> None:
+def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
     """Refuses a parameter that cannot be the one of a gradient of this shape.
 
     Raises:
@@ -118,8 +118,9 @@ def parameter(param: Any, shape: tuple[int, ...]) -> None:
     """
     found = None if param is None or isinstance(param, tuple) else jnp.shape(param)
     if found != shape:
+        was = "nothing" if found is None else f"shape {found}"
         raise ValueError(
-            f"params has shape {found} where updates has shape {shape}; pass the params that these updates are for"
+            f"params has {was} at {path!r}, where updates has shape {shape}; pass the params that these are updates of"
         )
 
 
@@ -136,6 +137,16 @@ def same_blocks(given: int, known: int) -> None:
         )
 
 
+def one_lower_bound(limit: Any, low: Any) -> None:
+    """Refuses a lower bound by position and by name at once.
+
+    Raises:
+        TypeError: both are given.
+    """
+    if limit is not None and low is not None:
+        raise TypeError(f"limit and low are both given, got {limit!r} and {low!r}; pass clip_by_value(low, high), or one limit")
+
+
 def real(dtype: Any) -> None:
     """Refuses complex updates where numbers are ordered.
 
@@ -143,4 +154,7 @@ def real(dtype: Any) -> None:
         TypeError: `dtype` is complex.
     """
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"bounds that differ by sign need real updates, got {dtype}; clip_by_value(limit) cuts by magnitude")
+        raise TypeError(
+            f"bounds that differ by sign need real updates, got {dtype}; "
+            "cut complex numbers by magnitude with clip_by_value(limit)"
+        )

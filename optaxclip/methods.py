@@ -11,7 +11,7 @@ from typing import Any
 
 import optax
 
-from optaxclip import norms, responses, scopes
+from optaxclip import _validate, norms, responses, scopes
 from optaxclip._clip import clip
 from optaxclip._types import Norm, Scope
 from optaxclip.thresholds import as_threshold, as_thresholds, negated, relative
@@ -61,6 +61,7 @@ def clip_by_value(
     options = {"response": responses.clamp, "scope": scope, **options}
     if low is None and high is None:
         return clip(as_thresholds(limit, name="limit"), norm=norms.linf(), **options)
+    _validate.one_lower_bound(limit, low)
     above = clip(as_threshold(high, name="high"), norm=norms.upper(), **options)
     below = clip(negated(limit if low is None else low, name="low"), norm=norms.lower(), **options)
     return optax.chain(above, below)

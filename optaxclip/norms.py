@@ -98,7 +98,7 @@ def lp(p: float) -> Norm:
     power = int(p) if float(p).is_integer() else p
 
     def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
-        top = _max(magnitudes, axes)
+        top = jax.lax.stop_gradient(_max(magnitudes, axes))  # only a scale: the size does not depend on it
         return top, _sum(_share(magnitudes, top) ** power, axes)
 
     def join(moments: tuple[Array, ...], axis: int) -> tuple[Array, Array]:
@@ -166,8 +166,9 @@ def measure(
         if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
             vectors = [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments, strict=True)]
             moments = [_joined(norm, vectors, groups)]
-        if axis_name is not None:
-            moments = [norm.join(jax.lax.all_gather(values, axis_name), 0) for values in moments]
+        if axis_name is not None:  # a single number is never split
+            split = [axes is None or part != () for part in (parts if axes else [None])]
+            moments = [norm.join(jax.lax.all_gather(m, axis_name), 0) if s else m for m, s in zip(moments, split, strict=True)]
         return moments
 
     moments = reduce(norm.moments, leaves)
@@ -180,7 +181,7 @@ def measure(
 
 def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Sequence[int]] | None) -> tuple[Array, ...]:
     """Moments of groups `[groups]` from those of their leaves `[leaves]`."""
-    if groups is None or all(len(group) == 1 for group in groups):
+    if groups is None or list(groups) == [[k] for k in range(len(moments[0]))]:
         return tuple(moments)
     absent = len(moments[0])  # position of a zero, which adds nothing
     members = np.full((len(groups), max(map(len, groups))), absent)

@@ -96,7 +96,7 @@ def factors(size: Array, target: Array) -> tuple[Array, Array]:
     """Two factors whose product is `target / size`; the first is 0 where nothing is to change.
 
     The quotient need not be a float where the result is one: 1e-40 is flushed to 0 on many
-    machines. The first factor, an exact power of two, brings it into range.
+    machines. Where it is far from 1 each factor is about its root; otherwise the first is 1.
     """
     first, divisor = _first_factor(size, target)
     return first, target / divisor
@@ -107,20 +107,20 @@ def _factors_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     # The rule of quotients with one division where the textbook has size^2, which leaves the float range.
-    size, target = primals
-    first, second = factors(size, target)
-    _, divisor = _first_factor(size, target)
+    first, divisor = _first_factor(*primals)
+    second = primals[1] / divisor
     change = (tangents[1] - second * jnp.where(first > 0, first, 1) * tangents[0]) / divisor
     return (first, second), (jnp.zeros_like(first), jnp.where(first > 0, change, 0).astype(second.dtype))
 
 
 def _first_factor(size: Array, target: Array) -> tuple[Array, Array]:
     """The first factor, and what the target is to be divided by for the second."""
-    changed, far = target != size, 2.0**64
+    changed = target != size
     positive = jnp.where(changed & (size > 0), size, 1)
     ratio = target / positive
-    step = jnp.where((ratio < 1 / far) & (positive > 1), 1 / far, jnp.where(ratio > far, far, 1)).astype(ratio.dtype)
-    return jnp.where(changed, step, 0), positive * step
+    far = (target > 0) & ((ratio < 2.0**-64) | (ratio > 2.0**64))
+    first = jnp.where(far, jnp.sqrt(target) / jnp.sqrt(positive), 1)
+    return jnp.where(changed, first, 0), positive * first
 
 
 def multiply(gradient: Array, first: Array, second: Array) -> Array:

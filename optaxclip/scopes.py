@@ -56,10 +56,10 @@ def leaf(*, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
     """
     if batch_axes is None:
         return Scope()
-    stacked = _axes_function("batch_axes", batch_axes)
+    stacked = _axes_function("batch_axes", batch_axes, lambda shape: ())
 
     def axes(path: str, shape: tuple[int, ...]) -> Axes | None:
-        return _rest(_normalize("batch_axes", stacked(path, shape) or (), path, shape), shape)
+        return _rest(_normalize("batch_axes", stacked(path, shape), path, shape), shape)
 
     return Scope(axes=axes)
 
@@ -89,14 +89,14 @@ def unit(axes: int | Sequence[int] | AxesOf | None = None, *, batch_axes: int | 
         Brock et al., [High-performance large-scale image recognition without
         normalization](https://arxiv.org/abs/2102.06171), 2021.
     """
-    stacked = (lambda path, shape: ()) if batch_axes is None else _axes_function("batch_axes", batch_axes)
-    chosen = None if axes is None else _axes_function("axes", axes)
+    stacked = _axes_function("batch_axes", () if batch_axes is None else batch_axes, lambda shape: ())
+    chosen = None if axes is None else _axes_function("axes", axes, lambda shape: tuple(range(len(shape))))
 
     def measured_together(path: str, shape: tuple[int, ...]) -> Axes | None:
         if chosen is not None:
             own = chosen(path, shape)
             return None if own is None else _normalize("axes", own, path, shape)
-        layer = _rest(_normalize("batch_axes", stacked(path, shape) or (), path, shape), shape)
+        layer = _rest(_normalize("batch_axes", stacked(path, shape), path, shape), shape)
         return layer if sum(shape[axis] != 1 for axis in layer) <= 1 else layer[: 1 if len(layer) < 4 else -1]
 
     return Scope(axes=measured_together)
@@ -115,7 +115,8 @@ class Layout(NamedTuple):
         leaves: all leaves.
         measured: positions of the leaves that are measured and clipped.
         gradients: those leaves.
-        names: of the groups; with `axes`, paths of the gradients.
+        paths: of the gradients.
+        names: of the groups; with `axes`, the paths.
         groups: for each group, which of the gradients it has; empty with `axes`.
         axes: for each gradient the axes measured together; None if leaves are measured whole.
     """
@@ -124,6 +125,7 @@ class Layout(NamedTuple):
     leaves: list[Any]
     measured: list[int]
     gradients: list[Any]
+    paths: list[str]
     names: list[str]
     groups: Sequence[list[int]] = ()
     axes: Sequence[Axes] | None = None
@@ -159,8 +161,8 @@ class Layout(NamedTuple):
         """
         _validate.params_given(params)
         leaves = self.treedef.flatten_up_to(params)
-        for i, gradient in zip(self.measured, self.gradients, strict=True):
-            _validate.parameter(leaves[i], jnp.shape(gradient))
+        for i, path, gradient in zip(self.measured, self.paths, self.gradients, strict=True):
+            _validate.parameter(path, leaves[i], jnp.shape(gradient))
         return [leaves[i] for i in self.measured]
 
     def rebuild(self, gradients: list[Array]) -> Any:
@@ -186,7 +188,8 @@ def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
     names = {i: paths[i] if scope.group is None else scope.group(paths[i]) for i in inexact}
     axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.shape(present[i])) for i in inexact}
     measured = [i for i in inexact if names[i] is not None and axes[i] is not None]
-    layout = Layout(treedef, leaves, measured, [present[i] for i in measured], [paths[i] for i in measured])
+    found = [paths[i] for i in measured]
+    layout = Layout(treedef, leaves, measured, [present[i] for i in measured], found, names=found)
     if scope.axes is not None:
         return layout._replace(axes=[axes[i] or () for i in measured])
     if scope.group is None:
@@ -202,26 +205,26 @@ def _is_absent(leaf: Any) -> bool:
 
 
 def _zeros(param: Any) -> Any:
-    return None if _is_absent(param) else jnp.zeros(jnp.shape(param), jnp.result_type(param))
+    return jnp.zeros(param.shape, param.dtype) if hasattr(param, "dtype") else None
 
 
 def _is_inexact(leaf: Any) -> bool:
     return not _is_absent(leaf) and jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact)
 
 
-def _axes_function(name: str, axes: int | Sequence[int] | AxesOf) -> AxesOf:
-    """Axes as a function of the leaf. A fixed choice falls back to the whole leaf where it has too few axes."""
+def _axes_function(name: str, axes: int | Sequence[int] | AxesOf, otherwise: Callable[[tuple[int, ...]], Axes]) -> AxesOf:
+    """Axes as a function of the leaf: a fixed choice where the leaf has so many axes, else `otherwise(shape)`."""
     if callable(axes):
         return axes
     fixed = (axes,) if isinstance(axes, int) else axes
     if not isinstance(fixed, Sequence) or not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in fixed):
         raise TypeError(f"{name} must be axes or a function (path, shape) -> axes, got {axes!r}; pass one such as (0, 1)")
     needed = max((axis + 1 if axis >= 0 else -axis for axis in fixed), default=0)
-    return lambda path, shape: fixed if len(shape) >= needed else tuple(range(len(shape)))
+    return lambda path, shape: fixed if len(shape) >= needed else otherwise(shape)
 
 
-def _normalize(name: str, axes: int | Sequence[int], path: str, shape: tuple[int, ...]) -> Axes:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+def _normalize(name: str, axes: int | Sequence[int] | None, path: str, shape: tuple[int, ...]) -> Axes:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes or ())
     if not all(-len(shape) <= axis < len(shape) for axis in axes):
         raise ValueError(
             f"{name} chose {axes} for the leaf {path!r} of shape {shape}; return axes that it has, or None to leave it alone"

@@ -269,10 +269,17 @@ def test_complex_numbers_are_clipped_by_magnitude(case: Case):
 @each_case
 def test_a_missing_gradient_of_a_present_parameter_is_left_out(case: Case):
     params = {"a": jnp.array([1.0]), "b": jnp.array([2.0, 2.0])}
-    out, _ = case.make(1.0).update(
-        {"a": jnp.array([5.0]), "b": None}, case.make(1.0).init({"a": params["a"], "b": None}), params
-    )
-    assert out["b"] is None and out["a"] < 5
+    transform = case.make(1.0)
+    out, state = transform.update({"a": jnp.array([5.0]), "b": None}, transform.init(params), params)
+    assert out["b"] is None and 0 < out["a"] < 5
+    assert described(state) == described(transform.init(params))
+
+
+def test_a_missing_gradient_that_cannot_be_placed_is_an_error():
+    transform = optaxclip.clip_by_norm(1.0)
+    state = transform.init({"a": jnp.ones(1), "b": jnp.ones(2)})
+    with pytest.raises(ValueError, match="updates has 1 groups, but state was made for 2; .* params"):
+        transform.update({"a": jnp.ones(1), "b": None}, state)
 
 
 # 6. Non-finite updates.

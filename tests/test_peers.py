@@ -140,7 +140,7 @@ def test_optax_fails_on_integer_and_float0_leaves_and_we_pass_them_through():
 
 
 def test_optax_fails_on_python_floats_and_we_do_not():
-    with pytest.raises(AttributeError):
+    with pytest.raises((AttributeError, ValueError)):
         theirs({"x": 3.0, "y": 4.0})
     assert ours({"x": 3.0, "y": 4.0}) == {"x": pytest.approx(0.6), "y": pytest.approx(0.8)}
 
@@ -198,7 +198,7 @@ def test_one_input_of_four_outputs_is_four_units_if_asked():
 def test_agc_with_a_missing_gradient_of_a_present_parameter():
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     clip = optaxclip.adaptive_grad_clip(0.01)
-    out, _ = clip.update({"a": jnp.ones(2), "b": None}, clip.init({"a": params["a"], "b": None}), params)
+    out, _ = clip.update({"a": jnp.ones(2), "b": None}, clip.init(params), params)
     assert out["b"] is None
     np.testing.assert_allclose(out["a"], 0.01, rtol=1e-5)
 

@@ -80,10 +80,10 @@ REFUSALS = {
             "params has shape (3,) at 'a/b', where updates has shape (2,); pass the params that these are updates of",
         ),
         (
-            ("a/b", None, ()),
+            ("a", None, ()),
             {},
             ValueError,
-            "params has nothing at 'a/b', where updates has shape (); pass the params that these are updates of",
+            "params has nothing at 'a', where updates has shape (); pass the params that these are updates of",
         ),
         (
             ("a", optax.MaskedNode(), ()),
@@ -92,13 +92,29 @@ REFUSALS = {
             "params has nothing at 'a', where updates has shape (); pass the params that these are updates of",
         ),
     ],
+    "same_blocks": [
+        (
+            (3, 2),
+            {},
+            ValueError,
+            "updates has 3 groups, but state was made for 2; call init on a tree with the same leaves, "
+            "or update(updates, state, params) if some gradients are None",
+        )
+    ],
+    "one_lower_bound": [
+        (
+            (1.0, -1.0),
+            {},
+            TypeError,
+            "limit and low are both given, got 1.0 and -1.0; pass clip_by_value(low, high), or one limit",
+        )
+    ],
     "real": [
         (
             (np.dtype("complex64"),),
             {},
             TypeError,
-            "bounds that differ by sign need real updates, got complex64; cut complex numbers by magnitude with "
-            "clip_by_value(limit)",
+            "bounds that differ by sign need real updates, got complex64; cut complex numbers by magnitude with clip_by_value(limit)",
         )
     ],
 }
@@ -111,6 +127,8 @@ ACCEPTED = {
     "names": [((["b", "a"], ["a", "b", "a"]), {}), (([], []), {})],
     "params_given": [((np.ones(2),), {}), (([],), {})],
     "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
+    "same_blocks": [((2, 2), {})],
+    "one_lower_bound": [((-1.0, None), {}), ((None, -1.0), {})],
     "real": [((np.dtype("float16"),), {})],
 }
 SOURCE = pathlib.Path(optaxclip.__file__).parent
@@ -210,13 +228,17 @@ def test_both_bounds_are_checked():
 def test_three_bounds_are_one_too_many():
     with pytest.raises(TypeError, match="limit"):
         optaxclip.clip_by_value(1.0, 2.0, low=-1.0)
-    with pytest.raises(TypeError, match="^high must be a real number, got None "):
+    with pytest.raises(TypeError, match="limit and low are both given, got 1.0 and -1.0"):
         optaxclip.clip_by_value(1.0, low=-1.0)
+    with pytest.raises(TypeError, match="^high must be a real number, got None "):
+        optaxclip.clip_by_value(low=-1.0)
 
 
 def test_bounds_that_differ_by_sign_refuse_complex_updates():
     for grads in jnp.array([1j]), {"a": jnp.ones(2), "b": jnp.array([1j])}:
-        with pytest.raises(TypeError, match="^bounds that differ by sign need real updates, got complex64; cut complex"):
+        with pytest.raises(
+            TypeError, match="^bounds that differ by sign need real updates, got complex64; cut complex numbers"
+        ):
             optaxclip.clip_by_value(-1.0, 1.0).init(grads)
 
 
@@ -334,11 +356,15 @@ def test_parameters_are_not_looked_at_where_no_limit_needs_them():
         clip.update(GRADS, clip.init(GRADS), params)
 
 
-def test_parameters_may_be_more_than_the_updates():
-    clip = optaxclip.adaptive_grad_clip()
-    grads = {"a": GRADS["a"], "b": None}
-    updates, _ = clip.update(grads, clip.init(GRADS | {"b": None}), GRADS)
-    assert updates["b"] is None
+def test_a_gradient_may_be_none_where_the_parameters_say_what_it_was():
+    clip, grads = optaxclip.clip(1.0, scope=scopes.leaf()), {"a": GRADS["a"], "b": None}
+    assert clip.update(grads, clip.init(GRADS), GRADS)[0]["b"] is None
+    words = (
+        "updates has 1 groups, but state was made for 2; call init on a tree with the same leaves, "
+        "or update(updates, state, params) if some gradients are None"
+    )
+    with pytest.raises(ValueError, match=exactly(words)):
+        clip.update(grads, clip.init(GRADS))
 
 
 # Nothing is forgotten
