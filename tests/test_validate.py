@@ -114,7 +114,8 @@ REFUSALS = {
             (np.dtype("complex64"),),
             {},
             TypeError,
-            "bounds that differ by sign need real updates, got complex64; cut complex numbers by magnitude with clip_by_value(limit)",
+            "bounds that differ by sign need real updates, got complex64; "
+            "cut complex numbers by magnitude with clip_by_value(limit)",
         )
     ],
 }
