@@ -32,12 +32,12 @@ class Scope(NamedTuple):
     Attributes:
         group: `path -> name`. Leaves of one name are measured jointly; `None` as a
             name leaves the leaf alone. Without it, every leaf is its own group.
-        axes: `(path, shape) -> axes measured together`, for scopes finer than a leaf;
+        axes: `(path, leaf) -> axes measured together`, for scopes finer than a leaf;
             `None` as axes leaves the leaf alone. Without it, leaves are measured whole.
     """
 
     group: Callable[[str], str | None] | None = None
-    axes: Callable[[str, tuple[int, ...]], Axes | None] | None = None
+    axes: Callable[[str, Any], Axes | None] | None = None
 
 
 class Norm(NamedTuple):

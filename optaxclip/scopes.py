@@ -13,7 +13,7 @@ from jax import Array
 from optaxclip import _validate
 from optaxclip._types import Axes, Scope
 
-AxesOf = Callable[[str, tuple[int, ...]], int | Sequence[int] | None]
+AxesOf = Callable[[str, Any], int | Sequence[int] | None]
 
 
 def tree() -> Scope:
@@ -49,19 +49,16 @@ def leaf(*, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
 
     Args:
         batch_axes: axes along which a leaf is a stack of layers, each measured by itself
-            (layers scanned over have theirs in front, `0`); or `(path, shape) -> axes`.
+            (layers scanned over have theirs in front, `0`); or `(path, leaf) -> axes`.
 
     Raises:
         TypeError: `batch_axes` is neither axes nor a function.
     """
     if batch_axes is None:
         return Scope()
-    stacked = _axes_function("batch_axes", batch_axes, lambda shape: ())
+    stacked = _axes_function("batch_axes", batch_axes, lambda leaf: ())
 
-    def axes(path: str, shape: tuple[int, ...]) -> Axes | None:
-        return _rest(_normalize("batch_axes", stacked(path, shape), path, shape), shape)
-
-    return Scope(axes=axes)
+    return Scope(axes=lambda path, leaf: _rest(_normalize("batch_axes", stacked(path, leaf), path, leaf), leaf))
 
 
 def unit(axes: int | Sequence[int] | AxesOf | None = None, *, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
@@ -77,7 +74,7 @@ def unit(axes: int | Sequence[int] | AxesOf | None = None, *, batch_axes: int | 
     | convolutions `[..., in, out]` with four axes and more | all but the last |
 
     Args:
-        axes: the axes measured together instead; or `(path, shape) -> axes`, where None leaves the
+        axes: the axes measured together instead; or `(path, leaf) -> axes`, where None leaves the
             leaf alone. A leaf with too few axes for a fixed choice is one unit.
         batch_axes: axes along which a leaf is a stack of layers; not counted in the conventions.
 
@@ -89,22 +86,22 @@ def unit(axes: int | Sequence[int] | AxesOf | None = None, *, batch_axes: int | 
         Brock et al., [High-performance large-scale image recognition without
         normalization](https://arxiv.org/abs/2102.06171), 2021.
     """
-    stacked = _axes_function("batch_axes", () if batch_axes is None else batch_axes, lambda shape: ())
-    chosen = None if axes is None else _axes_function("axes", axes, lambda shape: tuple(range(len(shape))))
+    stacked = _axes_function("batch_axes", () if batch_axes is None else batch_axes, lambda leaf: ())
+    chosen = None if axes is None else _axes_function("axes", axes, lambda leaf: tuple(range(leaf.ndim)))
 
-    def measured_together(path: str, shape: tuple[int, ...]) -> Axes | None:
+    def measured_together(path: str, leaf: Any) -> Axes | None:
         if chosen is not None:
-            own = chosen(path, shape)
-            return None if own is None else _normalize("axes", own, path, shape)
-        layer = _rest(_normalize("batch_axes", stacked(path, shape), path, shape), shape)
-        return layer if sum(shape[axis] != 1 for axis in layer) <= 1 else layer[: 1 if len(layer) < 4 else -1]
+            own = chosen(path, leaf)
+            return None if own is None else _normalize("axes", own, path, leaf)
+        layer = _rest(_normalize("batch_axes", stacked(path, leaf), path, leaf), leaf)
+        return layer if sum(leaf.shape[axis] != 1 for axis in layer) <= 1 else layer[: 1 if len(layer) < 4 else -1]
 
     return Scope(axes=measured_together)
 
 
 def element() -> Scope:
     """Every number by itself."""
-    return Scope(axes=lambda path, shape: ())
+    return Scope(axes=lambda path, leaf: ())
 
 
 class Layout(NamedTuple):
@@ -186,7 +183,7 @@ def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
     inexact = [i for i, leaf in enumerate(present) if _is_inexact(leaf)]
     names = {i: paths[i] if scope.group is None else scope.group(paths[i]) for i in inexact}
-    axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.shape(present[i])) for i in inexact}
+    axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.asarray(present[i])) for i in inexact}
     measured = [i for i in inexact if names[i] is not None and axes[i] is not None]
     found = [paths[i] for i in measured]
     layout = Layout(treedef, leaves, measured, [present[i] for i in measured], found, names=found)
@@ -212,25 +209,26 @@ def _is_inexact(leaf: Any) -> bool:
     return not _is_absent(leaf) and jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact)
 
 
-def _axes_function(name: str, axes: int | Sequence[int] | AxesOf, otherwise: Callable[[tuple[int, ...]], Axes]) -> AxesOf:
-    """Axes as a function of the leaf: a fixed choice where the leaf has so many axes, else `otherwise(shape)`."""
+def _axes_function(name: str, axes: int | Sequence[int] | AxesOf, otherwise: Callable[[Any], Axes]) -> AxesOf:
+    """Axes as a function of the leaf: a fixed choice where the leaf has so many axes, else `otherwise(leaf)`."""
     if callable(axes):
         return axes
     fixed = (axes,) if isinstance(axes, int) else axes
     if not isinstance(fixed, Sequence) or not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in fixed):
-        raise TypeError(f"{name} must be axes or a function (path, shape) -> axes, got {axes!r}; pass one such as (0, 1)")
+        raise TypeError(f"{name} must be axes or a function (path, leaf) -> axes, got {axes!r}; pass one such as (0, 1)")
     needed = max((axis + 1 if axis >= 0 else -axis for axis in fixed), default=0)
-    return lambda path, shape: fixed if len(shape) >= needed else otherwise(shape)
+    return lambda path, leaf: fixed if leaf.ndim >= needed else otherwise(leaf)
 
 
-def _normalize(name: str, axes: int | Sequence[int] | None, path: str, shape: tuple[int, ...]) -> Axes:
+def _normalize(name: str, axes: int | Sequence[int] | None, path: str, leaf: Any) -> Axes:
     axes = (axes,) if isinstance(axes, int) else tuple(axes or ())
-    if not all(-len(shape) <= axis < len(shape) for axis in axes):
+    if not all(-leaf.ndim <= axis < leaf.ndim for axis in axes):
         raise ValueError(
-            f"{name} chose {axes} for the leaf {path!r} of shape {shape}; return axes that it has, or None to leave it alone"
+            f"{name} chose {axes} for the leaf {path!r} of shape {leaf.shape}; "
+            "return axes that it has, or None to leave it alone"
         )
-    return tuple(sorted({axis % len(shape) for axis in axes}))
+    return tuple(sorted({axis % leaf.ndim for axis in axes}))
 
 
-def _rest(axes: Axes, shape: tuple[int, ...]) -> Axes:
-    return tuple(axis for axis in range(len(shape)) if axis not in axes)
+def _rest(axes: Axes, leaf: Any) -> Axes:
+    return tuple(axis for axis in range(leaf.ndim) if axis not in axes)

@@ -188,12 +188,12 @@ def test_agc_takes_axes_and_a_floor():
     grads, params = random_tree(0), random_tree(1)
     last = reference.along(lambda shape: range(max(len(shape) - 1, 0)) if len(shape) > 1 else range(len(shape)))
     chosen = optaxclip.adaptive_grad_clip(
-        0.1, axes=lambda path, shape: range(len(shape) - 1) if len(shape) > 1 else range(len(shape))
+        0.1, axes=lambda path, leaf: range(leaf.ndim - 1) if leaf.ndim > 1 else range(leaf.ndim)
     )
     assert_close(update(chosen, grads, params), reference.adaptive_grad_clip(grads, params, 0.1, groups=last))
     expected = reference.adaptive_grad_clip(grads, params, 0.1, floor=2.0)
     assert_close(update(optaxclip.adaptive_grad_clip(0.1, floor=2.0), grads, params), expected)
-    unclipped = optaxclip.adaptive_grad_clip(0.1, axes=lambda path, shape: None if path == "dense" else 0 if shape else ())
+    unclipped = optaxclip.adaptive_grad_clip(0.1, axes=lambda path, leaf: None if path == "dense" else 0 if leaf.ndim else ())
     assert_close({"dense": update(unclipped, grads, params)["dense"]}, {"dense": grads["dense"]}, rtol=0)
 
 

@@ -101,9 +101,9 @@ def test_paths_are_simple_words_between_slashes():
     assert set(seen) == {"encoder/0/kernel", "encoder/0/bias", "encoder/1/0", "head/1"}  # neither None nor integers
 
 
-def test_functions_of_axes_get_the_path_and_the_shape():
+def test_functions_of_axes_get_the_path_and_the_leaf():
     seen = []
-    clipped(scopes.unit(lambda path, shape: seen.append((path, shape)) or ()), {"a": [jnp.ones((2, 3)), jnp.ones(())]})
+    clipped(scopes.unit(lambda path, leaf: seen.append((path, leaf.shape)) or ()), {"a": [jnp.ones((2, 3)), jnp.ones(())]})
     assert set(seen) == {("a/0", (2, 3)), ("a/1", ())}
 
 
@@ -141,7 +141,7 @@ CONVENTIONS = {
 
 @pytest.mark.parametrize("shape, axes", CONVENTIONS.items(), ids=str)
 def test_units_are_those_of_the_conventions(shape, axes):
-    assert scopes.unit().axes("w", shape) == axes
+    assert scopes.unit().axes("w", jnp.zeros(shape)) == axes
     assert tuple(reference.fan_in(shape)) == axes
 
 
@@ -170,7 +170,7 @@ def test_fixed_axes_are_measured_together_and_leaves_with_too_few_are_one_unit(a
 
 def test_axes_can_depend_on_the_leaf_and_none_leaves_it_alone():
     grads = random_leaves({"a": (4, 3), "b": (4, 3), "c": (4, 3)}) | {"d": jnp.array([jnp.nan, 3.0])}
-    updates, state = clipped(scopes.unit(lambda path, shape: {"a": 0, "b": [-1], "c": (0, 1), "d": None}[path]), grads)
+    updates, state = clipped(scopes.unit(lambda path, leaf: {"a": 0, "b": [-1], "c": (0, 1), "d": None}[path]), grads)
     for name, axes in ("a", 0), ("b", 1), ("c", (0, 1)):
         leaf = np.asarray(grads[name], float)
         sizes = np.sqrt(np.sum(leaf**2, axes, keepdims=True))
@@ -182,7 +182,7 @@ def test_axes_can_depend_on_the_leaf_and_none_leaves_it_alone():
 @pytest.mark.parametrize("axes", [5, (0, 2), -3])
 @pytest.mark.parametrize("argument", ["axes", "batch_axes"])
 def test_a_function_that_chooses_an_axis_that_is_not_there_is_told_so(argument, axes):
-    scope = scopes.unit(**{argument: lambda path, shape: axes})
+    scope = scopes.unit(**{argument: lambda path, leaf: axes})
     advice = rf"^{argument} chose .* for the leaf 'a/w' of shape \(2, 3\); return axes that it has, or None to leave it alone$"
     with pytest.raises(ValueError, match=advice):
         optaxclip.clip(1.0, scope=scope).init({"a": {"w": jnp.ones((2, 3))}})
@@ -198,7 +198,7 @@ def layers(tree):
 
 
 @pytest.mark.parametrize("scope", [scopes.leaf, scopes.unit])
-@pytest.mark.parametrize("batch_axes", [0, (0,), [-5], lambda path, shape: 0], ids=["0", "(0,)", "[-5]", "function"])
+@pytest.mark.parametrize("batch_axes", [0, (0,), [-5], lambda path, leaf: 0], ids=["0", "(0,)", "[-5]", "function"])
 def test_a_stack_is_clipped_like_its_layers(scope, batch_axes):
     shapes = {"conv": (2, 1, 3, 4)} if batch_axes == [-5] else {name: shape for name, shape in SHAPES.items() if 0 not in shape}
     stacked = random_leaves({name: (3, *shape) for name, shape in shapes.items()})
@@ -220,7 +220,7 @@ def test_stacks_can_have_two_axes_or_one_behind(scope):
 @pytest.mark.parametrize("scope", [scopes.leaf, scopes.unit])
 def test_leaves_can_be_stacked_or_not(scope):
     one_layer, grads = scope(), random_leaves({"stack": (3, 4, 2), "plain": (3, 4)})
-    updates = clipped(scope(batch_axes=lambda path, shape: 0 if path == "stack" else None), grads)[0]
+    updates = clipped(scope(batch_axes=lambda path, leaf: 0 if path == "stack" else None), grads)[0]
     np.testing.assert_allclose(updates["plain"], clipped(one_layer, grads["plain"])[0], rtol=1e-6)
     for i in range(3):
         np.testing.assert_allclose(updates["stack"][i], clipped(one_layer, grads["stack"][i])[0], rtol=1e-6)

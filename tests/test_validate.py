@@ -304,7 +304,7 @@ def test_parts_that_were_not_called_are_refused():
 @pytest.mark.parametrize("axes", ["0", 1.5, True, (0, 1.5), (True,), {0}])
 @pytest.mark.parametrize("name, make", [("axes", scopes.unit), ("batch_axes", scopes.unit), ("batch_axes", scopes.leaf)])
 def test_axes_are_checked_when_they_are_given(name, make, axes):
-    words = f"{name} must be axes or a function (path, shape) -> axes, got {axes!r}; pass one such as (0, 1)"
+    words = f"{name} must be axes or a function (path, leaf) -> axes, got {axes!r}; pass one such as (0, 1)"
     with pytest.raises(TypeError, match=exactly(words)):
         make(**{name: axes})
 
