@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from jax.experimental import checkify
@@ -103,17 +102,20 @@ def clip(
 
     def init(params: Any) -> Any:
         layout = scopes.lay_out(scope, params)
-        shapes = jax.eval_shape(lambda leaves: _measure(norm, layout, leaves), layout.gradients)
+        measure = functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups)
+        shapes = jax.eval_shape(measure, layout.gradients)
         sizes = [jnp.zeros(size.shape, size.dtype) for size in shapes]
         states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
         return ClipState(jnp.zeros((), jnp.int32), states, _record(None, layout, sizes, sizes, sizes) if record else None)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
+        if state is None:  # one step outside of any loop
+            state = init(updates if params is None else params)
         layout = scopes.lay_out(scope, updates, params)
         rules = _rules(threshold, layout)
         _validate.same_blocks(len(rules), len(state.rules))
-        measure = functools.partial(_measure, norm, layout, axis_name=axis_name)
+        measure = functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups, axis_name=axis_name)
 
         sizes = measure(layout.gradients)
         contexts = _contexts(rules, state.step, lambda: measure(layout.matching(params)))
@@ -135,17 +137,6 @@ def _rules(threshold: Threshold | dict[str, Threshold], layout: Layout) -> list[
     _validate.names(threshold, layout.names)
     rules = [observed(threshold[name]) for name in layout.names]
     return [side_by_side(rules)] if layout.axes is None else rules
-
-
-def _measure(norm: Norm, layout: Layout, leaves: list[Any], axis_name: Hashable | None = None) -> list[Array]:
-    """MEASURE: the sizes of all groups, in blocks."""
-    split = axis_name if layout.axes is None or any(layout.axes) else None  # a single element is never split
-    sizes = norms.measure(norm, leaves, axes=layout.axes, groups=layout.groups, axis_name=split)
-    if norm.mean is None:
-        return sizes
-    shards = 1 if split is None else jax.lax.psum(1, split)
-    counts = [np.maximum(count, 1) * shards for count in layout.counts]
-    return [size / norm.mean(count).astype(size.dtype) for size, count in zip(sizes, counts, strict=True)]
 
 
 def _contexts(rules: list[Threshold], step: Array, measure_params: Callable[[], list[Array]]) -> list[Context]:
@@ -176,7 +167,7 @@ def _respond(
 
         clipped_sizes = list(map(respond, sizes, finite, sizes, limits))
         clipped = map(respond, wide, *map(layout.per_leaf, (finite, sizes, limits)))
-    else:  # the direction is kept: factors for all groups at once, then one multiplication for each leaf
+    else:  # the direction is kept: factors for all groups at once, then each leaf is multiplied
         clipped_sizes = [jnp.where(ok, target(*block), fill) for ok, *block in zip(finite, sizes, limits, strict=True)]
         observed_sizes = [jnp.where(ok, size, 1) for ok, size in zip(finite, sizes, strict=True)]
         factors = zip(*map(responses.factors, observed_sizes, clipped_sizes), strict=True)

@@ -48,9 +48,8 @@ class Norm(NamedTuple):
             are kept with length 1.
         join: `(moments, axis) -> moments` of a whole from those of its parts along an axis. Zeros add nothing.
         root: `(*moments) -> sizes`.
-        rescue: `(magnitudes, axes) -> moment`, one more for `root`, which matters only where the first
-            moment overflowed and may be anything finite elsewhere. None: not needed.
-        mean: `count -> divisor` of the size, for a mean over the elements. None: no mean.
+        rescue: `(magnitudes, axes) -> moment`, one more and the last for `root`, which matters only
+            where another is infinite, and is not computed elsewhere if that is quicker. None: not needed.
         magnitude: how large one element is: real, not negative, and NaN for NaN.
     """
 
@@ -58,7 +57,6 @@ class Norm(NamedTuple):
     join: Callable[[tuple[Array, ...], int], tuple[Array, ...]]
     root: Callable[..., Array]
     rescue: Callable[[Array, Axes], Array] | None = None
-    mean: Callable[[Any], Any] | None = None
     magnitude: Callable[[Array], Array] = abs
 
 

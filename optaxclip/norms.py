@@ -110,8 +110,25 @@ def lp(p: float) -> Norm:
 
 
 def rms() -> Norm:
-    r"""Root mean square, :math:`\sqrt{\sum |x|^2 / n}`; 0 for an empty array."""
-    return l2()._replace(mean=np.sqrt)
+    r"""Root mean square, :math:`\sqrt{\sum |x|^2 / n}`; 0 for an empty array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import norms
+        >>> norms.measure(norms.rms(), [jnp.array([1.0, 7.0])])
+        [Array([5.], dtype=float32)]
+    """
+    squares = l2()
+
+    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
+        (near,) = squares.moments(magnitudes, axes)
+        return near, jnp.full_like(near, math.prod(magnitudes.shape[axis] for axis in axes))
+
+    def root(near: Array, count: Array, far: Array) -> Array:
+        count = jnp.maximum(count, 1)
+        return squares.root(near / count, far / count)
+
+    return squares._replace(moments=moments, root=root)
 
 
 def upper() -> Norm:
@@ -135,7 +152,7 @@ def measure(
     """Measures arrays, in as few kernels as there can be.
 
     Args:
-        norm: how to measure; a mean is left to the caller, who knows the counts.
+        norm: how to measure.
         leaves: arrays of floats or complex numbers, of any precision.
         axes: for each leaf the axes that are measured together; None measures whole leaves.
         groups: without axes, positions of the leaves that are measured jointly; None measures each alone.
@@ -160,14 +177,15 @@ def measure(
     if axes is None and not leaves:
         return [jnp.zeros((0,))]
 
+    parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
+
     def reduce(function: Callable[[Array, Axes], tuple[Array, ...]], leaves: Sequence[ArrayLike]) -> list[tuple[Array, ...]]:
-        parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
         moments = [function(norm.magnitude(widen(leaf)), part) for leaf, part in zip(leaves, parts, strict=True)]
         if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
             vectors = [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments, strict=True)]
             moments = [_joined(norm, vectors, groups)]
         if axis_name is not None:  # a single number is never split
-            split = [axes is None or part != () for part in (parts if axes else [None])]
+            split = [part != () for part in axes] if axes else [True]
             moments = [norm.join(jax.lax.all_gather(m, axis_name), 0) if s else m for m, s in zip(moments, split, strict=True)]
         return moments
 

@@ -1,12 +1,10 @@
 """Which numbers share one size: `tree > group > leaf > unit > element`."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -131,14 +129,6 @@ class Layout(NamedTuple):
     def blocks(self) -> int:
         """How many arrays of sizes there are."""
         return 1 if self.axes is None else len(self.axes)
-
-    @property
-    def counts(self) -> list[Any]:
-        """How many numbers share a size, in blocks that broadcast against the sizes."""
-        shapes = [jnp.shape(gradient) for gradient in self.gradients]
-        if self.axes is None:
-            return [np.array([sum(math.prod(shapes[k]) for k in group) for group in self.groups], float)]
-        return [np.array(math.prod(shape[axis] for axis in axes), float) for shape, axes in zip(shapes, self.axes, strict=True)]
 
     def per_leaf(self, blocks: list[Array]) -> list[Array]:
         """For each gradient its own entry of the blocks, which broadcasts against it."""
