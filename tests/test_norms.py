@@ -8,6 +8,7 @@ import pytest
 import reference
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from precision import float64
 
 import optaxclip
 from optaxclip import norms
@@ -73,7 +74,7 @@ def test_sizes_are_those_of_the_formulas(dtype, way):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
 def test_sizes_of_float64_have_its_precision(dtype):
-    with jax.enable_x64(True):
+    with float64():
         leaves = random_leaves(dtype)
         sizes = all_sizes(leaves)
         assert {x.dtype for x in sizes.values()} == {jnp.dtype("float64")}
@@ -119,7 +120,7 @@ def test_sizes_are_right_where_powers_overflow_or_underflow(case, way):
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200, 1e308])
 def test_sizes_of_float64_are_right_where_powers_overflow_or_underflow(scale):
-    with jax.enable_x64(True):
+    with float64():
         leaves = [jnp.array([0.3 * scale, 0.4 * scale])]
         for way in "eager", "jit":
             assert floats(WAYS[way](all_sizes)(leaves)) == pytest.approx(true_sizes(leaves), rel=1e-12)

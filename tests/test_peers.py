@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from precision import float64
 
 import optaxclip
 from optaxclip import norms, scopes
@@ -69,7 +70,7 @@ def test_optax_zeroes_the_fp16_part_of_a_large_gradient_and_we_clip_it():
 
 
 def test_float64_gradients_of_1e200_are_clipped_to_their_true_norm():
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with float64():
         out = ours(np.array([3e200, 4e200]))
         np.testing.assert_allclose(out, [0.6, 0.8], rtol=1e-14)
 
