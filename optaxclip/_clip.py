@@ -76,7 +76,12 @@ def clip(
 
     Returns:
         A transform with state `ClipState`, for any place in an Optax chain. `update` needs `params`
-        only if the threshold is relative to them.
+        only if the threshold is relative to them, or if gradients are None where `init` saw arrays.
+        With None for the state it does one step from a fresh one.
+
+    Note:
+        `optax.inject_hyperparams` takes functions for schedules. The rows of `optaxclip.methods` are made for
+        it; for this function say `optax.inject_hyperparams(clip, static_args="response")`.
 
     Raises:
         TypeError: an argument is not what it should be, such as a threshold that is no number.

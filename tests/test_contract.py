@@ -219,6 +219,19 @@ def test_many_limits_in_one_compilation(case: Case):
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], outs), one, rtol=1e-6)
 
 
+def test_one_step_outside_of_a_loop_needs_no_state():
+    updates = normal_tree(7, 10.0)
+    for clip in (optaxclip.clip(1.0), optaxclip.clip_by_value(1.0), optaxclip.adaptive_grad_clip(0.1)):
+        out, state = clip.update(updates, None, PARAMS)
+        chex.assert_trees_all_equal(out, update(clip, updates, PARAMS)[0])
+        assert state.step == 1
+
+
+def test_clip_itself_takes_injected_limits():
+    clip = optax.inject_hyperparams(optaxclip.clip, static_args="response")(threshold=1.0)
+    np.testing.assert_allclose(update(clip, jnp.array([3.0, 4.0]))[0], [0.6, 0.8], rtol=1e-6)
+
+
 # 5. Odd leaves.
 
 
