@@ -137,14 +137,14 @@ def same_blocks(given: int, known: int) -> None:
         )
 
 
-def one_lower_bound(limit: Any, low: Any) -> None:
-    """Refuses a lower bound by position and by name at once.
+def not_both(first: str, one: Any, second: str, other: Any, advice: str) -> None:
+    """Refuses two arguments that exclude each other.
 
     Raises:
-        TypeError: both are given.
+        TypeError: neither is None.
     """
-    if limit is not None and low is not None:
-        raise TypeError(f"limit and low are both given, got {limit!r} and {low!r}; pass clip_by_value(low, high), or one limit")
+    if one is not None and other is not None:
+        raise TypeError(f"{first} and {second} are both given, got {one!r} and {other!r}; {advice}")
 
 
 def real(dtype: Any) -> None:

@@ -44,7 +44,7 @@ def clip_by_value(
         **options: as for `clip`.
 
     Raises:
-        TypeError: a bound is not a number, or missing; or two bounds are given for complex updates.
+        TypeError: a bound is not a number, missing, or given twice; or two bounds are given for complex updates.
         ValueError: the limit is negative, or 0 is not between the bounds.
 
     Example:
@@ -61,7 +61,7 @@ def clip_by_value(
     options = {"response": responses.clamp, "scope": scope, **options}
     if low is None and high is None:
         return clip(as_thresholds(limit, name="limit"), norm=norms.linf(), **options)
-    _validate.one_lower_bound(limit, low)
+    _validate.not_both("limit", limit, "low", low, "pass clip_by_value(low, high), or one limit")
     above = clip(as_threshold(high, name="high"), norm=norms.upper(), **options)
     below = clip(negated(limit if low is None else low, name="low"), norm=norms.lower(), **options)
     return optax.chain(above, below)
@@ -182,7 +182,7 @@ def adaptive_grad_clip(
         **options: as for `clip`.
 
     Raises:
-        TypeError: `ratio` is not a threshold, or `floor` not a number.
+        TypeError: `ratio` is not a threshold, or `floor` not a number; or both axes and scope are given.
         ValueError: one of them is negative or NaN; on `update`: the parameters are missing.
 
     Example:
@@ -197,4 +197,5 @@ def adaptive_grad_clip(
         Brock, De, Smith and Simonyan, [High-performance large-scale image recognition without
         normalization](https://arxiv.org/abs/2102.06171), 2021.
     """
+    _validate.not_both("axes", axes, "scope", scope, "pass scope=scopes.unit(axes) or axes alone")
     return clip(relative(ratio, floor=floor), scope=scope or scopes.unit(axes), norm=norm, **options)

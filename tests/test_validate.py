@@ -101,12 +101,12 @@ REFUSALS = {
             "or update(updates, state, params) if some gradients are None",
         )
     ],
-    "one_lower_bound": [
+    "not_both": [
         (
-            (1.0, -1.0),
+            ("limit", 1.0, "low", -1.0, "pass one"),
             {},
             TypeError,
-            "limit and low are both given, got 1.0 and -1.0; pass clip_by_value(low, high), or one limit",
+            "limit and low are both given, got 1.0 and -1.0; pass one",
         )
     ],
     "real": [
@@ -129,7 +129,7 @@ ACCEPTED = {
     "params_given": [((np.ones(2),), {}), (([],), {})],
     "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
     "same_blocks": [((2, 2), {})],
-    "one_lower_bound": [((-1.0, None), {}), ((None, -1.0), {})],
+    "not_both": [(("a", -1.0, "b", None, "c"), {}), (("a", None, "b", -1.0, "c"), {})],
     "real": [((np.dtype("float16"),), {})],
 }
 SOURCE = pathlib.Path(optaxclip.__file__).parent
@@ -233,6 +233,11 @@ def test_three_bounds_are_one_too_many():
         optaxclip.clip_by_value(1.0, low=-1.0)
     with pytest.raises(TypeError, match="^high must be a real number, got None "):
         optaxclip.clip_by_value(low=-1.0)
+
+
+def test_agc_takes_axes_or_a_scope():
+    with pytest.raises(TypeError, match="^axes and scope are both given, got 0 and Scope.*; pass scope=scopes.unit"):
+        optaxclip.adaptive_grad_clip(0.1, axes=0, scope=optaxclip.scopes.leaf())
 
 
 def test_bounds_that_differ_by_sign_refuse_complex_updates():
