@@ -4,6 +4,7 @@ from optaxclip import norms as norms
 from optaxclip import responses as responses
 from optaxclip import scopes as scopes
 from optaxclip import thresholds as thresholds
+from optaxclip._carry import carry as carry
 from optaxclip._clip import clip as clip
 from optaxclip._types import ClipState as ClipState
 from optaxclip._types import Context as Context
@@ -11,8 +12,18 @@ from optaxclip._types import Norm as Norm
 from optaxclip._types import Reading as Reading
 from optaxclip._types import Scope as Scope
 from optaxclip._types import Threshold as Threshold
+from optaxclip.methods import adagc as adagc
 from optaxclip.methods import adaptive_grad_clip as adaptive_grad_clip
+from optaxclip.methods import autoclip as autoclip
 from optaxclip.methods import clip_by_block_rms as clip_by_block_rms
 from optaxclip.methods import clip_by_global_norm as clip_by_global_norm
 from optaxclip.methods import clip_by_norm as clip_by_norm
 from optaxclip.methods import clip_by_value as clip_by_value
+from optaxclip.methods import clippy as clippy
+from optaxclip.methods import growth_clip as growth_clip
+from optaxclip.methods import history_clip as history_clip
+from optaxclip.methods import log_norm_clip as log_norm_clip
+from optaxclip.methods import quantile_clip as quantile_clip
+from optaxclip.methods import spam_clip as spam_clip
+from optaxclip.methods import stabilize_gradient as stabilize_gradient
+from optaxclip.methods import zclip as zclip

@@ -76,10 +76,12 @@ def clip(
 
     Returns:
         A transform with state `ClipState`, for any place in an Optax chain. `update` needs `params`
-        only if the threshold is relative to them, or if gradients are None where `init` saw arrays.
+        only if the threshold or norm is relative to them, or if gradients are None where `init` saw arrays.
         With None for the state it does one step from a fresh one.
 
     Note:
+        `update(..., measured=tree)` measures that tree in place of the updates, for methods whose size is of something else.
+
         `optax.inject_hyperparams` takes functions for schedules. The rows of `optaxclip.methods` are made for
         it; for this function say `optax.inject_hyperparams(clip, static_args="response")`.
 
@@ -108,21 +110,24 @@ def clip(
     def init(params: Any) -> Any:
         layout = scopes.lay_out(scope, params)
         measure = functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups)
-        shapes = jax.eval_shape(measure, layout.gradients)
+        shapes = jax.eval_shape(lambda leaves: measure(leaves, params=leaves), layout.gradients)
         sizes = [jnp.zeros(size.shape, size.dtype) for size in shapes]
         states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
         return ClipState(jnp.zeros((), jnp.int32), states, _record(None, layout, sizes, sizes, sizes) if record else None)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
         if state is None:  # one step outside of any loop
             state = init(updates if params is None else params)
         layout = scopes.lay_out(scope, updates, params)
         rules = _rules(threshold, layout)
         _validate.same_blocks(len(rules), len(state.rules))
-        measure = functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups, axis_name=axis_name)
+        weights = layout.matching(params) if norm.uses_params else None
+        measure = functools.partial(
+            norms.measure, norm, params=weights, axes=layout.axes, groups=layout.groups, axis_name=axis_name
+        )
 
-        sizes = measure(layout.gradients)
+        sizes = measure(layout.gradients if measured is None else layout.matching(measured))
         contexts = _contexts(rules, state.step, lambda: measure(layout.matching(params)))
         limits = list(map(_limit, rules, sizes, state.rules, contexts))
         clipped, clipped_sizes = _respond(response, nonfinite, layout, sizes, limits)

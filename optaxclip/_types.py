@@ -14,6 +14,7 @@ shaped to broadcast against it, where a leaf holds many groups.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 Axes = tuple[int, ...]
@@ -51,13 +52,15 @@ class Norm(NamedTuple):
         rescue: `(magnitudes, axes) -> moment`, one more and the last for `root`, which matters only
             where another is infinite, and is not computed elsewhere if that is quicker. None: not needed.
         magnitude: how large one element is: real, not negative, and NaN for NaN.
+        uses_params: whether `magnitude` is `(element, parameter) -> magnitude`.
     """
 
     moments: Callable[[Array, Axes], tuple[Array, ...]]
     join: Callable[[tuple[Array, ...], int], tuple[Array, ...]]
     root: Callable[..., Array]
     rescue: Callable[[Array, Axes], Array] | None = None
-    magnitude: Callable[[Array], Array] = abs
+    magnitude: Callable[..., Array] = jnp.abs
+    uses_params: bool = False
 
 
 class Context(NamedTuple):

@@ -36,12 +36,12 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, e
         raise ValueError(f"{name} must be in {bounds}, got {value}; pass a number inside")
 
 
-def count(name: str, value: Any, *, low: int = 1) -> None:
-    """Refuses all but an integer of at least `low`.
+def count(name: str, value: Any, *, low: int = 1, high: int | None = None) -> None:
+    """Refuses all but an integer of at least `low`, and at most `high` if that is given.
 
     Raises:
         TypeError: `value` is not an integer.
-        ValueError: it is below `low`.
+        ValueError: it is below `low` or above `high`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
@@ -49,6 +49,8 @@ def count(name: str, value: Any, *, low: int = 1) -> None:
         )
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}; pass a larger count")
+    if high is not None and int(value) > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}; pass a smaller count")
 
 
 def option(name: str, value: Any, options: Iterable[str]) -> None:

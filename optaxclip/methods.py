@@ -11,10 +11,9 @@ from typing import Any
 
 import optax
 
-from optaxclip import _validate, norms, responses, scopes
+from optaxclip import _validate, norms, responses, scopes, thresholds
 from optaxclip._clip import clip
 from optaxclip._types import Norm, Scope
-from optaxclip.thresholds import as_threshold, as_thresholds, negated, relative
 
 Row = Callable[..., optax.GradientTransformationExtraArgs]
 
@@ -60,10 +59,10 @@ def clip_by_value(
     """
     options = {"response": responses.clamp, "scope": scope, **options}
     if low is None and high is None:
-        return clip(as_thresholds(limit, name="limit"), norm=norms.linf(), **options)
+        return clip(thresholds.as_thresholds(limit, name="limit"), norm=norms.linf(), **options)
     _validate.not_both("limit", limit, "low", low, "pass clip_by_value(low, high), or one limit")
-    above = clip(as_threshold(high, name="high"), norm=norms.upper(), **options)
-    below = clip(negated(limit if low is None else low, name="low"), norm=norms.lower(), **options)
+    above = clip(thresholds.as_threshold(high, name="high"), norm=norms.upper(), **options)
+    below = clip(thresholds.negated(limit if low is None else low, name="low"), norm=norms.lower(), **options)
     return optax.chain(above, below)
 
 
@@ -92,7 +91,7 @@ def clip_by_norm(
         >>> clip.update(grads, clip.init(grads))[0]
         {'b': Array([0.5], dtype=float32), 'w': Array([0.6, 0.8], dtype=float32)}
     """
-    return clip(as_thresholds(max_norm, name="max_norm"), scope=scope, norm=norm, **options)
+    return clip(thresholds.as_thresholds(max_norm, name="max_norm"), scope=scope, norm=norm, **options)
 
 
 @_row
@@ -125,7 +124,7 @@ def clip_by_global_norm(
         Pascanu, Mikolov and Bengio, [On the difficulty of training recurrent neural
         networks](https://arxiv.org/abs/1211.5063), 2013.
     """
-    return clip(as_thresholds(max_norm, name="max_norm"), scope=scope, norm=norm, **options)
+    return clip(thresholds.as_thresholds(max_norm, name="max_norm"), scope=scope, norm=norm, **options)
 
 
 @_row
@@ -154,7 +153,7 @@ def clip_by_block_rms(max_rms: Any, *, scope: Scope = scopes.leaf(), **options: 
     References:
         Shazeer and Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018.
     """
-    return clip(as_thresholds(max_rms, name="max_rms"), scope=scope, norm=norms.rms(), **options)
+    return clip(thresholds.as_thresholds(max_rms, name="max_rms"), scope=scope, norm=norms.rms(), **options)
 
 
 @_row
@@ -198,4 +197,407 @@ def adaptive_grad_clip(
         normalization](https://arxiv.org/abs/2102.06171), 2021.
     """
     _validate.not_both("axes", axes, "scope", scope, "pass scope=scopes.unit(axes) or axes alone")
-    return clip(relative(ratio, floor=floor), scope=scope or scopes.unit(axes), norm=norm, **options)
+    return clip(thresholds.relative(ratio, floor=floor), scope=scope or scopes.unit(axes), norm=norm, **options)
+
+
+@_row
+def autoclip(
+    q: Any = 0.1, *, window: int | None = None, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""AutoClip: a quantile of all norms so far is the limit, :math:`g \min(1, Q_q(\|g_1\|, \dots, \|g_t\|) / \|g_t\|)`.
+
+    The statistic sees raw norms, the current one included. State: 8 KiB for each group, exact for the first 1024 norms and
+    then within 1 %; with a window, a float for each step in it. With the paper's tenth about 90 % of
+    steps are clipped, a little. Known failure: all history weighs the same, so a level that changes late is followed late.
+
+    Args:
+        q: share of the norms that is not clipped; 0.1 is the paper's advice.
+        window: how many norms are remembered instead of all.
+        scope: which numbers share a norm.
+        norm: which norm.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: `q` is not a number, or `window` not an integer.
+        ValueError: `q` is not between 0 and 1, or `window` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.autoclip(0.5)
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for size in 1.0, 3.0, 100.0:
+        ...     updates, state = clip.update(jnp.array([size]), state)
+        ...     print(updates)
+        [1.]
+        [2.]
+        [3.]
+
+    References:
+        Seetharaman et al., [AutoClip](https://arxiv.org/abs/2007.14469), 2020.
+    """
+    return clip(
+        thresholds.quantile_sketch(q) if window is None else thresholds.quantile(q, window), scope=scope, norm=norm, **options
+    )
+
+
+@_row
+def quantile_clip(
+    q: Any = 0.9, *, rate: Any = 0.2, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips at a limit that moves until a share of the norms is within it, :math:`c \leftarrow c e^{-\eta (1[s \le c] - q)}`.
+
+    The statistic sees whether raw norms were within. State: three numbers for each group; it
+    follows a tenfold change in about ten steps. The paper clips examples to the median; 0.9 is for whole gradients.
+    Known failure: the limit wavers by the rate. It starts at the first norm.
+
+    Args:
+        q: share of the norms that is not clipped.
+        rate: :math:`\eta`, 0.2 in the paper.
+        scope: which numbers share a norm.
+        norm: which norm.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: `q` or `rate` is not a number.
+        ValueError: `q` is not between 0 and 1, or `rate` is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.quantile_clip()
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for size in 1.0, 100.0:
+        ...     updates, state = clip.update(jnp.array([size]), state)
+        ...     print(updates)
+        [1.]
+        [0.9801987]
+
+    References:
+        Andrew, Thakkar, McMahan and Ramaswamy, [Differentially private learning with adaptive
+        clipping](https://arxiv.org/abs/1905.03871), 2019.
+    """
+    return clip(thresholds.quantile_tracker(q, rate), scope=scope, norm=norm, **options)
+
+
+@_row
+def zclip(
+    z: Any = 2.5,
+    *,
+    decay: Any = 0.97,
+    warmup: int = 25,
+    max_norm: Any = None,
+    scope: Scope = scopes.tree(),
+    norm: Norm = norms.l2(),
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""ZClip: a norm :math:`z > z_0` deviations above the mean is set to :math:`\mu + z_0^2 \sigma / z`.
+
+    The statistic sees norms cut at its own limit, whatever else limits them. State: five numbers for each group. The reference
+    code sets `max_norm=1.0` besides, which in most runs decides; here it is off.
+    Known failures: no limit in the first 25 steps, unless `max_norm` is given; and a lasting change by many deviations is
+    never accepted, for which there is `thresholds.patient(thresholds.zscore(), 50)`.
+
+    Args:
+        z: :math:`z_0`.
+        decay: of mean and variance.
+        warmup: how many norms they start from.
+        max_norm: a limit besides, from the first step on.
+        scope: which numbers share a norm.
+        norm: which norm.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: an argument is not a number, or `max_norm` not a threshold.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.zclip(warmup=4)
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for size in 1.0, 1.2, 0.9, 1.1, 5.0:
+        ...     updates, state = clip.update(jnp.array([size]), state)
+        >>> print(f"{updates[0]:.4f}")
+        1.0698
+
+    References:
+        Kumar et al., [ZClip](https://arxiv.org/abs/2504.02507), 2025.
+    """
+    rule = thresholds.zscore(z, decay=decay, warmup=warmup)
+    return clip(rule if max_norm is None else thresholds.at_most(rule, max_norm), scope=scope, norm=norm, **options)
+
+
+@_row
+def adagc(
+    factor: Any = 1.05,
+    *,
+    decay: Any = 0.98,
+    warmup: int = 100,
+    max_norm: Any = 1.0,
+    scope: Scope = scopes.leaf(),
+    norm: Norm = norms.l2(),
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaGC: each leaf is limited to :math:`\lambda \gamma_i`, where :math:`\gamma_i` averages its clipped norms.
+
+    At first, all are clipped by the global norm, and :math:`\gamma_i` is the least clipped norm; one read of the gradients
+    serves both. The statistic sees clipped norms. State: four numbers for each leaf.
+    Known failures: :math:`\gamma` rises by 0.1 % a step at most, so 40 % of steady noisy steps are clipped, and a
+    tenfold change takes 2300 steps (`thresholds.patient`). A leaf without gradients is not observed: no limit is zero.
+
+    Args:
+        factor: :math:`\lambda`; 1.05 is the paper's, 2 hardly clips.
+        decay: of the average.
+        warmup: steps of global clipping, and norms that :math:`\gamma` starts from.
+        max_norm: the limit to the global norm during those.
+        scope: which numbers share a norm after those.
+        norm: which norm; the global one is the l2 norm of these.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: an argument is not a number, or `max_norm` not a threshold.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.adagc(warmup=1, max_norm=5.0)
+        >>> state = clip.init([jnp.zeros(1), jnp.zeros(1)])
+        >>> for scale in 2.0, 0.9, 1.5:
+        ...     updates, state = clip.update([jnp.array([3.0 * scale]), jnp.array([4.0 * scale])], state)
+        ...     print(*updates)
+        [3.] [4.]
+        [2.7] [3.6]
+        [3.1437] [4.1916]
+
+    References:
+        Wang et al., [AdaGC](https://arxiv.org/abs/2502.11034), 2025.
+    """
+    local = thresholds.ema(factor, decay=decay, warmup=warmup, start="least")
+    return clip(thresholds.switch(warmup, thresholds.jointly(max_norm), local), scope=scope, norm=norm, **options)
+
+
+@_row
+def history_clip(
+    deviations: Any = 3.0,
+    *,
+    window: int = 128,
+    warmup: int = 64,
+    scope: Scope = scopes.tree(),
+    norm: Norm = norms.l2(),
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips at :math:`\mu + k \sigma` of the last norms, the current one excluded.
+
+    The statistic sees raw norms. State: a float for each step in the window and group. Levanter clips updates by it: after
+    the preconditioner, before the learning rate; it serves gradients as well.
+    Known failure: one spike raises the limit until it leaves the window, of 100 times the mean to 27 times.
+
+    Args:
+        deviations: :math:`k`.
+        window: how many norms are remembered.
+        warmup: how many there must be before there is a limit.
+        scope: which numbers share a norm.
+        norm: which norm.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: `deviations` is not a number, or one of the others not an integer.
+        ValueError: an argument is out of range, such as a warm-up longer than the window.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.history_clip(warmup=4)
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for size in 1.0, 3.0, 1.0, 3.0, 100.0:
+        ...     updates, state = clip.update(jnp.array([size]), state)
+        >>> updates
+        Array([5.], dtype=float32)
+
+    References:
+        Stanford CRFM, [Levanter](https://github.com/stanford-crfm/levanter), `clip_update_by_historical_norm`.
+    """
+    return clip(thresholds.window_zscore(deviations, window=window, warmup=warmup), scope=scope, norm=norm, **options)
+
+
+@_row
+def log_norm_clip(
+    deviations: Any = 2.0, *, decay: Any = 0.95, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sets a norm whose logarithm is :math:`k` deviations above its mean to the geometric mean :math:`e^m`.
+
+    The statistic sees raw norms, the current one included. State: five numbers for each group.
+    TensorFlow's contrib starts its averages at zero, which crushes the first steps; here they start as plain averages
+    (its option with a global step). Known failure: a spike widens what counts as usual for some twenty steps.
+
+    Args:
+        deviations: :math:`k`.
+        decay: of mean and variance.
+        scope: which numbers share a norm.
+        norm: which norm.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: one of the two is not a number.
+        ValueError: one of the two is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.log_norm_clip()
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for size in 1.0, 1.1, 0.9, 1.0, 1.1, 0.9, 50.0:
+        ...     updates, state = clip.update(jnp.array([size]), state)
+        >>> print(f"{updates[0]:.4f}")
+        1.7437
+
+    References:
+        Chorowski et al., [End-to-end continuous speech recognition using attention-based recurrent
+        NN](https://arxiv.org/abs/1412.1602), 2014.
+    """
+    return clip(thresholds.log_zscore(deviations, decay=decay), scope=scope, norm=norm, **options)
+
+
+@_row
+def growth_clip(
+    factor: Any = 1.01, *, scope: Scope = scopes.leaf(), norm: Norm = norms.l2(), **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""Fira's limiter: no leaf grows by more than a factor a step, :math:`g_t \min(1, \gamma \|u_{t-1}\| / \|g_t\|)`.
+
+    The statistic sees clipped norms :math:`\|u\|`, in fact the last of them. State: three numbers for each group.
+    Fira limits an update by it, so after the preconditioner, before the learning rate.
+    Known failures: with noisy norms it settles below their mean, and after a small one it takes 231 steps to climb tenfold.
+    Zeros are not observed, so it is never stuck at zero.
+
+    Args:
+        factor: :math:`\gamma`, how many times the last norm the next may be.
+        scope: which numbers share a norm.
+        norm: which norm.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: `factor` is not a number.
+        ValueError: `factor` is negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.growth_clip(2.0)
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for size in 1.0, 100.0, 100.0:
+        ...     updates, state = clip.update(jnp.array([size]), state)
+        ...     print(updates)
+        [1.]
+        [2.]
+        [4.]
+
+    References:
+        Chen et al., [Fira](https://arxiv.org/abs/2410.01623), 2024.
+    """
+    return clip(thresholds.growth(factor), scope=scope, norm=norm, **options)
+
+
+@_row
+def spam_clip(
+    factor: Any = 5000.0, *, decay: Any = 0.999, warmup: int = 20, scope: Scope = scopes.element(), **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""SPAM's spike clip: cuts each element at :math:`\sqrt{\theta v}`, where :math:`v` averages its squares.
+
+    The statistic sees clipped elements. State: one buffer as large as the parameters, besides what the optimizer has.
+    SPAM also resets Adam's moments every 500 steps; that is not part of this.
+    Known failure: 5000 lets an element be 70 times its usual size. An element that was always zero is not clipped.
+
+    Args:
+        factor: :math:`\theta`.
+        decay: of the average, which starts at zero and is not corrected for that.
+        warmup: updates without a limit.
+        scope: which elements share a limit, learned from their largest.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: `factor` or `decay` is not a number, or `warmup` not an integer.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.spam_clip(4.0, decay=0.5, warmup=2)
+        >>> state = clip.init(jnp.zeros(2))
+        >>> for _ in range(2):
+        ...     updates, state = clip.update(jnp.array([1.0, 2.0]), state)
+        >>> clip.update(jnp.array([9.0, 2.0]), state)[0]
+        Array([1.7320508, 2.       ], dtype=float32)
+
+    References:
+        Huang et al., [SPAM](https://arxiv.org/abs/2501.06842), 2025.
+    """
+    rule = thresholds.second_moment(factor, decay=decay, warmup=warmup)
+    return clip(rule, **{"scope": scope, "norm": norms.linf(), "response": responses.clamp, **options})
+
+
+@_row
+def stabilize_gradient(
+    *, decay: Any = 0.7, square_decay: Any = 0.9, scope: Scope = scopes.leaf(), norm: Norm = norms.l2(), **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""GradientStabilizer: keeps the direction and replaces the norm, :math:`g\, \hat m / (\|g\| \sqrt{\hat v})`.
+
+    :math:`m` and :math:`v` average the norm and its square, corrected for starting at zero; the statistic sees raw norms, the
+    current one included. State: five numbers for each group. The new norm is about 1 whatever the old one was:
+    0.95 at a spike of any size, 1.3 at most. So small gradients are enlarged, and it belongs before an optimizer
+    that ignores scale (Adam), or with a learning rate found for it.
+
+    Args:
+        decay: of the mean, 0.7 in the paper (0.85 in bfloat16).
+        square_decay: of the mean square, 0.9 in the paper (0.99999 in bfloat16).
+        scope: which numbers share a norm.
+        norm: which norm.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: one of the two is not a number.
+        ValueError: one of the two is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.stabilize_gradient()
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for size in 3.0, 3.0, 3e6:
+        ...     updates, state = clip.update(jnp.array([size]), state)
+        ...     print(updates)
+        [1.]
+        [1.]
+        [0.79...]
+
+    References:
+        Huang et al., [Stable-SPAM](https://arxiv.org/abs/2502.17055), 2025.
+    """
+    rule = thresholds.mean_to_rms(decay=decay, square_decay=square_decay)
+    return clip(rule, **{"scope": scope, "norm": norm, "response": responses.normalize, **options})
+
+
+@_row
+def clippy(
+    relative: Any = 0.1, *, absolute: Any = 1e-7, scope: Scope = scopes.leaf(), **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clippy: shrinks each leaf until no element of it is over its own budget, :math:`u \min(1, \min_j b_j / |u_j|)`.
+
+    :math:`b_j = r |w_j| + a` for an element of a parameter :math:`w_j`, so `update` needs the parameters. It is about the step
+    itself: after the learning rate, last in a chain. No state.
+    Known failure: one weight near zero holds back its whole leaf, unless :math:`a` allows it to move.
+
+    Args:
+        relative: :math:`r`, the share of itself by which a weight may change; 0.1 in TensorFlow Recommenders.
+        absolute: :math:`a`, how much more it may change; 1e-7 there.
+        scope: which elements share a factor.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: one of the two is not a number.
+        ValueError: `relative` is negative or `absolute` not positive; on `update`: the parameters are missing.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.clippy(0.1)
+        >>> params, updates = jnp.array([1.0, 10.0]), jnp.array([-0.4, 0.4])
+        >>> clip.update(updates, clip.init(params), params)[0]
+        Array([-0.1000001,  0.1000001], dtype=float32)
+
+    References:
+        Tang et al., [Improving training stability for multitask ranking models in recommender
+        systems](https://arxiv.org/abs/2302.09178), 2023.
+    """
+    return clip(1.0, scope=scope, norm=norms.relative_linf(relative, absolute), **options)

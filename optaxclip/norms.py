@@ -1,4 +1,4 @@
-r"""How large an array is: `l2 l1 linf lp rms`.
+r"""How large an array is: `l2 l1 linf lp rms relative_linf`.
 
 Every norm is exact where its squares or powers would leave the float range: the
 size of float32 `[3e20, 4e20]` is `5e20`, not `inf`, and that of `[3e-25, 4e-25]` is
@@ -141,10 +141,39 @@ def lower() -> Norm:
     return linf()._replace(magnitude=lambda x: jnp.maximum(-_ordered(x), 0))
 
 
+def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
+    r"""Largest share of what each element may be, :math:`\max |x| / (r |w| + a)`, where :math:`w` is its parameter.
+
+    Args:
+        relative: :math:`r`, the share of its parameter that an element may be.
+        absolute: :math:`a`, how much more it may be, positive.
+
+    Raises:
+        TypeError: one of the two is not a number.
+        ValueError: `relative` is negative or `absolute` not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import norms
+        >>> x, w = jnp.array([0.2, 0.1]), jnp.array([1.0, 0.25])
+        >>> norms.measure(norms.relative_linf(0.1, 1e-7), [x], params=[w])
+        [Array([3.999984], dtype=float32)]
+    """
+    _validate.number("relative", relative)
+    _validate.number("absolute", absolute, exclusive=True)
+
+    def magnitude(x: Array, w: Array) -> Array:
+        share = abs(x) / (relative * abs(w) + absolute)
+        return jnp.where(jnp.isfinite(x), jnp.minimum(share, jnp.finfo(share.dtype).max), abs(x))
+
+    return linf()._replace(magnitude=magnitude, uses_params=True)
+
+
 def measure(
     norm: Norm,
     leaves: Sequence[ArrayLike],
     *,
+    params: Sequence[ArrayLike] | None = None,
     axes: Sequence[Axes] | None = None,
     groups: Sequence[Sequence[int]] | None = None,
     axis_name: Hashable | None = None,
@@ -154,6 +183,7 @@ def measure(
     Args:
         norm: how to measure.
         leaves: arrays of floats or complex numbers, of any precision.
+        params: their parameters, for norms that use them.
         axes: for each leaf the axes that are measured together; None measures whole leaves.
         groups: without axes, positions of the leaves that are measured jointly; None measures each alone.
         axis_name: mapped axes along which the arrays are split.
@@ -172,15 +202,20 @@ def measure(
         [Array([[3.],
                [7.]], dtype=float32)]
     """
+    operands = list(zip(leaves, params, strict=True)) if norm.uses_params and params is not None else [(x,) for x in leaves]
+
+    def magnitudes(operand: tuple[ArrayLike, ...]) -> Array:
+        return norm.magnitude(*map(widen, operand))
+
     if axes is not None and not any(axes):
-        return [norm.magnitude(widen(leaf)) for leaf in leaves]
+        return list(map(magnitudes, operands))
     if axes is None and not leaves:
         return [jnp.zeros((0,))]
 
     parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
 
-    def reduce(function: Callable[[Array, Axes], tuple[Array, ...]], leaves: Sequence[ArrayLike]) -> list[tuple[Array, ...]]:
-        moments = [function(norm.magnitude(widen(leaf)), part) for leaf, part in zip(leaves, parts, strict=True)]
+    def reduce(function: Callable[[Array, Axes], tuple[Array, ...]], operands: Any) -> list[tuple[Array, ...]]:
+        moments = [function(magnitudes(operand), part) for operand, part in zip(operands, parts, strict=True)]
         if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
             vectors = [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments, strict=True)]
             moments = [_joined(norm, vectors, groups)]
@@ -189,10 +224,10 @@ def measure(
             moments = [norm.join(jax.lax.all_gather(m, axis_name), 0) if s else m for m, s in zip(moments, split, strict=True)]
         return moments
 
-    moments = reduce(norm.moments, leaves)
+    moments = reduce(norm.moments, operands)
     rescue = norm.rescue
     if rescue is not None:
-        rescued = _where_needed(moments, lambda leaves: reduce(lambda m, part: (rescue(m, part),), leaves), leaves)
+        rescued = _where_needed(moments, lambda operands: reduce(lambda m, part: (rescue(m, part),), operands), operands)
         moments = [near + far for near, far in zip(moments, rescued, strict=True)]
     return [norm.root(*values) for values in moments]
 
@@ -208,19 +243,19 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Sequence[int]
     return norm.join(tuple(jnp.append(values, 0)[members] for values in moments), 1)
 
 
-def _where_needed(moments: Any, rescue: Callable[[Any], Any], leaves: Any) -> Any:
-    """`rescue(leaves)`, or zeros where every moment is finite and that is quicker.
+def _where_needed(moments: Any, rescue: Callable[[Any], Any], operands: Any) -> Any:
+    """`rescue(operands)`, or zeros where every moment is finite and that is quicker.
 
     On accelerators the second sum rides on the one read of the leaves, and a branch would cost more than it saves.
     On CPU it is a pass of its own, and a branch not taken is free.
     """
     finite = jnp.array([jnp.isfinite(moment).all() for moment in jax.tree.leaves(moments)]).all()
 
-    def if_needed(leaves: Any) -> Any:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(rescue, leaves))
-        return jax.lax.cond(finite, lambda _: zeros, rescue, leaves)
+    def if_needed(operands: Any) -> Any:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(rescue, operands))
+        return jax.lax.cond(finite, lambda _: zeros, rescue, operands)
 
-    return jax.lax.platform_dependent(leaves, cpu=if_needed, default=rescue)
+    return jax.lax.platform_dependent(operands, cpu=if_needed, default=rescue)
 
 
 def widen(x: ArrayLike) -> Array:

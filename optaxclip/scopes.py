@@ -152,6 +152,13 @@ class Layout(NamedTuple):
             _validate.parameter(path, leaves[i], jnp.shape(gradient))
         return [leaves[i] for i in self.measured]
 
+    def floats(self) -> Any:
+        """The tree of the gradients alone, with None for everything else."""
+        leaves: list[Any] = [None] * len(self.leaves)
+        for i, gradient in zip(self.measured, self.gradients, strict=True):
+            leaves[i] = gradient
+        return jax.tree.unflatten(self.treedef, leaves)
+
     def rebuild(self, gradients: list[Array]) -> Any:
         """The tree with new gradients, everything else as it was."""
         leaves = list(self.leaves)

@@ -1,4 +1,4 @@
-"""Rules made of rules: one after the other, the smaller, the larger, one for each group."""
+"""Rules made of rules: one after the other, the smaller, the larger, one that gives way, one for each group."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,6 +61,122 @@ def at_least(threshold: Any, bound: Any) -> Threshold:
     return _combine([threshold, bound], ["threshold", "bound"], lambda limits, context: jnp.maximum(*limits))
 
 
+def jointly(threshold: Any) -> Threshold:
+    r"""One factor for a whole block: each size's share of a limit to their joint l2 norm, :math:`c_i = s_i \min(1, c / \|s\|)`.
+
+    With leaf scope and `norms.l2()` it clips by the global norm: what all leaves need until each has a limit of
+    its own. (At unit scope a block is a leaf.)
+
+    Args:
+        threshold: for the joint norm, anything that `as_threshold` takes; a rule in it sees one size.
+
+    Raises:
+        TypeError: it is not a threshold.
+        ValueError: it is a negative number or NaN.
+    """
+    rule = as_threshold(threshold)
+
+    def joint(sizes: Array) -> Array:
+        sizes = jnp.where(jnp.isfinite(sizes), sizes, 0)
+        top = jnp.max(sizes, keepdims=True, initial=0)
+        unit = jnp.where(top > 0, top, 1)
+        return top * jnp.sqrt(jnp.sum((sizes / unit) ** 2, keepdims=True))
+
+    def limit(sizes: Array, state: Any, context: Context) -> Array:
+        norm = joint(sizes)
+        return sizes * jnp.minimum(1, rule.limit(norm, state, context) / jnp.where(norm > 0, norm, 1))
+
+    return Threshold(
+        lambda sizes: rule.init(joint(sizes)),
+        limit,
+        lambda sizes, clipped_sizes, state, context: rule.learn(joint(sizes), joint(clipped_sizes), state, context),
+        rule.uses_params,
+    )
+
+
+def patient(threshold: Any, patience: int) -> Threshold:
+    """The rule, but what was over its limit so many times in a row is no spike: it starts afresh from there.
+
+    Guards rules that take long to follow a lasting change, or never do.
+
+    Args:
+        threshold: a threshold, anything that `as_threshold` takes.
+        patience: how many sizes in a row have to be over the limit. A rule that often clips by its nature needs
+            more: the least decile clips ten in a row every few steps.
+
+    Raises:
+        TypeError: `threshold` is none, or `patience` is not an integer.
+        ValueError: `threshold` is a negative number or NaN, or `patience` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> from optaxclip import thresholds
+        >>> clip = optaxclip.clip(thresholds.patient(thresholds.growth(1.0), patience=3))
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for size in 1.0, 10.0, 10.0, 10.0, 10.0:
+        ...     updates, state = clip.update(jnp.array([size]), state)
+        ...     print(updates)
+        [1.]
+        [1.]
+        [1.]
+        [1.]
+        [10.]
+    """
+    rule = as_threshold(threshold)
+    _validate.count("patience", patience)
+
+    def limit(sizes: Array, state: tuple[Any, Array], context: Context) -> Array:
+        return rule.limit(sizes, state[0], context)
+
+    def learn(sizes: Array, clipped_sizes: Array, state: tuple[Any, Array], context: Context) -> tuple[Any, Array]:
+        known, streak = state
+        streak = jnp.where(sizes > limit(sizes, state, context), streak + 1, 0)
+        accepted = streak >= patience
+        start = _select(accepted, rule.init(sizes), known)
+        learned = rule.learn(sizes, jnp.where(accepted, sizes, clipped_sizes), start, context)
+        return learned, jnp.where(accepted, 0, streak)
+
+    return Threshold(lambda sizes: (rule.init(sizes), jnp.zeros(sizes.shape, jnp.int32)), limit, learn, rule.uses_params)
+
+
+FAR, LASTING = 1e4, 10
+
+
+def plausible(rule: Threshold) -> Threshold:
+    """The rule, but a size ten thousand times off the usual is no observation, unless ten in a row are: then it starts afresh.
+
+    So a single 1e30, finite though it is, leaves no trace in what the rule remembers. The usual follows the sizes by
+    no more than a factor of 2 a step, hence one size, however far off, hardly moves it.
+    """
+
+    def init(sizes: Array) -> tuple[Any, Array, Array]:
+        return rule.init(sizes), jnp.zeros_like(sizes), jnp.zeros(sizes.shape, jnp.int32)
+
+    def limit(sizes: Array, state: tuple[Any, Array, Array], context: Context) -> Array:
+        return rule.limit(sizes, state[0], context)
+
+    def learn(
+        sizes: Array, clipped_sizes: Array, state: tuple[Any, Array, Array], context: Context
+    ) -> tuple[Any, Array, Array]:
+        known, usual, streak = state
+        far = (usual > 0) & ((sizes / FAR > usual) | (sizes < usual / FAR))
+        streak = jnp.where(far, streak + 1, 0)
+        accepted = streak >= LASTING
+        ignored = far & ~accepted
+        seen = jnp.where(ignored, usual, sizes)
+        clipped_seen = jnp.where(ignored, usual, jnp.where(accepted, sizes, clipped_sizes))
+        learned = rule.learn(seen, clipped_seen, _select(accepted, rule.init(sizes), known), context)
+        moved = jnp.where((usual > 0) & ~accepted, jnp.clip(sizes, usual / 2, usual * 2), sizes)
+        return _select(ignored, known, learned), jnp.where(ignored, usual, moved), jnp.where(accepted, 0, streak)
+
+    return Threshold(init, limit, learn, rule.uses_params)
+
+
+def _select(where: Array, yes: Any, no: Any) -> Any:
+    """The one state or the other, for each group; with the dtypes of the second."""
+    return jax.tree.map(lambda one, other: jnp.where(where, one, other).astype(jnp.asarray(other).dtype), yes, no)
+
+
 def _combine(thresholds: Sequence[Any], names: Sequence[str], choose: Callable[[list[Array], Context], Array]) -> Threshold:
     """Rules side by side, all of which learn, and a choice between their limits."""
     rules = [as_threshold(threshold, name=name) for threshold, name in zip(thresholds, names, strict=True)]
@@ -108,6 +224,6 @@ def observed(rule: Threshold) -> Threshold:
     def learn(sizes: Array, clipped_sizes: Array, state: Any, context: Context) -> Any:
         seen = jnp.isfinite(sizes) & (sizes > 0)
         learned = rule.learn(jnp.where(seen, sizes, 1), jnp.where(seen, clipped_sizes, 1), state, context)
-        return jax.tree.map(lambda new, old: jnp.where(seen, new, old).astype(old.dtype), learned, state)
+        return _select(seen, learned, state)
 
     return rule._replace(learn=learn)

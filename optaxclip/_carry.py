@@ -1,0 +1,84 @@
+"""Error feedback around a clip: what is cut off today is added to the gradient of tomorrow."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from optaxclip import _validate, norms, scopes
+
+
+class CarryState(NamedTuple):
+    """State of `carry`.
+
+    Attributes:
+        carried: for each float what was cut off, in float32 or wider: one buffer as large as the parameters.
+        clip: state of the clip inside.
+    """
+
+    carried: Any
+    clip: Any
+
+
+def carry(clip: optax.GradientTransformation, *, decay: ArrayLike = 1.0) -> optax.GradientTransformationExtraArgs:
+    r"""U-Clip: clips :math:`g_t + d_t` and carries over what that cuts off.
+
+    .. math:: u_t = \mathrm{clip}(g_t + d_t), \qquad d_{t+1} = \beta (g_t + d_t - u_t)
+
+    Law, for :math:`\beta = 1`: the updates so far and what is carried add up to the gradients so far, so that
+    clipping only delays. Its state is one buffer as large as the parameters. Belongs first in a chain.
+    Known failure: what is carried grows without bound while the gradients are larger than the limit on average; a
+    `decay` below 1 bounds it. Where a sum is not finite, what was carried before stays.
+
+    Args:
+        clip: any clip, or chain of them.
+        decay: :math:`\beta`, the share that is carried over, from 0 (the clip alone) to 1.
+
+    Raises:
+        TypeError: `clip` is not a transform, or `decay` not a number.
+        ValueError: `decay` is not between 0 and 1.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.carry(optaxclip.clip_by_value(1.0))
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for gradient in 2.5, 0.0, 0.0, 0.0:
+        ...     updates, state = clip.update(jnp.array([gradient]), state)
+        ...     print(updates)
+        [1.]
+        [1.]
+        [0.5]
+        [0.]
+
+    References:
+        Elesedy and Hutter, [U-Clip: on-average unbiased stochastic gradient
+        clipping](https://arxiv.org/abs/2302.02971), 2023.
+    """
+    _validate.part("clip", clip, optax.GradientTransformation, "optaxclip.clip_by_value(1.0)")
+    _validate.number("decay", decay, high=1.0)
+    inner = optax.with_extra_args_support(clip)
+
+    def init(params: Any) -> CarryState:
+        floats = scopes.lay_out(scopes.leaf(), params).floats()
+        return CarryState(jax.tree.map(lambda x: jnp.zeros_like(norms.widen(x)), floats), inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, CarryState]:
+        layout = scopes.lay_out(scopes.leaf(), updates, params)
+        carried, treedef = jax.tree.flatten(state.carried)
+        _validate.same_blocks(len(layout.gradients), len(carried))
+        sums = [norms.widen(g) + d for g, d in zip(layout.gradients, carried, strict=True)]
+        narrow = [total.astype(jnp.result_type(g)) for total, g in zip(sums, layout.gradients, strict=True)]
+        clipped, clip_state = inner.update(layout.rebuild(narrow), state.clip, params, **extra_args)
+        kept = layout.treedef.flatten_up_to(clipped)
+
+        def cut_off(i: int, total: Array, before: Array) -> Array:
+            left = total if kept[i] is None else total - norms.widen(kept[i])
+            return jnp.where(jnp.isfinite(left), decay * left, before)
+
+        left = map(cut_off, layout.measured, sums, carried)
+        return clipped, CarryState(jax.tree.unflatten(treedef, list(left)), clip_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
