@@ -560,7 +560,7 @@ def stabilize_gradient(
         ...     print(updates)
         [1.]
         [1.]
-        [0.79...]
+        [0.75...]
 
     References:
         Huang et al., [Stable-SPAM](https://arxiv.org/abs/2502.17055), 2025.
