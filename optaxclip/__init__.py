@@ -24,6 +24,8 @@ from optaxclip.methods import growth_clip as growth_clip
 from optaxclip.methods import history_clip as history_clip
 from optaxclip.methods import log_norm_clip as log_norm_clip
 from optaxclip.methods import quantile_clip as quantile_clip
+from optaxclip.methods import scale_by_stable_adam as scale_by_stable_adam
 from optaxclip.methods import spam_clip as spam_clip
+from optaxclip.methods import spectral_clip as spectral_clip
 from optaxclip.methods import stabilize_gradient as stabilize_gradient
 from optaxclip.methods import zclip as zclip

@@ -70,7 +70,9 @@ def carry(clip: optax.GradientTransformation, *, decay: ArrayLike = 1.0) -> opta
         carried, treedef = jax.tree.flatten(state.carried)
         _validate.same_blocks(len(layout.gradients), len(carried))
         sums = [norms.widen(g) + d for g, d in zip(layout.gradients, carried, strict=True)]
-        narrow = [total.astype(jnp.result_type(g)) for total, g in zip(sums, layout.gradients, strict=True)]
+        # The sum with a zero is not always the same bits.
+        parts = zip(layout.gradients, carried, sums, strict=True)
+        narrow = [norms.cast_like(jnp.where(d == 0, norms.widen(g), total), g) for g, d, total in parts]
         clipped, clip_state = inner.update(layout.rebuild(narrow), state.clip, params, **extra_args)
         kept = layout.treedef.flatten_up_to(clipped)
 

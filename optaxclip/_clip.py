@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.experimental import checkify
-from jax.extend.core import primitives
 
 from optaxclip import _validate, norms, responses, scopes
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope, Threshold
@@ -182,16 +181,7 @@ def _respond(
         observed_sizes = [jnp.where(ok, size, 1) for ok, size in zip(finite, sizes, strict=True)]
         factors = zip(*map(responses.factors, observed_sizes, clipped_sizes), strict=True)
         clipped = map(responses.multiply, wide, *[layout.per_leaf(list(blocks)) for blocks in factors])
-    return [_cast_like(x, gradient) for x, gradient in zip(clipped, layout.gradients, strict=True)], clipped_sizes
-
-
-def _cast_like(x: Array, like: Any) -> Array:
-    """`x` with the dtype of `like`, and weakly typed if that is (a Python number): no public function does both."""
-    like = jnp.asarray(like)
-    x = x.astype(like.dtype)
-    if not like.weak_type:
-        return x
-    return primitives.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
+    return [norms.cast_like(x, gradient) for x, gradient in zip(clipped, layout.gradients, strict=True)], clipped_sizes
 
 
 def _record(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import primitives
 from jax.typing import ArrayLike
 
 from optaxclip import _validate
@@ -146,11 +147,11 @@ def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
 
     Args:
         relative: :math:`r`, the share of its parameter that an element may be.
-        absolute: :math:`a`, how much more it may be, positive.
+        absolute: :math:`a`, how much more it may be. Where both give nothing, the largest float is the share.
 
     Raises:
         TypeError: one of the two is not a number.
-        ValueError: `relative` is negative or `absolute` not positive.
+        ValueError: one of the two is negative.
 
     Example:
         >>> import jax.numpy as jnp
@@ -160,10 +161,11 @@ def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
         [Array([3.999984], dtype=float32)]
     """
     _validate.number("relative", relative)
-    _validate.number("absolute", absolute, exclusive=True)
+    _validate.number("absolute", absolute)
 
     def magnitude(x: Array, w: Array) -> Array:
-        share = abs(x) / (relative * abs(w) + absolute)
+        allowed = relative * abs(w) + absolute
+        share = abs(x) / jnp.where(allowed > 0, allowed, jnp.finfo(allowed.dtype).tiny)
         return jnp.where(jnp.isfinite(x), jnp.minimum(share, jnp.finfo(share.dtype).max), abs(x))
 
     return linf()._replace(magnitude=magnitude, uses_params=True)
@@ -261,6 +263,15 @@ def _where_needed(moments: Any, rescue: Callable[[Any], Any], operands: Any) -> 
 def widen(x: ArrayLike) -> Array:
     """`x` in float32 or wider, complex if it is."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def cast_like(x: Array, like: ArrayLike) -> Array:
+    """`x` with the dtype of `like`, and weakly typed if that is (a Python number): no public function does both."""
+    like = jnp.asarray(like)
+    x = x.astype(like.dtype)
+    if not like.weak_type:
+        return x
+    return primitives.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
 
 
 def _ordered(x: Array) -> Array:

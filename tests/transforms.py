@@ -34,12 +34,16 @@ def each_element(leaves: list[np.ndarray]) -> Iterator[Group]:
         yield from ([(i, index)] for index in np.ndindex(*leaf.shape))
 
 
-def l2(x: np.ndarray) -> float:
+def l2(x: np.ndarray, params: Any = None) -> float:
     return float(np.sqrt(np.sum(np.abs(x) ** 2)))
 
 
-def rms(x: np.ndarray) -> float:
+def rms(x: np.ndarray, params: Any = None) -> float:
     return float(np.sqrt(np.mean(np.abs(x) ** 2)))
+
+
+def unlimited(params: np.ndarray) -> float:
+    return np.inf
 
 
 class Case(NamedTuple):
@@ -48,9 +52,11 @@ class Case(NamedTuple):
     name: str
     make: Callable[..., optax.GradientTransformationExtraArgs]  # (scale, **options)
     groups: Callable[[list[np.ndarray]], Iterator[Group]]
-    norm: Callable[[np.ndarray], float]
-    limit: Callable[[np.ndarray], float] = lambda params: 1.0  # of a group with these parameters, at scale 1
+    norm: Callable[..., float] = l2  # (numbers of a group, its parameters)
+    limit: Callable[[np.ndarray], float] = lambda params: 1.0  # of a group with these parameters, at scale 1, at the first step
     bounds: tuple[float, float] | None = None  # instead, for limits that differ by sign
+    schedule: bool = True  # whether the scale may be a schedule
+    remembers: bool = False  # whether a step depends on the steps before
 
 
 CASES = [
@@ -59,7 +65,7 @@ CASES = [
         "clip",
         lambda s, **o: optaxclip.clip(s, scope=optaxclip.scopes.leaf(), norm=optaxclip.norms.l1(), **o),
         each_leaf,
-        lambda x: float(np.sum(np.abs(x))),
+        lambda x, params=None: float(np.sum(np.abs(x))),
     ),
     Case("clip_by_value", lambda s, **o: optaxclip.clip_by_value(s, **o), each_element, l2),
     Case("clip_by_value", lambda s, **o: optaxclip.clip_by_value(-2 * s, s, **o), each_element, l2, bounds=(-2.0, 1.0)),
@@ -69,7 +75,7 @@ CASES = [
         "clip_by_global_norm",
         lambda s, **o: optaxclip.clip_by_global_norm(s, norm=optaxclip.norms.lp(3), **o),
         whole_tree,
-        lambda x: float(np.sum(np.abs(x) ** 3) ** (1 / 3)),
+        lambda x, params=None: float(np.sum(np.abs(x) ** 3) ** (1 / 3)),
     ),
     Case("clip_by_block_rms", lambda s, **o: optaxclip.clip_by_block_rms(s, **o), each_leaf, rms),
     Case(
@@ -78,6 +84,43 @@ CASES = [
         each_unit,
         l2,
         limit=lambda params: 0.1 * max(l2(params), 1e-3),
+    ),
+    Case("zclip", lambda s, **o: optaxclip.zclip(max_norm=s, **o), whole_tree, remembers=True),
+    Case(
+        "adagc",
+        lambda s, **o: optaxclip.adagc(max_norm=s, scope=optaxclip.scopes.tree(), **o),
+        whole_tree,
+        remembers=True,
+    ),
+    Case(
+        "clippy",
+        lambda s, **o: optaxclip.clippy(0.1 * s, absolute=1e-7 * s, **o),
+        each_leaf,
+        lambda x, params: float(np.max(np.abs(x) / (0.1 * np.abs(params) + 1e-7), initial=0.0)),
+        schedule=False,
+    ),
+    Case("carry", lambda s, **o: optaxclip.carry(optaxclip.clip_by_value(s, **o)), each_element, remembers=True),
+    *[
+        Case(name, lambda s, name=name, **o: getattr(optaxclip, name)(**o), groups, l2, unlimited, None, False, True)
+        for name, groups in {
+            "autoclip": whole_tree,
+            "quantile_clip": whole_tree,
+            "history_clip": whole_tree,
+            "log_norm_clip": whole_tree,
+            "growth_clip": each_leaf,
+            "spam_clip": each_element,
+        }.items()
+    ],
+]
+# What does more than shrink: the parts of the contract that are not about limits hold for these as well.
+SCALERS = [
+    Case("stabilize_gradient", lambda s, **o: optaxclip.stabilize_gradient(**o), each_leaf),
+    Case("scale_by_stable_adam", lambda s, **o: optaxclip.scale_by_stable_adam(s, **o), each_leaf),
+    Case("spectral_clip", lambda s, **o: optaxclip.spectral_clip(s, **o), each_leaf),
+    Case(
+        "spectral_clip",
+        lambda s, **o: optaxclip.spectral_clip(s, response=optaxclip.responses.smooth, iterations=10, **o),
+        each_leaf,
     ),
 ]
 
@@ -89,7 +132,7 @@ def expected(case: Case, updates: list[np.ndarray], params: list[np.ndarray], sc
         return [np.clip(leaf, case.bounds[0] * scale, case.bounds[1] * scale) for leaf in wide]
     out = [leaf.copy() for leaf in wide]
     for group in case.groups(wide):
-        size, limit = group_size(case, group, wide), scale * case.limit(gather(group, params))
+        size, limit = group_size(case, group, wide, params), scale * case.limit(gather(group, params))
         for i, index in group:
             out[i][index] = wide[i][index] * (limit / size) if size > limit else wide[i][index]
     return out
@@ -101,8 +144,8 @@ def gather(group: Group, leaves: list[np.ndarray]) -> np.ndarray:
     )
 
 
-def group_size(case: Case, group: Group, leaves: list[np.ndarray]) -> float:
+def group_size(case: Case, group: Group, leaves: list[np.ndarray], params: list[np.ndarray]) -> float:
     """The size of a group in float64, scaled so that nothing overflows."""
     numbers = gather(group, leaves)
     top = np.max(np.abs(numbers), initial=0.0)
-    return top * case.norm(numbers / top) if 0 < top < np.inf else 0.0 if top == 0 else np.nan
+    return top * case.norm(numbers / top, gather(group, params)) if 0 < top < np.inf else 0.0 if top == 0 else np.nan

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optaxclip import _validate
+from optaxclip import _validate, responses
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.fixed import as_threshold
 
@@ -78,13 +78,13 @@ def jointly(threshold: Any) -> Threshold:
 
     def joint(sizes: Array) -> Array:
         sizes = jnp.where(jnp.isfinite(sizes), sizes, 0)
-        top = jnp.max(sizes, keepdims=True, initial=0)
-        unit = jnp.where(top > 0, top, 1)
-        return top * jnp.sqrt(jnp.sum((sizes / unit) ** 2, keepdims=True))
+        top = jax.lax.stop_gradient(jnp.max(sizes, keepdims=True, initial=0))  # only a scale
+        shares = jnp.sum((sizes / jnp.where(top > 0, top, 1)) ** 2, keepdims=True)
+        return top * jnp.sqrt(jnp.where(top > 0, shares, 1))
 
     def limit(sizes: Array, state: Any, context: Context) -> Array:
         norm = joint(sizes)
-        return sizes * jnp.minimum(1, rule.limit(norm, state, context) / jnp.where(norm > 0, norm, 1))
+        return responses.rescale(sizes, norm, rule.limit(norm, state, context))
 
     return Threshold(
         lambda sizes: rule.init(joint(sizes)),

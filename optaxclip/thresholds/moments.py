@@ -6,6 +6,7 @@ deviation never counts as less than a thousandth of the mean: what hardly varies
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -284,7 +285,8 @@ def mean_to_rms(*, decay: float | Array = 0.7, square_decay: float | Array = 0.9
             return -jnp.expm1(count * jnp.log(jnp.asarray(decay, sizes.dtype)))
 
         known = root > 0
-        ratio = mean / jnp.where(known, root, 1)
+        unit = jax.lax.stop_gradient(jnp.where(known, root, 1))  # of both, so that derivatives stay floats
+        ratio = (mean / unit) / jnp.where(known, root / unit, 1)
         return jnp.where(known, ratio * jnp.sqrt(weight(square_decay)) / weight(decay), jnp.inf)
 
     return plausible(Threshold(lambda sizes: (_zeros(sizes), jnp.zeros_like(sizes), jnp.zeros_like(sizes)), limit, learn))
@@ -309,6 +311,7 @@ def _deviation(variance: Array) -> Array:
 
 def _mean_square_root(root: Array, size: Array, decay: float | Array) -> Array:
     """Root of the moving average of squares, which are taken relative to the larger, so that none leaves the float range."""
-    top = jnp.maximum(root, size)
+    top = jax.lax.stop_gradient(jnp.maximum(root, size))  # only a scale
     unit = jnp.where(top > 0, top, 1)
-    return top * jnp.sqrt(decay * (root / unit) ** 2 + (1 - decay) * (size / unit) ** 2)
+    mean = decay * (root / unit) ** 2 + (1 - decay) * (size / unit) ** 2
+    return top * jnp.sqrt(jnp.where(top > 0, mean, 1))

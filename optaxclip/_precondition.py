@@ -1,0 +1,42 @@
+"""A clip behind a part of an optimizer, which measures something else than it clips."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+from optaxclip import norms, scopes
+
+
+class PreconditionedState(NamedTuple):
+    """State of the part of an optimizer, and of the clip behind it."""
+
+    inner: Any
+    clip: Any
+
+
+def clip_after(
+    inner: optax.GradientTransformation,
+    clip: optax.GradientTransformationExtraArgs,
+    *,
+    measured: Callable[[Any, Any], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, with its updates clipped by the sizes of `measured(gradients, new state of inner)`.
+
+    Only floats come to `inner`; everything else is passed through.
+    """
+
+    def init(params: Any) -> PreconditionedState:
+        return PreconditionedState(inner.init(scopes.lay_out(scopes.leaf(), params).floats()), clip.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, PreconditionedState]:
+        layout = scopes.lay_out(scopes.leaf(), updates, params)
+        weights = None if params is None else layout._replace(gradients=layout.matching(params)).floats()
+        gradients = layout.floats()
+        steps, inner_state = inner.update(gradients, state.inner, weights)
+        clipped, clip_state = clip.update(steps, state.clip, weights, measured=measured(gradients, inner_state))
+        leaves = layout.treedef.flatten_up_to(clipped)
+        out = [norms.cast_like(leaves[i], like) for i, like in zip(layout.measured, layout.gradients, strict=True)]
+        return layout.rebuild(out), PreconditionedState(inner_state, clip_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
