@@ -15,12 +15,13 @@ def quartiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ordered[(n - 1) // 4], (ordered[(n - 1) // 2] + ordered[n // 2]) / 2, ordered[-1 - (n - 1) // 4]
 
 
-def command_line(description: str, out: str) -> argparse.ArgumentParser:
+def command_line(description: str, out: str, epochs: bool = True) -> argparse.ArgumentParser:
     """The options that the examples share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, default, text in ("seeds", 20, "runs"), ("seed", 0, "of all random numbers"), ("epochs", 100, "16 steps each"):
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--steps", type=int, help="stop after so many steps, whatever the epochs")
+        if epochs or name != "epochs":
+            parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--steps", type=int, help="stop after so many steps" + ", whatever the epochs" * epochs)
     parser.add_argument("--out", default=out, help="folder for pictures and numbers")
     return parser
 

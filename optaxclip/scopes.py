@@ -146,6 +146,8 @@ class Layout(NamedTuple):
         Raises:
             ValueError: there are no parameters, or one is missing or has another shape than its gradient.
         """
+        if not self.measured:
+            return []
         _validate.params_given(params)
         leaves = self.treedef.flatten_up_to(params)
         for i, path, gradient in zip(self.measured, self.paths, self.gradients, strict=True):
@@ -153,10 +155,10 @@ class Layout(NamedTuple):
         return [leaves[i] for i in self.measured]
 
     def floats(self) -> Any:
-        """The tree of the gradients alone, with None for everything else."""
+        """The tree of the gradients alone, as arrays, with None for everything else."""
         leaves: list[Any] = [None] * len(self.leaves)
         for i, gradient in zip(self.measured, self.gradients, strict=True):
-            leaves[i] = gradient
+            leaves[i] = jnp.asarray(gradient).astype(jnp.result_type(gradient))
         return jax.tree.unflatten(self.treedef, leaves)
 
     def rebuild(self, gradients: list[Array]) -> Any:

@@ -1,4 +1,4 @@
-"""The classic methods in NumPy float64, from the papers' formulas: slow, short, and sharing nothing with the library.
+"""The methods in NumPy float64, from the papers' formulas: slow, short, and sharing nothing with the library.
 
 A tree is a dict of arrays by name. A group is a list of places `(name, index)` whose numbers share one size.
 """
@@ -144,3 +144,152 @@ def clip_by_block_rms(leaves, max_rms):
 
 def adaptive_grad_clip(leaves, params, ratio=0.01, floor=1e-3, groups=unit, norm=l2):
     return clip(leaves, groups, norm, lambda places: ratio * max(norm([params[name][i] for name, i in places]), floor))
+
+
+# Rules that learn: the limits `[steps]` of one group from its sizes `[steps]`. Step 0 is the first.
+
+
+def autoclip(sizes, q=0.1, window=None):
+    """Seetharaman et al. 2020: a quantile of all sizes so far, or of the last ones, the current one among them."""
+    return [np.quantile(sizes[: t + 1][-(window or len(sizes)) :], q) for t in range(len(sizes))]
+
+
+def lagged_quantile(sizes, q, window):
+    """TRELLIS: a quantile of the last sizes before the current one, as soon as there are so many."""
+    return [np.quantile(sizes[t - window : t], q) if t >= window else math.inf for t in range(len(sizes))]
+
+
+def quantile_clip(sizes, q=0.9, rate=0.2, initial=None):
+    """Andrew et al. 2019, geometric: C <- C exp(-eta (b - q)), where b tells whether the size was at most C."""
+    limit, limits = initial or sizes[0], []
+    for size in sizes:
+        limits.append(limit)
+        limit = limit * math.exp(-rate * ((1 if size <= limit else 0) - q))
+    return limits
+
+
+def zclip(sizes, z=2.5, decay=0.97, warmup=25, max_norm=math.inf):
+    """Kumar et al. 2025: limited to mu + z0^2 sigma / z from z0 on; first mu, then sigma about it, see the size so cut."""
+    limits = [math.inf] * warmup
+    mean, variance = np.mean(sizes[:warmup]), np.var(sizes[:warmup])
+    for size in sizes[warmup:]:
+        deviation = math.sqrt(variance)
+        score = (size - mean) / deviation
+        limits.append(mean + z**2 * deviation / score if score > z else math.inf)
+        cut = min(size, limits[-1])
+        mean = decay * mean + (1 - decay) * cut
+        variance = decay * variance + (1 - decay) * (cut - mean) ** 2
+    return [min(limit, max_norm) for limit in limits]
+
+
+def relative_ema(sizes, ratio=2.0, decay=0.95):
+    """OLMo, before its core: a multiple of the average of clipped sizes, which starts as the first size."""
+    average, limits = sizes[0], []
+    for size in sizes:
+        limits.append(ratio * average)
+        average = decay * average + (1 - decay) * min(size, limits[-1])
+    return limits
+
+
+def history_clip(sizes, deviations=3.0, window=128, warmup=64):
+    """Levanter: mean + k std (ddof 0) of the last raw sizes before the current one, if they are enough."""
+    past = [sizes[max(t - window, 0) : t] for t in range(len(sizes))]
+    return [np.mean(last) + deviations * np.std(last) if len(last) >= warmup else math.inf for last in past]
+
+
+def log_norm_clip(sizes, deviations=2.0, decay=0.95):
+    """TensorFlow's contrib with a global step: averages of log and log^2 with the current size; from a trigger on, e^mean."""
+    mean, square, limits = 0.0, 0.0, []
+    for n, size in enumerate(sizes):
+        kept = min(decay, n / (n + 1))
+        mean = kept * mean + (1 - kept) * math.log(size)
+        square = kept * square + (1 - kept) * math.log(size) ** 2
+        trigger = math.exp(mean + deviations * math.sqrt(max(1e-8, square - mean**2)))
+        limits.append(math.exp(mean) if size >= trigger else math.inf)
+    return limits
+
+
+def growth_clip(sizes, factor=1.01):
+    """Fira: at most a multiple of the norm that the last step was clipped to; the first is free."""
+    limits = [math.inf]
+    for last in sizes[:-1]:
+        limits.append(factor * min(last, limits[-1]))
+    return limits
+
+
+def spam_clip(sizes, factor=5000.0, decay=0.999, warmup=20):
+    """SPAM: g^2 at most theta v, where v is the average of clipped squares so far, from zero; free at first."""
+    v, limits = 0.0, []
+    for t, size in enumerate(sizes):
+        limits.append(math.sqrt(factor * v) if t >= warmup else math.inf)
+        v = decay * v + (1 - decay) * min(size, limits[-1]) ** 2
+    return limits
+
+
+def stabilize_gradient(sizes, decay=0.7, square_decay=0.9):
+    """GradientStabilizer: the norm becomes m / sqrt(v), as in Adam, of raw norms with the current one."""
+    m, v, limits = 0.0, 0.0, []
+    for t, size in enumerate(sizes, start=1):
+        m = decay * m + (1 - decay) * size
+        v = square_decay * v + (1 - square_decay) * size**2
+        limits.append(m / (1 - decay**t) / math.sqrt(v / (1 - square_decay**t)))
+    return limits
+
+
+def adagc(sizes, factor=1.05, decay=0.98, warmup=100, max_norm=1.0):
+    """AdaGC, of all leaves `[steps, leaves]` at once: by the global norm at first, while gamma is the least clipped norm."""
+    gamma, limits = np.full(sizes.shape[1], math.inf), []
+    for t, now in enumerate(sizes):
+        limits.append(now * min(1, max_norm / math.hypot(*now)) if t < warmup else factor * gamma)
+        clipped = np.minimum(now, limits[-1])
+        gamma = np.minimum(gamma, clipped) if t < warmup else decay * gamma + (1 - decay) * clipped
+    return np.array(limits)
+
+
+def each(rule):
+    """The rule of one group for several: limits `[steps, groups]` from sizes `[steps, groups]`."""
+    return lambda sizes: np.stack([rule(column) for column in sizes.T], axis=1)
+
+
+def measured(stream, groups, norm=l2):
+    """For leaves `[steps, ...]`, of each group the places, its numbers `[steps, places]`, and its sizes `[steps]`."""
+    found = []
+    for places in groups({name: leaf[0] for name, leaf in stream.items()}):
+        numbers = np.stack([np.asarray(stream[name], float)[(slice(None), *i)] for name, i in places], axis=1)
+        found.append((places, numbers, np.array([norm([row]) for row in numbers])))
+    return found
+
+
+def learned(stream, found, rule, response=rescale):
+    """The leaves `[steps, ...]` clipped, each of the `measured` groups to its limits."""
+    out = {name: np.full(np.shape(leaf), np.nan) for name, leaf in stream.items()}
+    limits = rule(np.stack([sizes for _, _, sizes in found], axis=1))
+    for (places, numbers, sizes), limit in zip(found, limits.T, strict=True):
+        clipped = np.vectorize(response, otypes=[float])(numbers, sizes[:, None], limit[:, None])
+        for (name, i), column in zip(places, clipped.T, strict=True):
+            out[name][(slice(None), *i)] = column
+    return out
+
+
+# Methods that need the elements, of one tree.
+
+
+def clippy(leaves, params, relative=0.1, absolute=1e-7, groups=leaf):
+    """Tang et al. 2023: one factor until no |u_j| is over r |w_j| + a."""
+    out = {name: np.array(leaf, float) for name, leaf in leaves.items()}
+    for places in groups(leaves):
+        moves = [(abs(out[name][i]), relative * abs(float(params[name][i])) + absolute) for name, i in places]
+        factor = min([1.0, *[budget / move for move, budget in moves if move > 0]])
+        for name, i in places:
+            out[name][i] *= factor
+    return out
+
+
+def u_clip(trees, clip, decay=1.0):
+    """Elesedy and Hutter 2023, of a list of trees: u = clip(g + d), then d becomes a share of g + d - u."""
+    carried, out = {name: 0.0 for name in trees[0]}, []
+    for grads in trees:
+        total = {name: np.asarray(leaf, float) + carried[name] for name, leaf in grads.items()}
+        out.append(clip(total))
+        carried = {name: decay * (total[name] - out[-1][name]) for name in total}
+    return out

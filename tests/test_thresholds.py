@@ -1,8 +1,12 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import optaxclip
 from optaxclip import Context, Threshold, scopes, thresholds
@@ -229,3 +233,369 @@ def test_side_by_side_keeps_the_order():
     sizes, params = jnp.array([5.0, 6.0, 7.0]), jnp.array([1.0, 2.0, 4.0])
     state = rule.learn(sizes, sizes, rule.init(sizes), Context(jnp.array(0), params))
     assert limits(rule, sizes=sizes, params=params, state=state) == [1, 1, 2]
+
+
+# What is no spike, since it lasts: `patient`
+
+HOLDING = thresholds.growth(1.0)  # nothing may be larger than what was let through before
+
+
+def clipped(clip, sizes, params=None):
+    """Updates of one step after the other, for gradients with one number in each group: `[steps, groups]`."""
+    sizes = np.float32(sizes).reshape(len(sizes), -1)
+    groups = [f"{i}" for i in range(sizes.shape[1])]
+    state, update, rows = clip.init({name: jnp.zeros(1) for name in groups}), jax.jit(clip.update), []
+    for row in sizes:
+        updates, state = update(dict(zip(groups, row[:, None], strict=True)), state, params)
+        rows.append([updates[name].item() for name in groups])
+    return np.array(rows).squeeze()
+
+
+def patient(rule, patience, **options):
+    return optaxclip.clip(thresholds.patient(rule, patience), **options)
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5])
+def test_what_was_over_the_limit_so_many_times_in_a_row_is_let_through_from_then_on(patience):
+    assert clipped(patient(HOLDING, patience), [1, *[10] * 8]).tolist() == [1] * (1 + patience) + [10] * (8 - patience)
+
+
+def test_only_sizes_in_a_row_count():
+    clip = patient(HOLDING, 3)
+    assert clipped(clip, [1, *[10, 10, 1] * 4]).tolist() == [1] * 13
+    assert clipped(clip, [1, 10, 10, 1, 10, 10, 10, 10, 10, 1]).tolist() == [1, 1, 1, 1, 1, 1, 1, 10, 10, 1]
+    assert clipped(clip, [1, 10, 10, 10, 10, 100, 100, 100, 100]).tolist() == [1, 1, 1, 1, 10, 10, 10, 10, 100]
+
+
+def test_a_size_at_the_limit_is_not_over_it():
+    clip = patient(2.0, 3)
+    state = run(clip, [jnp.array([2.0])] * 5)[-1]
+    assert state.rules[0][1].tolist() == [0]
+    assert [state.rules[0][1].item() for state in run(clip, [jnp.array([2.1])] * 5)] == [1, 2, 0, 1, 2]
+
+
+def test_what_is_no_observation_neither_counts_nor_breaks_the_row():
+    sizes = clipped(patient(HOLDING, 3), [1, 10, 0, 10, np.nan, np.inf, 10, 0, 10])
+    np.testing.assert_array_equal(sizes, [1, 1, 0, 1, np.nan, np.nan, 1, 0, 10])
+
+
+@pytest.mark.parametrize("scope", [scopes.leaf(), scopes.unit()])
+def test_each_group_has_its_own_patience(scope):
+    sizes = np.array([[1, 1, 1], [10, 10, 1], [10, 10, 1], [10, 1, 10], [10, 10, 10], [10, 10, 10], [10, 10, 10]])
+    expected = [[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1], [10, 1, 1], [10, 1, 1], [10, 1, 10]]
+    assert clipped(patient(HOLDING, 3, scope=scope), sizes).tolist() == expected
+
+
+def test_the_rule_starts_afresh_from_the_raw_size():
+    clip = patient(ADDING, 2)
+    states = run(clip, [jnp.array([size]) for size in (3.0, 9.0, 30.0, 50.0)])
+    np.testing.assert_allclose([state.reading.limit.item() for state in states], [1, 4, 10, 40])
+    # The second and the fourth are each the second in a row that was over the limit.
+    known = [state.rules[0][0][:, 0].tolist() for state in states]
+    assert known == [[3, 1], [9, 9], [39, 19], [50, 50]]
+
+
+def test_what_a_patient_rule_knows_has_the_dtypes_of_its_start():
+    for rule in thresholds.zscore(warmup=1), thresholds.quantile(0.5, 3), thresholds.quantile_sketch(0.5):
+        clip = patient(rule, 1)
+        states = run(clip, [jnp.array([size]) for size in (1.0, 1.0, 50.0, 50.0)])
+        kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), state.rules) for state in (clip.init(jnp.zeros(1)), *states)]
+        assert all(kind == kinds[0] for kind in kinds)
+
+
+def test_patience_takes_any_threshold_and_any_rule_takes_patience():
+    sizes = [1, *[10] * 5]
+    patience = thresholds.patient(HOLDING, 2)
+    for threshold, expected in (
+        (thresholds.patient(2.0, 2), [1, 2, 2, 2, 2, 2]),
+        (thresholds.patient(lambda step: 2.0 + step, 2), [1, 3, 4, 5, 6, 7]),
+        (thresholds.patient(thresholds.at_most(HOLDING, 5.0), 2), [1, 1, 1, 5, 5, 5]),
+        (thresholds.at_most(patience, 5.0), [1, 1, 1, 5, 5, 5]),
+        (thresholds.at_least(patience, 4.0), [1, 4, 4, 10, 10, 10]),
+        (thresholds.patient(thresholds.switch(2, 0.5, HOLDING), 3), [0.5, 0.5, 0.5, 10, 10, 10]),
+        (thresholds.switch(2, 0.5, patience), [0.5, 0.5, 0.5, 10, 10, 10]),
+        (thresholds.patient(patience, 9), [1, 1, 1, 10, 10, 10]),
+        ({"0": patience}, [1, 1, 1, 10, 10, 10]),
+    ):
+        assert clipped(optaxclip.clip(threshold, scope=scopes.leaf()), sizes).tolist() == expected
+
+
+def test_a_patient_rule_sees_the_parameters_if_its_own_does():
+    assert thresholds.patient(thresholds.relative(0.5), 2).uses_params and not thresholds.patient(1.0, 2).uses_params
+    clip = optaxclip.clip(thresholds.patient(thresholds.relative(HOLDING), 2), scope=scopes.leaf())
+    assert clipped(clip, [3, 10, 10, 10], {"0": jnp.array([2.0])}).tolist() == [3, 6, 10, 10]
+
+
+# What is no observation, unless it lasts: `plausible`
+
+FACTS = thresholds.plausible(ADDING._replace(limit=lambda sizes, state, context: jnp.full_like(sizes, 0.5)))
+
+
+LEARN = jax.jit(lambda sizes, state: FACTS.learn(sizes, sizes / 2, state, Context(jnp.array(0))))
+
+
+def learned(sizes):
+    """States after each of the sizes `[steps, groups]`, all clipped to half of them."""
+    sizes = np.float32(sizes).reshape(len(sizes), -1)
+    states = [FACTS.init(jnp.asarray(sizes[0]))]
+    for size in sizes:
+        states.append(LEARN(size, states[-1]))
+    return [jax.tree.map(np.asarray, state) for state in states[1:]]
+
+
+@pytest.mark.parametrize(
+    "size, far", [(1e4, False), (1.01e4, True), (1e30, True), (3e38, True), (1e-4, False), (0.99e-4, True), (1e-30, True)]
+)
+def test_far_is_more_than_ten_thousand_times_off(size, far):
+    before, after = learned([1, size])
+    assert (after[0][0, 0] == before[0][0, 0]) == far
+    assert after[2].item() == int(far)
+
+
+def test_the_first_size_is_never_far():
+    for size in 1e-30, 1.0, 1e30:
+        ((known, usual, streak),) = learned([size])
+        assert known[:, 0].tolist() == [np.float32(size), np.float32(size) / 2]
+        assert usual.item() == np.float32(size) and streak.item() == 0
+
+
+@pytest.mark.parametrize("far", [1e6, 1e-6])
+def test_what_is_far_changes_nothing_until_it_is_ten_in_a_row(far):
+    states = learned([1, 2, *[far] * 9, 2, *[far] * 12])
+    for known, usual, _ in states[2:11]:
+        np.testing.assert_array_equal(known, states[1][0])
+        np.testing.assert_array_equal(usual, states[1][1])
+    assert [streak.item() for *_, streak in states] == [0, 0, *range(1, 10), 0, *range(1, 10), 0, 0, 0]
+    np.testing.assert_allclose([known[:, 0] for known, *_ in states[19:21]], [[5, 2.5]] * 2)
+    # With the tenth it starts afresh, from the raw size; the next ones are ordinary again, and clipped.
+    np.testing.assert_allclose([known[:, 0] / far for known, *_ in states[21:]], [[1, 1], [2, 1.5], [3, 2]], rtol=1e-6)
+
+
+def test_what_is_far_is_so_for_each_group():
+    sizes = np.ones((12, 3))
+    sizes[1:, 0], sizes[1:11:2, 1] = 1e6, 1e6
+    known, usual, streak = learned(sizes)[-1]
+    np.testing.assert_allclose(known[0], [2e6, 7, 12])
+    assert streak.tolist() == [0, 0, 0] and usual.tolist() == [1e6, 1, 1]
+
+
+def test_the_usual_follows_by_a_factor_of_two_at_most():
+    sizes = [1, 100, 100, 3, 1e-2, 1e-2, 0.5]
+    assert [usual.item() for _, usual, _ in learned(sizes)] == [1, 2, 4, 3, 1.5, 0.75, 0.5]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    ordinary=st.lists(st.floats(0.5, 2, width=32), min_size=2, max_size=12),
+    far=st.lists(st.lists(st.sampled_from([1e-30, 1e-6, 1e6, 1e30]), max_size=9), min_size=12, max_size=12),
+)
+def test_a_stream_teaches_the_same_without_what_is_far(ordinary, far):
+    stream = [[size, *outliers] for size, outliers in zip(ordinary, far, strict=False)]
+    (*known, _), (*expected, _) = learned(np.concatenate(stream))[-1], learned(ordinary)[-1]
+    np.testing.assert_array_equal(known[0], expected[0])
+    np.testing.assert_array_equal(known[1], expected[1])
+
+
+def test_a_plausible_rule_has_the_limit_and_the_needs_of_its_own():
+    rule = thresholds.plausible(thresholds.relative(COUNTING))
+    assert rule.uses_params and not FACTS.uses_params
+    state = rule.learn(SIZES, SIZES, rule.init(SIZES), Context(jnp.array(0), SIZES))
+    assert limits(rule, params=jnp.array([3.0, 4.0]), state=state) == [3, 4]
+
+
+# One factor for all: `jointly`
+
+LEAVES = {"a": np.float32([[3, -4], [1, 0]]), "b": np.float32([12, 0.1, 7]), "c": np.float32(2)}
+
+
+def scaled(scale):
+    return jax.tree.map(lambda x: jnp.asarray(scale * x), LEAVES)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 14.5, 15.0, 1e6, lambda step: 3.0 + step, float("inf")], ids=str)
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e3, 1e30])
+def test_jointly_the_leaves_are_clipped_by_the_global_norm(threshold, scale):
+    limit = threshold if callable(threshold) else threshold * scale
+    jointly, globally = optaxclip.clip(thresholds.jointly(limit), scope=scopes.leaf()), optaxclip.clip_by_global_norm(limit)
+    grads = scaled(scale)
+    updates, expected = (clip.update(grads, clip.init(grads))[0] for clip in (jointly, globally))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), updates, expected)
+
+
+def test_at_unit_scope_all_units_of_a_leaf_have_one_factor():
+    grads = {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]]), "v": jnp.array([[1.0, 0.0], [0.0, 0.5]])}
+    clip = optaxclip.clip(thresholds.jointly(2.0), scope=scopes.unit())
+    updates, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(updates["w"], 0.4 * grads["w"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["v"], grads["v"])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_groups_that_are_not_finite_do_not_enter_the_joint_norm(bad):
+    grads = {"a": jnp.array([3.0, 4.0]), "bad": jnp.array([1.0, bad]), "c": jnp.array([12.0])}
+    clip = optaxclip.clip(thresholds.jointly(1.3), scope=scopes.leaf())
+    updates, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(updates["a"], [0.3, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(updates["c"], [1.2], rtol=1e-6)
+    assert np.isnan(updates["bad"]).all()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[3e30, 4e30], [3e-30, 4e-30], [3e-37, 4e-37], [1.5e38, 2e38], [3e30, 4e-30], [0, 5], [0, 5e-30], [0, 0], [0, 3e38]],
+)
+def test_joint_norms_are_right_to_the_ends_of_the_float_range(sizes):
+    joint = np.hypot(*np.float64(sizes))
+    for apply in lambda f: f, jax.jit:
+        for share in 0.1, 0.9, 2.0:
+            rule = thresholds.jointly(share * joint)
+            found = apply(lambda sizes, rule=rule: rule.limit(sizes, (), Context(jnp.array(0))))(jnp.float32(sizes))
+            np.testing.assert_allclose(np.float64(found), min(share, 1) * np.float64(sizes), rtol=1e-6)
+
+
+def test_a_joint_norm_that_is_no_float_is_clipped_all_the_same():
+    grads = {"a": jnp.array([3e38]), "b": jnp.array([3e38])}
+    clip = optaxclip.clip(thresholds.jointly(1.0), scope=scopes.leaf())
+    updates, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose([updates["a"], updates["b"]], np.full((2, 1), 0.5**0.5), rtol=1e-6)
+
+
+def test_a_rule_that_is_applied_jointly_learns_the_joint_sizes():
+    clip = optaxclip.clip(thresholds.jointly(ADDING), scope=scopes.leaf())
+    states = run(clip, [{"a": jnp.array([3.0]), "b": jnp.array([4.0])}] * 2)
+    np.testing.assert_allclose([np.unique(state.rules[0]) for state in states], [[1, 5], [6, 10]], rtol=1e-6)
+    np.testing.assert_allclose(states[1].reading.size_after, [3, 4], rtol=1e-6)
+
+
+def test_a_rule_that_is_applied_jointly_keeps_the_shape_of_its_state():
+    for rule in thresholds.ema(), thresholds.patient(HOLDING, 2), thresholds.quantile(0.5, 3):
+        clip = optaxclip.clip(thresholds.jointly(rule), scope=scopes.leaf())
+        start, *states = clip.init(GRADS), *run(clip, [GRADS] * 2)
+        for state in states:
+            assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_a_rule_that_is_applied_jointly_learns_nothing_of_what_is_no_observation(bad):
+    clip = optaxclip.clip(thresholds.jointly(ADDING), scope=scopes.leaf())
+    grads = {"a": jnp.array([3e-6]), "b": jnp.array([4e-6]), "c": jnp.array([bad])}
+    (state,) = run(clip, [grads])
+    np.testing.assert_allclose(np.unique(state.rules[0]), [5e-6], rtol=1e-6)
+    nothing = {name: jnp.full(1, bad) for name in grads}
+    state = run(clip, [grads, nothing])[-1]
+    np.testing.assert_allclose(np.unique(state.rules[0]), [5e-6], rtol=1e-6)
+
+
+def test_jointly_then_each_by_its_own_limit_as_in_adagc():
+    own = thresholds.ema(1.5, decay=0.5, warmup=2, start="least")
+    clip = optaxclip.clip(thresholds.switch(2, thresholds.jointly(5.0), own), scope=scopes.leaf())
+    stream = np.array([[6, 8], [1, 4], [3, 4.5], [30, 40]])
+    # At most 5 jointly: 3 and 4, then 1 and 4, which are the least; then 1.5 times the averages, of what is clipped.
+    np.testing.assert_allclose(clipped(clip, stream), [[3, 4], [1, 4], [1.5, 4.5], [1.875, 6.375]], rtol=1e-6)
+
+
+def test_a_joint_rule_sees_the_parameters_if_its_own_does():
+    assert thresholds.jointly(thresholds.relative(1.0)).uses_params and not thresholds.jointly(1.0).uses_params
+
+
+# Arguments of rules that learn and of rules made of rules
+
+NOT_NEGATIVE = [(-0.5, ValueError, r"must be in \[0, inf\], got -0\.5; pass a number inside")]
+POSITIVE = [(0.0, ValueError, r"must be in \(0, inf\), got 0\.0; pass a number inside")]
+SHARE = [(x, ValueError, rf"must be in \(0, 1\), got {x}; pass a number inside") for x in (0.0, 1.0, -0.1, 1.5)]
+NUMBER = [
+    (np.nan, ValueError, r"must be in [\[\(]0, (inf|1)[\]\)], got nan; pass a number inside"),
+    (np.ones(2), ValueError, r"must be one number, got an array of shape \(2,\); give groups"),
+    ("0.5", TypeError, r"must be a real number, got '0\.5' \(str\); pass a float such as 1\.0"),
+    (True, TypeError, r"must be a real number, got True \(bool\); pass a float such as 1\.0"),
+]
+COUNT = [
+    (1.5, TypeError, r"must be an integer, got 1\.5 \(float\); pass a count such as 1"),
+    (True, TypeError, r"must be an integer, got True \(bool\); pass a count such as 1"),
+    (None, TypeError, r"must be an integer, got None \(NoneType\); pass a count such as 1"),
+    (-1, ValueError, r"must be at least [01], got -1; pass a larger count"),
+]
+AT_LEAST_ONE = [*COUNT, (0, ValueError, "must be at least 1, got 0; pass a larger count")]
+LIMIT = [*NUMBER, *NOT_NEGATIVE, (None, TypeError, r"must be a real number, got None \(NoneType\); pass a float such as 1\.0")]
+ARGUMENTS = {
+    thresholds.ema: {
+        "factor": [*NUMBER, *NOT_NEGATIVE],
+        "decay": [*NUMBER, *SHARE],
+        "warmup": AT_LEAST_ONE,
+        "start": [("min", ValueError, "must be one of 'mean', 'least', got 'min'; choose one of these")],
+    },
+    thresholds.zscore: {"z": [*NUMBER, *NOT_NEGATIVE], "decay": [*NUMBER, *SHARE], "warmup": AT_LEAST_ONE},
+    thresholds.log_zscore: {"deviations": [*NUMBER, *NOT_NEGATIVE], "decay": [*NUMBER, *SHARE]},
+    thresholds.window_zscore: {
+        "deviations": [*NUMBER, *NOT_NEGATIVE],
+        "window": AT_LEAST_ONE,
+        "warmup": [*AT_LEAST_ONE, (129, ValueError, "must be at most 128, got 129; pass a smaller count")],
+    },
+    thresholds.growth: {"factor": [*NUMBER, *NOT_NEGATIVE]},
+    thresholds.second_moment: {"factor": [*NUMBER, *NOT_NEGATIVE], "decay": [*NUMBER, *SHARE], "warmup": COUNT},
+    thresholds.mean_to_rms: {"decay": [*NUMBER, *SHARE], "square_decay": [*NUMBER, *SHARE]},
+    thresholds.quantile: {"q": [*NUMBER, *SHARE], "window": AT_LEAST_ONE},
+    thresholds.quantile_sketch: {"q": [*NUMBER, *SHARE]},
+    thresholds.quantile_tracker: {
+        "q": [*NUMBER, *SHARE],
+        "rate": [*NUMBER, *POSITIVE],
+        "initial": [*NUMBER, *POSITIVE],
+    },
+    thresholds.switch: {"steps": COUNT, "before": LIMIT, "after": LIMIT},
+    thresholds.at_most: {"threshold": LIMIT, "bound": LIMIT},
+    thresholds.at_least: {"threshold": LIMIT, "bound": LIMIT},
+    thresholds.jointly: {"threshold": LIMIT},
+    thresholds.patient: {"threshold": LIMIT, "patience": AT_LEAST_ONE},
+    thresholds.plausible: {"rule": [("1.0", TypeError, r"must be a (Threshold|real number), got '1\.0'.*; pass ")]},
+}
+REQUIRED = {"q": 0.5, "window": 128, "steps": 2, "before": 1.0, "after": 2.0, "threshold": 1.0, "bound": 2.0, "patience": 3}
+NEEDS_NO_CHECK = {"lagged"}  # true or false, whatever it is
+
+
+def arguments(make, **given):
+    """The arguments that a function requires, and those given."""
+    required = {p.name for p in inspect.signature(make).parameters.values() if p.default is p.empty}
+    return {**{name: value for name, value in REQUIRED.items() if name in required}, **given}
+
+
+@pytest.mark.parametrize(
+    "make, name, value, error, words",
+    [(make, name, *one) for make, names in ARGUMENTS.items() for name, all in names.items() for one in all],
+    ids=lambda x: getattr(x, "__name__", None) or str(x)[:12],
+)
+def test_every_argument_of_a_rule_is_checked_when_it_is_made(make, name, value, error, words):
+    with pytest.raises(error, match=f"^{name} {words}"):
+        make(**arguments(make, **{name: value}))
+
+
+def test_no_argument_of_a_rule_that_learns_is_left_out_above():
+    made = {
+        function
+        for module in (thresholds.moments, thresholds.ranks, thresholds.combine)
+        for name, function in vars(module).items()
+        if inspect.isfunction(function) and function.__module__ == module.__name__ and hasattr(thresholds, name)
+    }
+    assert made == set(ARGUMENTS)
+    for make, names in ARGUMENTS.items():
+        assert set(inspect.signature(make).parameters) - NEEDS_NO_CHECK == set(names), make
+
+
+NUMBERS = [(make, name) for make, names in ARGUMENTS.items() for name, all in names.items() if all[: len(NUMBER)] == NUMBER]
+
+
+@pytest.mark.parametrize("make, name", NUMBERS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_number_may_be_traced(make, name):
+    def limit(value):
+        rule = make(**arguments(make, **{name: value}))
+        state = rule.learn(SIZES, SIZES, rule.init(SIZES), Context(jnp.array(0)))
+        return jnp.broadcast_to(rule.limit(10 * SIZES, state, Context(jnp.array(30))), SIZES.shape)
+
+    np.testing.assert_allclose(jax.jit(limit)(0.25), limit(0.25), rtol=1e-6)
+
+
+@pytest.mark.parametrize("make, name", [one for one in NUMBERS if one[1] in ("factor", "z", "deviations")])
+def test_an_infinite_multiple_never_clips_and_a_multiple_of_zero_is_never_nan(make, name):
+    sizes = [1.0, 1.1, 0.9, 50.0, 2e3, 1.0]
+    small = {"warmup": 1} if "warmup" in inspect.signature(make).parameters else {}
+    assert clipped(optaxclip.clip(make(**{name: float("inf")}, **small)), sizes).tolist() == np.float32(sizes).tolist()
+    assert np.isfinite(clipped(optaxclip.clip(make(**{name: 0.0}, **small)), sizes)).all()

@@ -46,6 +46,10 @@ REFUSALS = {
         (("n", None), {"low": 5}, TypeError, "n must be an integer, got None (NoneType); pass a count such as 5"),
         (("n", 0), {}, ValueError, "n must be at least 1, got 0; pass a larger count"),
         (("n", np.int64(-1)), {"low": 0}, ValueError, "n must be at least 0, got -1; pass a larger count"),
+        (("n", 6), {"high": 5}, ValueError, "n must be at most 5, got 6; pass a smaller count"),
+        (("n", np.int64(1)), {"low": 0, "high": 0}, ValueError, "n must be at most 0, got 1; pass a smaller count"),
+        (("n", 0), {"high": 5}, ValueError, "n must be at least 1, got 0; pass a larger count"),
+        (("n", 2.0), {"high": 5}, TypeError, "n must be an integer, got 2.0 (float); pass a count such as 1"),
     ],
     "option": [(("o", "c", ("a", "b")), {}, ValueError, "o must be one of 'a', 'b', got 'c'; choose one of these")],
     "part": [(("p", 3, optaxclip.Norm, "norms.l2()"), {}, TypeError, "p must be a Norm, got 3; pass one such as norms.l2()")],
@@ -121,7 +125,13 @@ REFUSALS = {
 }
 ACCEPTED = {
     "number": [(("c", x), {}) for x in (0, 1.0, math.inf, np.float32(1), np.int64(1), np.array(1), jnp.array(1.0))],
-    "count": [(("n", 1), {}), (("n", np.int32(1)), {}), (("n", 0), {"low": 0})],
+    "count": [
+        (("n", 1), {}),
+        (("n", np.int32(1)), {}),
+        (("n", 0), {"low": 0}),
+        (("n", 5), {"high": 5}),
+        (("n", 1), {"high": 5}),
+    ],
     "option": [(("o", "a", ("a", "b")), {})],
     "part": [(("p", norms.l2(), optaxclip.Norm, ""), {})],
     "function": [(("f", len, ""), {})],
@@ -389,7 +399,7 @@ def test_every_refusal_of_validate_has_a_case_above():
     tree = ast.parse((SOURCE / "_validate.py").read_text())
     for function in [node for node in tree.body if isinstance(node, ast.FunctionDef)]:
         expected = sum(isinstance(node, ast.Raise) for node in ast.walk(function))
-        kinds = {(error, words.split(" got ")[0].split(" has ")[-1][:12]) for _, _, error, words in REFUSALS[function.name]}
+        kinds = {(error, words.split(" got ")[0].split(" has ")[-1][:15]) for _, _, error, words in REFUSALS[function.name]}
         assert len(kinds) >= expected > 0, function.name
 
 
