@@ -5,6 +5,7 @@ import pytest
 
 import optaxclip
 from benchmarks.ahead_of_time import cost, gpt2
+from optaxclip import scopes
 
 PARAMS = gpt2()
 
@@ -34,6 +35,17 @@ def test_global_norm_costs_what_it_costs_in_optax(optax_global_norm, record):
 @pytest.mark.parametrize("clip", [optaxclip.clip_by_norm(1.0), optaxclip.clip_by_block_rms(1.0)], ids=["norm", "rms"])
 def test_a_norm_per_leaf_costs_no_more_than_a_global_one(optax_global_norm, clip):
     ours = with_adam(clip)
+    assert ours.units <= 1.01 * optax_global_norm.units
+    assert ours.temporary <= 0.1
+
+
+ADAPTIVE = ["autoclip", "quantile_clip", "zclip", "adagc", "history_clip", "log_norm_clip", "growth_clip", "stabilize_gradient"]
+
+
+@pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf()], ids=["tree", "leaf"])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_a_threshold_that_learns_costs_no_more_than_a_constant_one(optax_global_norm, name, scope):
+    ours = with_adam(getattr(optaxclip, name)(scope=scope))
     assert ours.units <= 1.01 * optax_global_norm.units
     assert ours.temporary <= 0.1
 
