@@ -1,5 +1,6 @@
 """Clipping in the basis of a matrix: its singular values are the numbers that are clipped."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,27 +19,38 @@ def matrix_axes(path: str, leaf: Any) -> Axes:
     return tuple(range(max(leaf.ndim - 2, 0), leaf.ndim))
 
 
-def on_spectra(clip: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    """Gives the clip the singular values `[..., k]` of each leaf in place of it, and makes matrices of what it returns."""
+def on_spectra(
+    clip: optax.GradientTransformationExtraArgs, *, uses_params: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Gives the clip the singular values `[..., k]` of each leaf in place of it, and makes matrices of what it returns.
 
-    def spectra(tree: Any) -> Any:
+    Parameters are decomposed only if the clip uses them; otherwise it gets zeros of the right shapes.
+    """
+
+    def spectra(tree: Any, values_of: Callable[[Array], Array]) -> Any:
         layout = scopes.lay_out(scopes.leaf(), tree)
-        return layout.rebuild([_decompose(_matrices(leaf))[1] for leaf in layout.gradients])
+        return layout.rebuild([values_of(_matrices(leaf)) for leaf in layout.gradients])
+
+    def no_values(x: Array) -> Array:
+        return jnp.zeros((*x.shape[:-2], min(x.shape[-2:])), x.real.dtype)
+
+    def values(x: Array) -> Array:
+        return _decompose(x)[1] if uses_params else no_values(x)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
         layout = scopes.lay_out(scopes.leaf(), updates, params)
         matrices = list(map(_matrices, layout.gradients))
         parts = list(map(_decompose, matrices))
-        weights = None if params is None else spectra(params)
-        clipped, state = clip.update(layout.rebuild([values for _, values, _ in parts]), state, weights)
+        weights = None if params is None else spectra(params, values)
+        clipped, state = clip.update(layout.rebuild([part[1] for part in parts]), state, weights)
         kept = layout.treedef.flatten_up_to(clipped)
-        values = [parts[k][1] if kept[i] is None else kept[i] for k, i in enumerate(layout.measured)]
-        out = [_recompose(x, *part, new) for x, part, new in zip(matrices, parts, values, strict=True)]
+        new = [parts[k][1] if kept[i] is None else kept[i] for k, i in enumerate(layout.measured)]
+        out = [_recompose(x, *part, s) for x, part, s in zip(matrices, parts, new, strict=True)]
         back = [norms.cast_like(x.reshape(jnp.shape(like)), like) for x, like in zip(out, layout.gradients, strict=True)]
         return layout.rebuild(back), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: clip.init(spectra(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: clip.init(spectra(params, no_values)), update)
 
 
 def newton_schulz(response: Response, iterations: int) -> Response:

@@ -707,6 +707,8 @@ def spectral_clip(
     """
     limit = thresholds.as_thresholds(max_norm, name="max_norm")
     if iterations is None:
-        return on_spectra(clip(limit, scope=scopes.element(), response=response, nonfinite=nonfinite, record=record))
+        values = clip(limit, scope=scopes.element(), response=response, nonfinite=nonfinite, record=record)
+        rules = limit.values() if isinstance(limit, dict) else [limit]
+        return on_spectra(values, uses_params=any(rule.uses_params for rule in rules))
     soft = newton_schulz(response, iterations)
     return clip(limit, scope=scopes.unit(matrix_axes), response=soft, nonfinite=nonfinite, record=record)
