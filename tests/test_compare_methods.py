@@ -167,7 +167,7 @@ def test_a_limit_is_drawn_where_it_is_the_only_one():
         optaxclip.zclip(): np.nan,  # none yet
         optax.identity(): np.nan,
     }.items():
-        np.testing.assert_equal(compare_methods.only_limit(clip.update(tree, clip.init(tree), tree)[1]), limit)
+        np.testing.assert_equal(float(compare_methods.only_limit(clip.update(tree, clip.init(tree), tree)[1])), limit)
 
 
 def compared(monkeypatch, rows, task=BOWL):
