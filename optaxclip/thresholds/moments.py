@@ -253,7 +253,7 @@ def mean_to_rms(*, decay: float | Array = 0.7, square_decay: float | Array = 0.9
     r"""Learns the raw size: its mean over its root mean square, :math:`c = \hat m / \sqrt{\hat v}`.
 
     Both are moving averages that include the current size, corrected for starting at zero. The limit has
-    no unit: it is 1 for steady sizes, 0.95 at a single spike with the defaults, and 1.3 at most. It is
+    no unit: it is 1 for steady sizes; with the defaults 0.95 at a huge spike, and 1.41 at most. It is
     meant for the response `normalize`.
 
     Args:

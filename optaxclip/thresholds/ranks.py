@@ -81,8 +81,8 @@ def quantile_sketch(q: float | Array) -> Threshold:
 
     Exact (as `numpy.quantile`) for the first 1024 sizes, later within 1 % of the two sizes that it is
     interpolated from, if they are within a factor of 26 000 of the middle of the bins. That starts as the first
-    size and follows the quantile; what is further off keeps its rank. 8 KiB for each group: 1024 floats and 1024
-    logarithmic bins of integers, which are halved before they overflow, every :math:`2^{30}` sizes.
+    size and follows the quantile; what is further off counts in the last bin. 8 KiB for each group: 1024 floats
+    and 1024 logarithmic bins of integers, which are halved before they overflow, first after :math:`2^{30}` sizes.
 
     Args:
         q: share of the sizes that are smaller, between 0 and 1.
