@@ -430,7 +430,7 @@ def log_norm_clip(
     The statistic sees raw norms, the current one included. State: five numbers for each group.
     TensorFlow's contrib starts its averages at zero, which crushes the first steps; here they start as plain averages
     (its option with a global step). Known failure: a spike widens what counts as usual, of 100 times the mean
-    for some forty steps enough to let a threefold one pass.
+    so much that for some thirty steps a threefold one passes.
 
     Args:
         deviations: :math:`k`.
@@ -505,7 +505,8 @@ def spam_clip(
 
     The statistic sees clipped elements. State: one buffer as large as the parameters, besides what the optimizer has.
     SPAM also resets Adam's moments every 500 steps; that is not part of this.
-    Known failure: 5000 lets an element be 70 times its usual size in the end, 10 times after 20 steps. An element that was always zero is not clipped.
+    Known failure: 5000 lets an element be 70 times its usual size in the end, 10 times after 20 steps. An element that
+    was always zero is not clipped.
 
     Args:
         factor: :math:`\theta`.
