@@ -66,21 +66,29 @@ def carry(clip: optax.GradientTransformation, *, decay: ArrayLike = 1.0) -> opta
         return CarryState(jax.tree.map(lambda x: jnp.zeros_like(norms.widen(x)), floats), inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, CarryState]:
+        if state is None:  # one step outside of any loop
+            state = init(updates if params is None else params)
         layout = scopes.lay_out(scopes.leaf(), updates, params)
         carried, treedef = jax.tree.flatten(state.carried)
         _validate.same_blocks(len(layout.gradients), len(carried))
         sums = [norms.widen(g) + d for g, d in zip(layout.gradients, carried, strict=True)]
         # The sum with a zero is not always the same bits.
         parts = zip(layout.gradients, carried, sums, strict=True)
-        narrow = [norms.cast_like(jnp.where(d == 0, norms.widen(g), total), g) for g, d, total in parts]
+        narrow = [norms.cast_like(jnp.where(d == 0, norms.widen(g), _within(total, g)), g) for g, d, total in parts]
         clipped, clip_state = inner.update(layout.rebuild(narrow), state.clip, params, **extra_args)
         kept = layout.treedef.flatten_up_to(clipped)
 
         def cut_off(i: int, total: Array, before: Array) -> Array:
             left = total if kept[i] is None else total - norms.widen(kept[i])
-            return jnp.where(jnp.isfinite(left), decay * left, before)
+            return jnp.where(jnp.isfinite(left), (decay * left).astype(before.dtype), before)
 
         left = map(cut_off, layout.measured, sums, carried)
         return clipped, CarryState(jax.tree.unflatten(treedef, list(left)), clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _within(total: Array, like: Any) -> Array:
+    """A finite sum, cut to what the dtype of `like` can hold; only float16 can hold less than a gradient and its rest."""
+    most = jnp.finfo(jnp.result_type(like)).max
+    return total if jnp.iscomplexobj(total) else jnp.where(jnp.isfinite(total), jnp.clip(total, -most, most), total)

@@ -53,6 +53,17 @@ def count(name: str, value: Any, *, low: int = 1, high: int | None = None) -> No
         raise ValueError(f"{name} must be at most {high}, got {value}; pass a smaller count")
 
 
+def memoryless(name: str, rule: Any) -> None:
+    """Refuses a rule that learns, or that needs the parameters.
+
+    Raises:
+        TypeError: `rule` does.
+    """
+    if rule.uses_params or jax.tree.leaves(rule.init(jnp.zeros(1))):
+        does = "uses the parameters" if rule.uses_params else "learns"
+        raise TypeError(f"{name} must be the same for all groups, got a rule that {does}; pass a number or a schedule")
+
+
 def option(name: str, value: Any, options: Iterable[str]) -> None:
     """Refuses all but one of the words in `options`.
 

@@ -105,6 +105,20 @@ REFUSALS = {
             "or update(updates, state, params) if some gradients are None",
         )
     ],
+    "memoryless": [
+        (
+            ("threshold", thresholds.relative(0.1)),
+            {},
+            TypeError,
+            "threshold must be the same for all groups, got a rule that uses the parameters; pass a number or a schedule",
+        ),
+        (
+            ("threshold", thresholds.growth()),
+            {},
+            TypeError,
+            "threshold must be the same for all groups, got a rule that learns; pass a number or a schedule",
+        ),
+    ],
     "not_both": [
         (
             ("limit", 1.0, "low", -1.0, "pass one"),
@@ -139,6 +153,7 @@ ACCEPTED = {
     "params_given": [((np.ones(2),), {}), (([],), {})],
     "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
     "same_blocks": [((2, 2), {})],
+    "memoryless": [(("threshold", thresholds.constant(1.0)), {})],
     "not_both": [(("a", -1.0, "b", None, "c"), {}), (("a", None, "b", -1.0, "c"), {})],
     "real": [((np.dtype("float16"),), {})],
 }

@@ -10,6 +10,7 @@ from optaxclip.thresholds.combine import jointly as jointly
 from optaxclip.thresholds.combine import patient as patient
 from optaxclip.thresholds.combine import plausible as plausible
 from optaxclip.thresholds.combine import switch as switch
+from optaxclip.thresholds.combine import with_fallback as with_fallback
 from optaxclip.thresholds.fixed import as_threshold as as_threshold
 from optaxclip.thresholds.fixed import as_thresholds as as_thresholds
 from optaxclip.thresholds.fixed import constant as constant

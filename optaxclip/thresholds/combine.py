@@ -61,43 +61,53 @@ def at_least(threshold: Any, bound: Any) -> Threshold:
     return _combine([threshold, bound], ["threshold", "bound"], lambda limits, context: jnp.maximum(*limits))
 
 
+def with_fallback(threshold: Any, fallback: Any) -> Threshold:
+    """The first limit, and the second where the first is infinite: for groups whose rule knows too little yet.
+
+    Raises:
+        TypeError: one of the two is not a threshold.
+        ValueError: one of the two is a negative number or NaN.
+    """
+
+    def choose(limits: list[Array], context: Context) -> Array:
+        return jnp.where(limits[0] < jnp.inf, *limits)
+
+    return _combine([threshold, fallback], ["threshold", "fallback"], choose)
+
+
 def jointly(threshold: Any) -> Threshold:
     r"""One factor for a whole block: each size's share of a limit to their joint l2 norm, :math:`c_i = s_i \min(1, c / \|s\|)`.
 
-    With leaf scope and `norms.l2()` it clips by the global norm: what all leaves need until each has a limit of
-    its own. (At unit scope a block is a leaf.)
+    With leaf scope and `norms.l2()` it clips by the global norm, in the same read of the gradients. (At unit scope a block
+    is a leaf.) Sizes that are not finite do not count.
 
     Args:
-        threshold: for the joint norm, anything that `as_threshold` takes; a rule in it sees one size.
+        threshold: for the joint norm, a number or a schedule.
 
     Raises:
-        TypeError: it is not a threshold.
+        TypeError: it is not a threshold, or one that learns or is relative to parameters.
         ValueError: it is a negative number or NaN.
     """
     rule = as_threshold(threshold)
-
-    def joint(sizes: Array) -> Array:
-        sizes = jnp.where(jnp.isfinite(sizes), sizes, 0)
-        top = jax.lax.stop_gradient(jnp.max(sizes, keepdims=True, initial=0))  # only a scale
-        shares = jnp.sum((sizes / jnp.where(top > 0, top, 1)) ** 2, keepdims=True)
-        return top * jnp.sqrt(jnp.where(top > 0, shares, 1))
+    _validate.memoryless("threshold", rule)
 
     def limit(sizes: Array, state: Any, context: Context) -> Array:
-        norm = joint(sizes)
-        return responses.rescale(sizes, norm, rule.limit(norm, state, context))
+        finite = jnp.where(jnp.isfinite(sizes), sizes, 0)
+        top = jax.lax.stop_gradient(jnp.max(finite, keepdims=True, initial=0))  # only a scale
+        # A quarter of both, because the compiler multiplies by 1 / top, which is flushed to 0 for the largest floats.
+        quarter = jnp.where(top > 1, 0.25, 1).astype(sizes.dtype)
+        shares = finite * quarter / jnp.where(top > 0, top * quarter, 1)
+        norm = jnp.sqrt(jnp.where(top > 0, jnp.sum(shares**2, keepdims=True), 1))  # in tops
+        return responses.rescale(sizes, top, rule.limit(top, state, context) / norm)
 
-    return Threshold(
-        lambda sizes: rule.init(joint(sizes)),
-        limit,
-        lambda sizes, clipped_sizes, state, context: rule.learn(joint(sizes), joint(clipped_sizes), state, context),
-        rule.uses_params,
-    )
+    return rule._replace(limit=limit)
 
 
 def patient(threshold: Any, patience: int) -> Threshold:
     """The rule, but what was over its limit so many times in a row is no spike: it starts afresh from there.
 
-    Guards rules that take long to follow a lasting change, or never do.
+    Guards rules that take long to follow a lasting change, or never do. It belongs around the rule itself: what
+    another limit besides cuts, as in `at_most(patient(rule, 50), 1.0)`, is none of its business.
 
     Args:
         threshold: a threshold, anything that `as_threshold` takes.
@@ -146,8 +156,16 @@ def plausible(rule: Threshold) -> Threshold:
     """The rule, but a size ten thousand times off the usual is no observation, unless ten in a row are: then it starts afresh.
 
     So a single 1e30, finite though it is, leaves no trace in what the rule remembers. The usual follows the sizes by
-    no more than a factor of 2 a step, hence one size, however far off, hardly moves it.
+    no more than a factor of 2 a step, hence one size, however far off, hardly moves it. Every rule of this package that
+    learns has this guard already, but `second_moment`.
+
+    Args:
+        rule: a rule that learns.
+
+    Raises:
+        TypeError: `rule` is not a rule.
     """
+    _validate.part("rule", rule, Threshold, "thresholds.ema()")
 
     def init(sizes: Array) -> tuple[Any, Array, Array]:
         return rule.init(sizes), jnp.zeros_like(sizes), jnp.zeros(sizes.shape, jnp.int32)
