@@ -125,7 +125,7 @@ TASKS = {  # the numbers: solved, steps, momentum, rate, norms
 
 def only_limit(state: Any) -> Array:
     """The limit of a method that has a single one; NaN for the others, and where there is none at this step."""
-    limit = state.reading.limit if isinstance(state, optaxclip.ClipState) else jnp.zeros(2)
+    limit = state.reading.limit if isinstance(state, optaxclip.ClipState) and state.reading else jnp.full(2, jnp.inf)
     return jnp.where(limit < jnp.inf, limit, jnp.nan)[0] if limit.shape == (1,) else jnp.full((), jnp.nan)
 
 

@@ -2,7 +2,11 @@
 
 Every row takes the keywords of `clip` besides its own (`response`, `nonfinite`, `axis_name`,
 `record`), and a threshold in any of its forms: a number, a traced array, a schedule, a rule, or a
-dict by group. Each belongs before the optimizer in a chain, on gradients averaged over the batch.
+dict by group. Unless its text says otherwise, each belongs before the optimizer in a chain, on gradients
+averaged over the batch.
+
+What learns never learns from NaN, infinity or zeros, nor from a lone size ten thousand times off the usual
+(`thresholds.plausible`); a method that can lock itself in has its way out in `thresholds.patient`.
 """
 
 import inspect
