@@ -3,6 +3,7 @@
 from optaxclip import norms as norms
 from optaxclip import responses as responses
 from optaxclip import scopes as scopes
+from optaxclip import telemetry as telemetry
 from optaxclip import thresholds as thresholds
 from optaxclip._carry import carry as carry
 from optaxclip._clip import clip as clip

@@ -196,9 +196,9 @@ def _record(
         measured = jnp.array([*largest, [_share(block) for block in over]])
     counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
     if reading is None:
-        return Reading(measured, jnp.zeros_like(counted))
+        return Reading(measured, jnp.zeros_like(counted), tuple({name: None} for name in layout.names))
     _validate.same_blocks(measured.shape[1], reading.measured.shape[1])
-    return Reading(measured.astype(reading.measured.dtype), reading.counted + counted)
+    return reading._replace(measured=measured.astype(reading.measured.dtype), counted=reading.counted + counted)
 
 
 def _share(over: Array) -> Array:

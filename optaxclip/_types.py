@@ -105,6 +105,7 @@ class Reading(NamedTuple):
     Attributes:
         measured: float `[4, groups]`, the four below.
         counted: int32 `[2]`, the two below.
+        names: of the groups, in their order, as keys of dicts without values: no arrays, but part of the structure.
         size_before: `[groups]`, sizes before clipping.
         size_after: `[groups]`, sizes after clipping.
         limit: `[groups]`, what the sizes were allowed to be.
@@ -115,6 +116,7 @@ class Reading(NamedTuple):
 
     measured: Array
     counted: Array
+    names: tuple[dict[str, None], ...] = ()
 
     size_before = property(lambda self: self.measured[..., 0, :])
     size_after = property(lambda self: self.measured[..., 1, :])

@@ -16,7 +16,7 @@ def test_python_blocks_run_in_order(capsys):
     assert len(blocks) >= 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)  # noqa: S102 (our own file)
-    assert capsys.readouterr().out.startswith("[")
+    assert capsys.readouterr().out.startswith("clip/size_before ")
     assert names["swept"]["body"]["w"].shape == (3, 3)
     assert (names["updates"]["embed"]["w"] == 1).all()
 

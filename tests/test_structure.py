@@ -15,6 +15,7 @@ LEVELS = [
     {"_types", "_validate", "responses"},
     {"norms", "scopes", "thresholds", *(f"thresholds.{name}" for name in ("fixed", "combine", "moments", "ranks"))},
     {"_clip", "_carry", "_precondition", "_spectral"},
+    {"telemetry"},
     {"methods"},
     {"__init__"},
 ]
@@ -91,7 +92,7 @@ def test_every_rule_says_what_it_learns_and_what_it_refuses():
     rules = {**vars(optaxclip.thresholds.moments), **vars(optaxclip.thresholds.ranks)}
     rules = {name: rule for name, rule in rules.items() if inspect.isfunction(rule) and "optaxclip" in rule.__module__}
     public = {name: rule for name, rule in rules.items() if name in vars(optaxclip.thresholds) and name != "plausible"}
-    assert len(public) == 10
+    assert len(public) == 11
     for name, rule in public.items():
         doc = inspect.getdoc(rule)
         assert doc.startswith("Learns the ") or doc.startswith("Learns whether "), name

@@ -526,6 +526,7 @@ ARGUMENTS = {
     thresholds.mean_to_rms: {"decay": [*NUMBER, *SHARE], "square_decay": [*NUMBER, *SHARE]},
     thresholds.quantile: {"q": [*NUMBER, *SHARE], "window": AT_LEAST_ONE},
     thresholds.quantile_sketch: {"q": [*NUMBER, *SHARE]},
+    thresholds.remember: {"window": AT_LEAST_ONE},
     thresholds.quantile_tracker: {
         "q": [*NUMBER, *SHARE],
         "rate": [*NUMBER, *POSITIVE],

@@ -27,3 +27,4 @@ from optaxclip.thresholds.moments import zscore as zscore
 from optaxclip.thresholds.ranks import quantile as quantile
 from optaxclip.thresholds.ranks import quantile_sketch as quantile_sketch
 from optaxclip.thresholds.ranks import quantile_tracker as quantile_tracker
+from optaxclip.thresholds.ranks import remember as remember

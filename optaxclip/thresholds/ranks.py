@@ -96,18 +96,8 @@ def quantile_sketch(q: float | Array) -> Threshold:
     """
     _validate.number("q", q, high=1.0, exclusive=True)
 
-    def init(sizes: Array) -> Sketch:
-        first = jnp.full((FIRST, *sizes.shape), jnp.inf, sizes.dtype)
-        return Sketch(first, jnp.zeros_like(sizes), jnp.zeros((BINS, *sizes.shape), jnp.int32))
-
     def learn(sizes: Array, clipped_sizes: Array, state: Sketch, context: Context) -> Sketch:
-        first, origin, counts = state
-        logarithm = jnp.log(jnp.where((sizes > 0) & (sizes < jnp.inf), sizes, 1))
-        origin = jnp.where(counts[-1] == 0, logarithm, origin)
-        bin_of = jnp.clip(jnp.floor((logarithm - origin) / WIDTH) + BINS // 2, 0, BINS - 1).astype(jnp.int32)
-        counts = jnp.where(counts[-1] < 2**30, counts, counts // 2) + (bin_of <= _rows(counts))
-        below = jnp.concatenate([jnp.zeros_like(first[:1]), first[:-1]])
-        return _centred(Sketch(jnp.maximum(below, jnp.minimum(first, sizes)), origin, counts), q)
+        return _centred(_with(state, sizes), q)
 
     def limit(sizes: Array, state: Sketch, context: Context) -> Array:
         first, origin, counts = learn(sizes, sizes, state, context)
@@ -118,7 +108,7 @@ def quantile_sketch(q: float | Array) -> Threshold:
 
         return jnp.where(counts[-1] <= FIRST, exact, _interpolated(middle, q, counts[-1]))
 
-    return plausible(Threshold(init, limit, learn))
+    return plausible(Threshold(_empty, limit, learn))
 
 
 def quantile_tracker(q: float | Array = 0.9, rate: float | Array = 0.2, *, initial: float | Array | None = None) -> Threshold:
@@ -154,6 +144,56 @@ def quantile_tracker(q: float | Array = 0.9, rate: float | Array = 0.2, *, initi
         return level * jnp.exp(-rate * ((sizes <= level) - q))
 
     return plausible(Threshold(jnp.zeros_like, limit, learn))
+
+
+class History(NamedTuple):
+    """What `remember` knows, in arrays that end in the block's shape.
+
+    Attributes:
+        last: `[window, ...]`, the last sizes, newest first, 0 where there is none yet.
+        sketch: ranks of all sizes.
+    """
+
+    last: Array
+    sketch: Sketch
+
+
+def remember(window: int) -> Threshold:
+    r"""Learns the raw size, sets no limit, :math:`c = \infty`: the last sizes, and a sketch of all as in `quantile_sketch`.
+
+    Args:
+        window: how many of the last sizes are remembered, each a float per group.
+
+    Raises:
+        TypeError: `window` is not an integer.
+        ValueError: `window` is below 1.
+    """
+    _validate.count("window", window)
+
+    def learn(sizes: Array, clipped_sizes: Array, state: History, context: Context) -> History:
+        return History(jnp.concatenate([sizes[None], state.last[:-1]]), _centred(_with(state.sketch, sizes), 0.5))
+
+    return Threshold(
+        init=lambda sizes: History(jnp.zeros((window, *sizes.shape), sizes.dtype), _empty(sizes)),
+        limit=lambda sizes, state, context: jnp.full_like(sizes, jnp.inf),
+        learn=learn,
+    )
+
+
+def _empty(sizes: Array) -> Sketch:
+    first = jnp.full((FIRST, *sizes.shape), jnp.inf, sizes.dtype)
+    return Sketch(first, jnp.zeros_like(sizes), jnp.zeros((BINS, *sizes.shape), jnp.int32))
+
+
+def _with(sketch: Sketch, sizes: Array) -> Sketch:
+    """The sketch of one more size."""
+    first, origin, counts = sketch
+    logarithm = jnp.log(jnp.where((sizes > 0) & (sizes < jnp.inf), sizes, 1))
+    origin = jnp.where(counts[-1] == 0, logarithm, origin)
+    bin_of = jnp.clip(jnp.floor((logarithm - origin) / WIDTH) + BINS // 2, 0, BINS - 1).astype(jnp.int32)
+    counts = jnp.where(counts[-1] < 2**30, counts, counts // 2) + (bin_of <= _rows(counts))
+    below = jnp.concatenate([jnp.zeros_like(first[:1]), first[:-1]])
+    return Sketch(jnp.maximum(below, jnp.minimum(first, sizes)), origin, counts)
 
 
 def _centred(sketch: Sketch, q: float | Array) -> Sketch:

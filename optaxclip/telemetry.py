@@ -1,0 +1,276 @@
+"""What clipping did, read out of an optimizer state, wherever in it the clips are.
+
+Every `clip` keeps a `Reading` of its last step and counts of all steps in its state. Nothing is logged here: `metrics`
+makes a dict of arrays of them, for any logger, and works under `jit`, `scan` and `vmap`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from optaxclip import norms, scopes
+from optaxclip._clip import clip
+from optaxclip._types import ClipState, Norm, Reading, Scope
+from optaxclip.thresholds.ranks import BINS, FIRST, WIDTH, History, Sketch, remember
+
+FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)  # of the mean: Pascanu et al. (2013) found good thresholds between the ends
+QUANTILES = (0.5, 0.9, 0.95, 0.99)
+
+
+def readings(opt_state: Any) -> list[Reading]:
+    """Every `Reading` in an optimizer state, in the order of the chain.
+
+    Args:
+        opt_state: state of any transform, however nested (`optax.chain`, `masked`, `partition`, `MultiSteps`,
+            `inject_hyperparams`, ...), or a Flax `TrainState` or `nnx.Optimizer` that has one.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optaxclip
+        >>> optimizer = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.adam(1e-3))
+        >>> params = {"w": jnp.array([3.0, 4.0])}
+        >>> _, opt_state = optimizer.update(params, optimizer.init(params))
+        >>> [reading.size_before for reading in optaxclip.telemetry.readings(opt_state)]
+        [Array([5.], dtype=float32)]
+    """
+    return [state.reading for state in _found(opt_state, ClipState) if state.reading is not None]
+
+
+def group_names(reading: Reading) -> list[str]:
+    """The groups of a reading: paths of leaves, names of groups, or `"tree"`."""
+    return [name for group in reading.names for name in group]
+
+
+def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[str, Array]:
+    """What the last step did and counts over all steps, as a dict of numbers for any logger.
+
+    | key | number |
+    |---|---|
+    | `clip/size_before`, `clip/size_after`, `clip/limit` | of the group that was largest before |
+    | `clip/scale` | the least of size after / size before |
+    | `clip/clipped_share` | mean over the groups of the share that was over its limit |
+    | `clip/largest` | position of the largest group in `group_names(reading)` |
+    | `clip/steps`, `clip/clipped_steps`, `clip/nonfinite_steps` | counts over all steps |
+
+    Several clips in one state are `clip_0`, `clip_1` and so on, in the order of the chain. A state that is vmapped over
+    seeds gives arrays over seeds.
+
+    Args:
+        opt_state: as for `readings`.
+        params: if given, and if there are several groups, their numbers by name as well: `clip/size_before/encoder/kernel`.
+        prefix: what keys begin with.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.clip_by_norm(1.0)
+        >>> grads = {"b": jnp.array([0.5]), "w": jnp.array([3.0, 4.0])}
+        >>> _, state = clip.update(grads, clip.init(grads))
+        >>> for name, value in optaxclip.telemetry.metrics(state, grads).items():
+        ...     print(f"{name:24} {value:.3g}")
+        clip/size_before         5
+        clip/size_after          1
+        clip/limit               1
+        clip/scale               0.2
+        clip/clipped_share       0.5
+        clip/largest             1
+        clip/steps               1
+        clip/clipped_steps       1
+        clip/nonfinite_steps     0
+        clip/size_before/b       0.5
+        clip/size_after/b        0.5
+        clip/limit/b             1
+        clip/clipped_share/b     0
+        clip/size_before/w       5
+        clip/size_after/w        1
+        clip/limit/w             1
+        clip/clipped_share/w     1
+    """
+    clips = [(state.step, state.reading) for state in _found(opt_state, ClipState) if state.reading is not None]
+    found: dict[str, Array] = {}
+    for i, (step, reading) in enumerate(clips):
+        name = prefix if len(clips) == 1 else f"{prefix}_{i}"
+        found |= {f"{name}/{key}": value for key, value in _of_all_groups(step, reading).items()}
+        groups = group_names(reading)
+        if params is not None and len(groups) > 1:
+            for k, group in enumerate(groups):
+                for key in ("size_before", "size_after", "limit", "clipped_share"):
+                    found[f"{name}/{key}/{group}"] = getattr(reading, key)[..., k]
+    return found
+
+
+def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
+    before, after, limit, share = (reading.measured[..., i, :] for i in range(4))
+    if not before.shape[-1]:
+        before, after, limit, share = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]) for x in (before, after, limit, share))
+    largest = jnp.argmax(before, -1)  # of a NaN, if there is one
+
+    def of_largest(values: Array) -> Array:
+        return jnp.take_along_axis(values, largest[..., None], -1)[..., 0]
+
+    return {
+        "size_before": of_largest(before),
+        "size_after": of_largest(after),
+        "limit": of_largest(limit),
+        "scale": jnp.min(jnp.where(before == 0, 1, after / jnp.where(before == 0, 1, before)), -1),
+        "clipped_share": jnp.mean(share, -1),
+        "largest": largest,
+        "steps": step,
+        "clipped_steps": reading.clipped_steps,
+        "nonfinite_steps": reading.nonfinite_steps,
+    }
+
+
+def monitor(
+    *, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), history: int = 100
+) -> optax.GradientTransformationExtraArgs:
+    """Measures at its place in a chain and changes nothing, not even NaN.
+
+    What it sees is in `readings` and `metrics`; its state has the last sizes besides, and a sketch of the ranks of all
+    (`thresholds.remember`), from which `suggest` proposes thresholds. Zeros and what is not finite are not remembered.
+
+    Args:
+        scope: which numbers share a size.
+        norm: how large they are.
+        history: how many of the last sizes are remembered.
+
+    Raises:
+        TypeError: an argument is not what it should be.
+        ValueError: `history` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> monitor = optaxclip.telemetry.monitor(history=3)
+        >>> state = monitor.init(jnp.zeros(1))
+        >>> for size in 1.0, 2.0, 3.0, 40.0:
+        ...     _, state = monitor.update(jnp.array([size]), state)
+        >>> optaxclip.telemetry.last_sizes(state)
+        {'tree': array([40.,  3.,  2.], dtype=float32)}
+    """
+    inner = clip(remember(history), scope=scope, norm=norm)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return updates, inner.update(updates, state, params, **extra_args)[1]
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def last_sizes(opt_state: Any) -> dict[str, np.ndarray]:
+    """For each group of every `monitor` its last sizes, newest first; of a leaf with many groups `[history, groups]`."""
+    found = {}
+    for name, history in _histories(opt_state):
+        last = history.last.reshape(len(history.last), -1)
+        last = last[: np.count_nonzero(last, 0).max(initial=0)]
+        found[name] = last[:, 0] if last.shape[1] == 1 else last
+    return found
+
+
+class Suggestion(NamedTuple):
+    """A threshold that one may try.
+
+    Attributes:
+        group: what it is for.
+        candidate: what it is, such as `"quantile 0.9"` or `"2 x mean"`.
+        threshold: the number.
+        clipped_share: of all sizes seen so far, the share that it would have clipped.
+    """
+
+    group: str
+    candidate: str
+    threshold: float
+    clipped_share: float
+
+
+def suggest(opt_state: Any) -> list[Suggestion]:
+    """Thresholds to try, after a run with `monitor` in the chain: quantiles of the sizes, and half to ten times their mean.
+
+    What would have been clipped says nothing of how well it trains: gradients change once they are clipped. Sizes
+    are exact for the first 1024 steps and within 1 % later. Takes numbers, so not for use under `jit`.
+
+    Args:
+        opt_state: as for `readings`, with a `monitor` that has seen something.
+
+    Returns:
+        For each group of each monitor one line per candidate, by size. The units of a leaf count together.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optaxclip
+        >>> monitor = optaxclip.telemetry.monitor()
+        >>> state = monitor.init(jnp.zeros(1))
+        >>> for size in jnp.append(jnp.linspace(0.5, 1.5, 99), 100.0):
+        ...     _, state = monitor.update(size[None], state)
+        >>> for line in optaxclip.telemetry.suggest(state):
+        ...     print(f"{line.candidate:14} {line.threshold:6.2f} {line.clipped_share:4.0%}")
+        0.5 x mean       1.00  51%
+        quantile 0.5     1.01  50%
+        quantile 0.9     1.41  10%
+        quantile 0.95    1.46   5%
+        1 x mean         1.99   1%
+        quantile 0.99    2.49   1%
+        2 x mean         3.98   1%
+        5 x mean         9.95   1%
+        10 x mean       19.90   1%
+
+    References:
+        Pascanu, Mikolov and Bengio, [On the difficulty of training recurrent neural
+        networks](https://arxiv.org/abs/1211.5063), 2013, for the multiples of the mean.
+    """
+    lines = []
+    for name, history in _histories(opt_state):
+        sizes, counts = _distribution(history.sketch)
+        if not counts.size:
+            continue
+        mean = np.average(sizes, weights=counts)
+        candidates = {f"{factor:g} x mean": factor * mean for factor in FACTORS}
+        candidates |= {f"quantile {q:g}": _quantile(sizes, counts, q) for q in QUANTILES}
+        for candidate, threshold in sorted(candidates.items(), key=lambda item: item[1]):
+            share = counts[sizes > threshold].sum() / counts.sum()
+            lines.append(Suggestion(name, candidate, float(threshold), float(share)))
+    return lines
+
+
+def _found(tree: Any, kind: type) -> list[Any]:
+    """The nodes of a type in a tree, with arrays for what wraps arrays, as Flax does."""
+    tree = getattr(tree, "opt_state", tree)
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [jax.tree.map(jnp.asarray, node, is_leaf=_wraps_an_array) for node in nodes if isinstance(node, kind)]
+
+
+def _wraps_an_array(node: Any) -> bool:
+    return hasattr(node, "__jax_array__")
+
+
+def _histories(opt_state: Any) -> list[tuple[str, History]]:
+    """The memory of each group of every monitor, by name, in NumPy."""
+    found = []
+    for state in _found(opt_state, ClipState):
+        if state.reading is None or not all(isinstance(rule, History) for rule in state.rules):
+            continue
+        names, rules = group_names(state.reading), jax.tree.map(np.asarray, state.rules)
+        if len(rules) == 1 and rules[0].sketch.origin.ndim == 1:  # one block for all groups
+            rules = [jax.tree.map(lambda x, k=k: x[..., k : k + 1], rules[0]) for k in range(len(names))]
+        found += zip(names, rules, strict=True)
+    return found
+
+
+def _distribution(sketch: Sketch) -> tuple[np.ndarray, np.ndarray]:
+    """All sizes that a sketch knows of, in ascending order, and how often it has seen each."""
+    first, counts = sketch.first.reshape(FIRST, -1), sketch.counts.reshape(BINS, -1)
+    sizes, often = [], []
+    for k, origin in enumerate(sketch.origin.ravel()):
+        exact = counts[-1, k] <= FIRST
+        middles = np.exp(np.float64(origin) + (np.arange(BINS) - BINS // 2 + 0.5) * WIDTH)
+        sizes.append(first[: counts[-1, k], k].astype(np.float64) if exact else middles)
+        often.append(np.ones(counts[-1, k], int) if exact else np.diff(counts[:, k], prepend=0))
+    order = np.argsort(np.concatenate(sizes))
+    return np.concatenate(sizes)[order], np.concatenate(often)[order]
+
+
+def _quantile(sizes: np.ndarray, counts: np.ndarray, q: float) -> float:
+    """As `numpy.quantile` of the sizes, each repeated as often as it was seen."""
+    ranks = np.cumsum(counts) - 1
+    rank = q * ranks[-1]
+    lower, upper = (sizes[np.searchsorted(ranks, edge)] for edge in (np.floor(rank), np.ceil(rank)))
+    return float(lower + (rank - np.floor(rank)) * (upper - lower))

@@ -1,0 +1,252 @@
+"""What clipping did is found wherever the clip is, under every transformation of JAX."""
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import optaxclip
+from optaxclip import scopes, telemetry, thresholds
+
+GRADS = {"enc": {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]])}, "head": jnp.array([12.0])}
+CLIP = optaxclip.clip_by_global_norm(1.0)
+BY_LAYER = scopes.group(lambda path: path.split("/")[0])
+
+
+def stepped(optimizer, steps=1, grads=GRADS):
+    state = optimizer.init(GRADS)
+    for _ in range(steps):
+        _, state = optimizer.update(grads, state, GRADS)
+    return state
+
+
+def first_leaf_only(optimizer):
+    return optax.masked(optimizer, {"enc": {"w": True}, "head": False})
+
+
+NESTED = {
+    "alone": (CLIP, [13]),
+    "chain": (optax.chain(CLIP, optax.adam(1e-3)), [13]),
+    "chains in chains": (optax.chain(optax.chain(optax.identity(), optax.chain(CLIP)), optax.sgd(1.0)), [13]),
+    "masked": (first_leaf_only(CLIP), [5]),
+    "partition": (
+        optax.partition({"a": CLIP, "b": optax.chain(CLIP, optax.sgd(1.0))}, {"enc": {"w": "a"}, "head": "b"}),
+        [5, 12],
+    ),
+    "MultiSteps": (optax.MultiSteps(optax.chain(CLIP, optax.sgd(1.0)), 1), [13]),
+    "inject_hyperparams": (optax.inject_hyperparams(optaxclip.clip_by_global_norm)(max_norm=1.0), [13]),
+    "apply_if_finite": (optax.apply_if_finite(optax.chain(CLIP, optax.sgd(1.0)), 3), [13]),
+    "carry": (optaxclip.carry(CLIP), [13]),
+    "stable adam": (optaxclip.scale_by_stable_adam(scope=scopes.tree()), [1 / np.sqrt(5 / 2)]),
+    "two clips": (optax.chain(CLIP, optaxclip.clip_by_value(0.5)), [13, 12 / 13]),
+    "clip between bounds": (optaxclip.clip_by_value(-1.0, 2.0), [12, 0]),
+    "spectral": (optaxclip.spectral_clip(1.0), [12]),
+    "without record": (optaxclip.clip(1.0, record=False), []),
+    "no clip": (optax.adam(1e-3), []),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_readings_are_found_however_deep_they_are(name):
+    optimizer, sizes = NESTED[name]
+    if name == "stable adam":
+        sizes = [np.sqrt(3 / 5)]  # of five gradients two are zero
+    for state in stepped(optimizer), jax.jit(lambda: stepped(optimizer))():
+        found = [float(jnp.max(reading.size_before)) for reading in telemetry.readings(state)]
+        np.testing.assert_allclose(found, sizes, rtol=1e-6)
+
+
+def test_readings_are_found_in_the_states_of_flax():
+    optimizer = optax.chain(CLIP, optax.sgd(0.1))
+    state = TrainState.create(apply_fn=None, params=GRADS, tx=optimizer).apply_gradients(grads=GRADS)
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    trainer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    trainer.update(model, jax.tree.map(lambda x: 3 * jnp.ones_like(x), nnx.state(model, nnx.Param)))
+    for holder, size in (state, 13), (trainer, np.sqrt(27)), (trainer.opt_state, np.sqrt(27)):
+        (reading,) = telemetry.readings(holder)
+        assert isinstance(reading.measured, jax.Array)
+        np.testing.assert_allclose(reading.size_before, [size], rtol=1e-6)
+        assert telemetry.metrics(holder)["clip/steps"] == 1
+
+
+def numbers(metrics):
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def test_metrics_of_one_clip_are_numbers_of_its_largest_group():
+    state = stepped(optaxclip.clip({"enc": 1.0, "head": 6.0}, scope=BY_LAYER), steps=2)
+    assert numbers(telemetry.metrics(state)) == pytest.approx(
+        {
+            "clip/size_before": 12,
+            "clip/size_after": 6,
+            "clip/limit": 6,
+            "clip/scale": 0.2,
+            "clip/clipped_share": 1,
+            "clip/largest": 1,
+            "clip/steps": 2,
+            "clip/clipped_steps": 2,
+            "clip/nonfinite_steps": 0,
+        }
+    )
+
+
+def test_with_parameters_groups_have_their_names():
+    cases = {
+        "enc/w": (5, optaxclip.clip_by_norm(1.0)),
+        "enc": (5, optaxclip.clip({"enc": 1.0, "head": 6.0}, scope=BY_LAYER)),
+        "head": (12, optax.chain(optax.identity(), optaxclip.clip_by_norm(1.0))),
+    }
+    for name, (size, clip) in cases.items():
+        found = telemetry.metrics(stepped(clip), GRADS, prefix="grad")
+        assert found[f"grad/size_before/{name}"] == size
+        assert len(found) == 9 + 4 * 2
+    assert len(telemetry.metrics(stepped(CLIP), GRADS)) == 9  # a tree is one group, with nothing to add
+
+
+def test_names_are_those_of_the_leaves_that_a_mask_lets_through():
+    state = stepped(optax.masked(optaxclip.clip_by_norm(1.0), {"enc": {"w": False}, "head": True}))
+    (reading,) = telemetry.readings(state)
+    assert telemetry.group_names(reading) == ["head"]
+
+
+def test_units_and_elements_are_told_by_leaf():
+    for scope, share in (scopes.unit(), [1, 1]), (scopes.element(), [0.5, 1]):
+        state = stepped(optaxclip.clip(1.0, scope=scope))
+        found = telemetry.metrics(state, GRADS)
+        assert found["clip/size_before"] == 12 and found["clip/size_before/enc/w"] == 4
+        assert [found["clip/clipped_share/enc/w"], found["clip/clipped_share/head"]] == share
+        assert all(value.shape == () for value in found.values())
+
+
+def test_several_clips_are_counted_from_zero():
+    found = telemetry.metrics(stepped(NESTED["two clips"][0]))
+    assert len(found) == 18 and found["clip_0/size_before"] == 13 and found["clip_1/limit"] == 0.5
+
+
+def test_a_state_without_clips_has_no_metrics():
+    assert telemetry.metrics(optax.adam(1e-3).init(GRADS)) == {}
+
+
+def test_empty_trees_and_zero_gradients_have_metrics_without_nan():
+    for grads in {}, jax.tree.map(jnp.zeros_like, GRADS):
+        for clip in CLIP, optaxclip.clip_by_norm(1.0), optaxclip.clip_by_value(1.0):
+            state = clip.update(grads, clip.init(grads))[1]
+            found = telemetry.metrics(state, grads)
+            assert found["clip/scale"] == 1 and not any(np.isnan(value).any() for value in found.values())
+
+
+def test_the_largest_group_is_the_one_that_is_not_a_number():
+    grads = {"enc": {"w": jnp.array([[jnp.nan, 0.0], [0.0, 4.0]])}, "head": jnp.array([12.0])}
+    found = telemetry.metrics(stepped(optaxclip.clip_by_norm(1.0), grads=grads))
+    assert found["clip/largest"] == 0 and np.isnan(found["clip/size_before"]) and found["clip/nonfinite_steps"] == 1
+
+
+def test_metrics_run_inside_scan_and_over_seeds():
+    def step(state, scale):
+        _, state = CLIP.update(jax.tree.map(lambda x: x * scale, GRADS), state)
+        return state, telemetry.metrics(state)
+
+    def run(scales):
+        return jax.lax.scan(step, CLIP.init(GRADS), scales)
+
+    scales = jnp.array([[0.01, 1.0, jnp.nan], [1.0, 2.0, 3.0]])
+    states, found = jax.jit(jax.vmap(run))(scales)
+    np.testing.assert_allclose(found["clip/size_before"][1], [13, 26, 39], rtol=1e-6)
+    np.testing.assert_array_equal(found["clip/clipped_steps"], [[0, 1, 1], [1, 2, 3]])
+    np.testing.assert_array_equal(found["clip/nonfinite_steps"][:, -1], [1, 0])
+    np.testing.assert_array_equal(telemetry.metrics(states)["clip/steps"], [3, 3])  # of the vmapped state itself
+
+
+def test_names_survive_serialization():
+    state = stepped(optaxclip.clip_by_norm(1.0))
+    restored = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+    assert telemetry.group_names(restored.reading) == ["enc/w", "head"]
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+
+
+# The monitor
+
+
+@pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
+def test_a_monitor_changes_nothing(scope):
+    monitor = telemetry.monitor(scope=scope)
+    for value in 1.0, 0.0, jnp.nan, jnp.inf, 1e-40:
+        grads = {"w": jnp.full((2, 2), value), "int": jnp.arange(2), "none": None}
+        state = monitor.init(grads)
+        updates, _ = monitor.update(grads, state)
+        assert updates["w"] is grads["w"] and updates["int"] is grads["int"]
+
+
+def test_a_monitor_remembers_the_last_sizes_of_each_group():
+    monitor = optax.chain(optax.identity(), telemetry.monitor(scope=scopes.leaf(), history=3))
+    state = monitor.init(GRADS)
+    assert {name: len(sizes) for name, sizes in telemetry.last_sizes(state).items()} == {"enc/w": 0, "head": 0}
+    for scale in 1.0, 2.0, jnp.nan, 0.0, 3.0, 4.0:
+        _, state = monitor.update(jax.tree.map(lambda x, scale=scale: x * scale, GRADS), state)
+    found = telemetry.last_sizes(state)
+    np.testing.assert_allclose(found["enc/w"], [20, 15, 10], rtol=1e-6)
+    np.testing.assert_allclose(found["head"], [48, 36, 24], rtol=1e-6)
+
+
+def test_a_monitor_remembers_absurd_sizes_as_well():
+    state = monitored(np.array([1.0, 1e30, 2.0]))
+    np.testing.assert_allclose(telemetry.last_sizes(state)["tree"], [2, 1e30, 1])
+
+
+def monitored(sizes, **options):
+    monitor = telemetry.monitor(**options)
+
+    def step(state, size):
+        return monitor.update(jnp.full(1, size), state)[1], None
+
+    return jax.jit(lambda sizes: jax.lax.scan(step, monitor.init(jnp.zeros(1)), sizes)[0])(jnp.float32(sizes))
+
+
+@pytest.mark.parametrize("steps, error", [(5, 1e-6), (1000, 1e-6), (5000, 0.0101)])
+def test_suggestions_are_quantiles_and_multiples_of_the_mean_of_all_sizes(steps, error):
+    sizes = np.exp(0.7 * np.random.default_rng(steps).normal(size=steps)).astype(np.float32).astype(float)
+    lines = telemetry.suggest(monitored(sizes))
+    assert [line.threshold for line in lines] == sorted(line.threshold for line in lines) and len(lines) == 9
+    for line in lines:
+        kind, number = line.candidate.split()[::2] if "x" in line.candidate else line.candidate.split()
+        want = np.quantile(sizes, float(number)) if kind == "quantile" else float(kind) * sizes.mean()
+        assert line.threshold == pytest.approx(want, rel=error)
+        share = [np.mean(sizes > line.threshold * (1 + e)) for e in (-2 * error, 2 * error)]
+        assert share[1] <= line.clipped_share <= share[0]
+        assert line.group == "tree"
+
+
+def test_suggestions_for_the_units_of_a_leaf_count_them_together():
+    monitor = telemetry.monitor(scope=scopes.unit())
+    _, state = monitor.update(GRADS, monitor.init(GRADS))
+    found = {(line.group, line.candidate): line for line in telemetry.suggest(state)}
+    assert found["enc/w", "1 x mean"].threshold == 3.5 and found["enc/w", "1 x mean"].clipped_share == 0.5
+    assert telemetry.last_sizes(state)["enc/w"].shape == (1, 2)
+
+
+def test_without_sizes_there_is_nothing_to_suggest():
+    assert telemetry.suggest(telemetry.monitor().init(GRADS)) == []
+    assert telemetry.suggest(stepped(CLIP)) == [] and telemetry.last_sizes(stepped(CLIP)) == {}
+
+
+def test_a_memory_has_a_fixed_size():
+    before, after = telemetry.monitor(history=7).init(GRADS), stepped(telemetry.monitor(history=7), 3)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(before.rules)) == 4 * (7 + 1024 + 1 + 1024)
+
+
+def test_a_memory_is_a_rule_without_a_limit():
+    clip = optaxclip.clip(thresholds.remember(3))
+    updates, state = clip.update(GRADS, clip.init(GRADS))
+    chex.assert_trees_all_equal(updates, GRADS)
+    assert np.isinf(state.reading.limit).all()
+    with pytest.raises(ValueError, match="window must be at least 1, got 0; pass a larger count"):
+        thresholds.remember(0)
+    with pytest.raises(TypeError, match="window must be an integer, got 2.5"):
+        telemetry.monitor(history=2.5)
