@@ -241,7 +241,7 @@ def odd(float_leaf=3.0):
 
 def described(tree):
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(jnp.shape(x), jnp.result_type(x), jnp.asarray(x).weak_type) for x in leaves]
+    return treedef, [(jnp.shape(x), jnp.result_type(x), getattr(jnp.asarray(x), "weak_type", False)) for x in leaves]
 
 
 def test_what_is_no_float_passes_through_and_has_no_place_in_what_is_carried():

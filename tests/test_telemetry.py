@@ -34,8 +34,8 @@ NESTED = {
     "chain": (optax.chain(CLIP, optax.adam(1e-3)), [13]),
     "chains in chains": (optax.chain(optax.chain(optax.identity(), optax.chain(CLIP)), optax.sgd(1.0)), [13]),
     "masked": (first_leaf_only(CLIP), [5]),
-    "partition": (
-        optax.partition({"a": CLIP, "b": optax.chain(CLIP, optax.sgd(1.0))}, {"enc": {"w": "a"}, "head": "b"}),
+    "multi_transform": (
+        optax.multi_transform({"a": CLIP, "b": optax.chain(CLIP, optax.sgd(1.0))}, {"enc": {"w": "a"}, "head": "b"}),
         [5, 12],
     ),
     "MultiSteps": (optax.MultiSteps(optax.chain(CLIP, optax.sgd(1.0)), 1), [13]),
