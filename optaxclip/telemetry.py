@@ -14,6 +14,7 @@ from jax import Array
 
 from optaxclip import norms, scopes
 from optaxclip._clip import clip
+from optaxclip._guard import GuardState
 from optaxclip._types import ClipState, Norm, Reading, Scope
 from optaxclip.thresholds.ranks import BINS, FIRST, WIDTH, History, Sketch, remember
 
@@ -53,7 +54,8 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
     | `clip/scale` | the least of size after / size before |
     | `clip/clipped_share` | mean over the groups of the share that was over its limit |
     | `clip/largest` | position of the largest group in `group_names(reading)` |
-    | `clip/steps`, `clip/clipped_steps`, `clip/nonfinite_steps` | counts over all steps |
+    | `clip/steps`, `clip/clipped_steps`, `clip/nonfinite_steps` | counts over all steps that the clip has seen |
+    | `clip/skipped_steps` | steps that `skip_nonfinite` kept from all inside of it, if there is one |
 
     Several clips in one state are `clip_0`, `clip_1` and so on, in the order of the chain. A state that is vmapped over
     seeds gives arrays over seeds.
@@ -98,6 +100,8 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
             for k, group in enumerate(groups):
                 for key in ("size_before", "size_after", "limit", "clipped_share"):
                     found[f"{name}/{key}/{group}"] = getattr(reading, key)[..., k]
+    for guard in _found(opt_state, GuardState):
+        found[f"{prefix}/skipped_steps"] = found.get(f"{prefix}/skipped_steps", 0) + guard.skipped_steps
     return found
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(optaxclip.__file__).parent
 LEVELS = [
     {"_types", "_validate", "responses"},
     {"norms", "scopes", "thresholds", *(f"thresholds.{name}" for name in ("fixed", "combine", "moments", "ranks"))},
-    {"_clip", "_carry", "_precondition", "_spectral"},
+    {"_clip", "_carry", "_guard", "_precondition", "_spectral"},
     {"telemetry"},
     {"methods"},
     {"__init__"},

@@ -56,3 +56,12 @@ def test_by_value_costs_nothing():
 
 def test_adaptive_grad_clip_reads_gradients_and_parameters_once_more():
     assert with_adam(optaxclip.adaptive_grad_clip(0.01)).units <= 9
+
+
+def test_to_skip_bad_steps_costs_nothing_besides_the_clip():
+    chain = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.adam(1e-3))
+    plain, ours = cost(chain, PARAMS), cost(optaxclip.skip_nonfinite(chain), PARAMS)
+    optax_chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    peer = cost(optax.apply_if_finite(optax_chain, 5), PARAMS)
+    assert ours.units <= 1.005 * plain.units and ours.temporary <= 0.1
+    assert peer.units >= 1.3 * ours.units and peer.temporary >= 1
