@@ -243,9 +243,8 @@ def autoclip(
     References:
         Seetharaman et al., [AutoClip](https://arxiv.org/abs/2007.14469), 2020.
     """
-    return clip(
-        thresholds.quantile_sketch(q) if window is None else thresholds.quantile(q, window), scope=scope, norm=norm, **options
-    )
+    rule = thresholds.quantile_sketch(q) if window is None else thresholds.quantile(q, window)
+    return clip(rule, scope=scope, norm=norm, **options)
 
 
 @_row
@@ -305,9 +304,9 @@ def zclip(
     never accepted, for which there is `thresholds.patient(thresholds.zscore(), 50)`.
 
     Args:
-        z: :math:`z_0`.
-        decay: of mean and variance.
-        warmup: how many norms they start from.
+        z: :math:`z_0`, 2.5 in the paper.
+        decay: of mean and variance, 0.97 in the paper.
+        warmup: how many norms they start from, 25 in the paper.
         max_norm: a limit besides, from the first step on.
         scope: which numbers share a norm.
         norm: which norm.
@@ -353,8 +352,8 @@ def adagc(
 
     Args:
         factor: :math:`\lambda`; 1.05 is the paper's, 2 hardly clips.
-        decay: of the average.
-        warmup: how many norms of a leaf :math:`\gamma` starts from, which are clipped globally.
+        decay: of the average, 0.98 in the paper.
+        warmup: how many norms of a leaf :math:`\gamma` starts from, which are clipped globally; 100 in the paper.
         max_norm: the limit to the global norm for those, a number or a schedule.
         scope: which numbers share a norm after those.
         norm: which norm; the global one is the l2 norm of these.
@@ -399,9 +398,9 @@ def history_clip(
     Known failure: one spike raises the limit until it leaves the window, of 100 times the mean to 28 times.
 
     Args:
-        deviations: :math:`k`.
-        window: how many norms are remembered.
-        warmup: how many there must be before there is a limit.
+        deviations: :math:`k`, 3 in Levanter.
+        window: how many norms are remembered, 128 there.
+        warmup: how many there must be before there is a limit, 64 there.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
@@ -437,8 +436,8 @@ def log_norm_clip(
     so much that for some thirty steps a threefold one passes.
 
     Args:
-        deviations: :math:`k`.
-        decay: of mean and variance.
+        deviations: :math:`k`, 2 in TensorFlow's contrib.
+        decay: of mean and variance, 0.95 there.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
@@ -475,7 +474,7 @@ def growth_clip(
     Zeros are not observed, so it is never stuck at zero.
 
     Args:
-        factor: :math:`\gamma`, how many times the last norm the next may be.
+        factor: :math:`\gamma`, how many times the last norm the next may be; 1.01 in the paper.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
@@ -513,9 +512,9 @@ def spam_clip(
     was always zero is not clipped; and a spike in the warm-up is learned (`thresholds.plausible`, for three more buffers).
 
     Args:
-        factor: :math:`\theta`.
-        decay: of the average, which starts at zero and is not corrected for that.
-        warmup: updates without a limit.
+        factor: :math:`\theta`, 5000 in the paper.
+        decay: of the average, which starts at zero and is not corrected for that; 0.999 as in Adam.
+        warmup: updates without a limit, 20 in the reference code.
         scope: which elements share a limit, learned from their largest.
         **options: as for `clip`.
 
