@@ -236,7 +236,8 @@ def test_finite_gradients_give_finite_updates_that_are_not_larger_whatever_was_b
 def test_what_is_not_poisoned_is_not_touched_by_it(name, scope):
     elsewhere = outcome(name, scope).updates[..., np.array(POISONED[scope]) == 0]
     assert elsewhere.shape[-1] >= 2 and (elsewhere > 0).all()
-    np.testing.assert_array_equal(elsewhere, np.broadcast_to(elsewhere[:1], elsewhere.shape))
+    # To rounding, because a compiled loop over the poisons rounds its last few otherwise than those that fill a vector.
+    np.testing.assert_allclose(elsewhere, np.broadcast_to(elsewhere[:1], elsewhere.shape), rtol=1e-6)
 
 
 @each_rule
