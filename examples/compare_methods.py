@@ -163,9 +163,9 @@ def compare(task: Task, keys: Array, bar: tqdm) -> tuple[dict[str, Any], Figure]
     for panel, (name, (clips, clip)) in zip(panels, METHODS.items(), strict=False):
         bar.set_description(f"{name:26}")
         params, state, *norms = train(task, clips, clip, start, batches, bar)
-        readings, loss = optax.tree_utils.tree_get_all_with_path(state, "reading"), np.asarray(score(params))
+        readings, loss = optaxclip.telemetry.readings(state), np.asarray(score(params))
         (low, median, high), failed, nan = quartiles(loss), 1 - np.mean(loss < task.solved), np.mean(np.isnan(loss))
-        clipped = max((float(reading.clipped_steps.mean()) / task.steps for _, reading in readings), default=None)
+        clipped = max((float(reading.clipped_steps.mean()) / task.steps for reading in readings), default=None)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // len(keys)
         rows[name] = {"clips": clips, "loss": loss, "median_loss": median, "quartiles_loss": np.array([low, high])}
         rows[name] |= {"failed_share": failed, "nan_share": nan, "clipped_share": clipped, "state_bytes": size}

@@ -76,13 +76,12 @@ def carry(clip: optax.GradientTransformation, *, decay: ArrayLike = 1.0) -> opta
         parts = zip(layout.gradients, carried, sums, strict=True)
         narrow = [norms.cast_like(jnp.where(d == 0, norms.widen(g), _within(total, g)), g) for g, d, total in parts]
         clipped, clip_state = inner.update(layout.rebuild(narrow), state.clip, params, **extra_args)
-        kept = layout.treedef.flatten_up_to(clipped)
 
-        def cut_off(i: int, total: Array, before: Array) -> Array:
-            left = total if kept[i] is None else total - norms.widen(kept[i])
+        def cut_off(kept: Array | None, total: Array, before: Array) -> Array:
+            left = total if kept is None else total - norms.widen(kept)
             return jnp.where(jnp.isfinite(left), (decay * left).astype(before.dtype), before)
 
-        left = map(cut_off, layout.measured, sums, carried)
+        left = map(cut_off, layout.of(clipped), sums, carried)
         return clipped, CarryState(jax.tree.unflatten(treedef, list(left)), clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

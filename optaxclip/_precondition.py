@@ -35,8 +35,7 @@ def clip_after(
         gradients = layout.floats()
         steps, inner_state = inner.update(gradients, state.inner, weights)
         clipped, clip_state = clip.update(steps, state.clip, weights, measured=measured(gradients, inner_state))
-        leaves = layout.treedef.flatten_up_to(clipped)
-        out = [norms.cast_like(leaves[i], like) for i, like in zip(layout.measured, layout.gradients, strict=True)]
+        out = list(map(norms.cast_like, layout.of(clipped), layout.gradients))
         return layout.rebuild(out), PreconditionedState(inner_state, clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from optaxclip import _validate, norms, scopes
+from optaxclip._numerics import share
 from optaxclip._types import Axes, Response
 from optaxclip.responses import smooth
 
@@ -44,8 +45,7 @@ def on_spectra(
         parts = list(map(_decompose, matrices))
         weights = None if params is None else spectra(params, values)
         clipped, state = clip.update(layout.rebuild([part[1] for part in parts]), state, weights)
-        kept = layout.treedef.flatten_up_to(clipped)
-        new = [parts[k][1] if kept[i] is None else kept[i] for k, i in enumerate(layout.measured)]
+        new = [part[1] if s is None else s for part, s in zip(parts, layout.of(clipped), strict=True)]
         out = [_recompose(x, *part, s) for x, part, s in zip(matrices, parts, new, strict=True)]
         back = [norms.cast_like(x.reshape(jnp.shape(like)), like) for x, like in zip(out, layout.gradients, strict=True)]
         return layout.rebuild(back), state
@@ -75,11 +75,10 @@ def newton_schulz(response: Response, iterations: int) -> Response:
         wide = x.shape[-2] <= x.shape[-1]
         x = x if wide else _transposed(x)
         c = jnp.where(c < jnp.inf, c, 1)
-        top = jax.lax.stop_gradient(jnp.maximum(jnp.max(abs(x), (-2, -1), keepdims=True, initial=0), c))
-        unit = jnp.where((top > 0) & (top < jnp.inf), top, 1)
-        x, share = x / unit, c / unit
+        top = jnp.maximum(jnp.max(abs(x), (-2, -1), keepdims=True, initial=0), c)
+        x, wanted = share(x, top), share(c, top)
         one = jnp.eye(x.shape[-2], dtype=x.dtype)
-        a = share**2 * one + _product(x, _transposed(x))
+        a = wanted**2 * one + _product(x, _transposed(x))
         largest_row = jnp.max(jnp.sum(abs(a), -1, keepdims=True), -2, keepdims=True, initial=0)
         bound = jax.lax.stop_gradient(jnp.minimum(largest_row, _frobenius(a)))
         bound = jnp.where(bound > 0, bound, 1)
@@ -118,7 +117,7 @@ def _decompose(x: Array) -> tuple[Array, Array, Array]:
     top = jnp.max(abs(x), (-2, -1), keepdims=True, initial=0)
     ok = jnp.isfinite(top)
     unit = jnp.where(ok & (top > 0), top, 1)
-    u, s, vh = jnp.linalg.svd(jax.lax.stop_gradient(jnp.where(ok, x, 0) / unit), full_matrices=False)
+    u, s, vh = jnp.linalg.svd(jax.lax.stop_gradient(share(jnp.where(ok, x, 0), top)), full_matrices=False)
     return u, _values(x, u, jnp.where(ok[..., 0], s * unit[..., 0], jnp.nan), vh), vh
 
 

@@ -21,6 +21,7 @@ from jax.extend.core import primitives
 from jax.typing import ArrayLike
 
 from optaxclip import _validate
+from optaxclip._numerics import share
 from optaxclip._types import Axes, Norm
 
 
@@ -100,12 +101,12 @@ def lp(p: float) -> Norm:
 
     def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
         top = jax.lax.stop_gradient(_max(magnitudes, axes))  # only a scale: the size does not depend on it
-        return top, _sum(_share(magnitudes, top) ** power, axes)
+        return top, _sum(share(magnitudes, top) ** power, axes)
 
     def join(moments: tuple[Array, ...], axis: int) -> tuple[Array, Array]:
         tops, totals = moments
         top = jnp.max(tops, axis, keepdims=True, initial=0)
-        return top.squeeze(axis), jnp.sum(totals * _share(tops, top) ** power, axis)
+        return top.squeeze(axis), jnp.sum(totals * share(tops, top) ** power, axis)
 
     return Norm(moments, join, lambda top, total: top * _root(total, power))
 
@@ -165,8 +166,8 @@ def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
 
     def magnitude(x: Array, w: Array) -> Array:
         allowed = relative * abs(w) + absolute
-        share = abs(x) / jnp.where(allowed > 0, allowed, jnp.finfo(allowed.dtype).tiny)
-        return jnp.where(jnp.isfinite(x), jnp.minimum(share, jnp.finfo(share.dtype).max), abs(x))
+        part = abs(x) / jnp.where(allowed > 0, allowed, jnp.finfo(allowed.dtype).tiny)
+        return jnp.where(jnp.isfinite(x), jnp.minimum(part, jnp.finfo(part.dtype).max), abs(x))
 
     return linf()._replace(magnitude=magnitude, uses_params=True)
 
@@ -285,14 +286,6 @@ def _sum(values: Array, axes: Axes) -> Array:
 
 def _max(values: Array, axes: Axes) -> Array:
     return jnp.max(values, axes, keepdims=True, initial=0)
-
-
-def _share(values: Array, top: Array) -> Array:
-    """`values / top`, where the top is a positive float; otherwise the values."""
-    top = jax.lax.stop_gradient(jnp.where((top > 0) & jnp.isfinite(top), top, 1))
-    # A quarter of both, because the compiler multiplies by 1 / top, which is flushed to 0 for the largest floats.
-    quarter = jnp.where(top > 1, 0.25, 1).astype(top.dtype)
-    return values * quarter / (top * quarter)
 
 
 def _root(total: Array, p: float) -> Array:

@@ -140,6 +140,11 @@ class Layout(NamedTuple):
         twice = jnp.stack([blocks[0], blocks[0]], 1)
         return [jnp.max(jax.lax.index_in_dim(twice, group_of[k], keepdims=False)) for k in range(len(self.gradients))]
 
+    def of(self, tree: Any) -> list[Any]:
+        """The leaves of a tree of this structure that stand where the gradients do."""
+        leaves = self.treedef.flatten_up_to(tree)
+        return [leaves[i] for i in self.measured]
+
     def matching(self, params: Any) -> list[Any]:
         """The leaves of `params` that belong to the gradients.
 
@@ -149,10 +154,10 @@ class Layout(NamedTuple):
         if not self.measured:
             return []
         _validate.params_given(params)
-        leaves = self.treedef.flatten_up_to(params)
-        for i, path, gradient in zip(self.measured, self.paths, self.gradients, strict=True):
-            _validate.parameter(path, leaves[i], jnp.shape(gradient))
-        return [leaves[i] for i in self.measured]
+        own = self.of(params)
+        for path, param, gradient in zip(self.paths, own, self.gradients, strict=True):
+            _validate.parameter(path, param, jnp.shape(gradient))
+        return own
 
     def floats(self) -> Any:
         """The tree of the gradients alone, as arrays, with None for everything else."""

@@ -16,7 +16,7 @@ from optaxclip import norms, scopes
 from optaxclip._clip import clip
 from optaxclip._guard import GuardState
 from optaxclip._types import ClipState, Norm, Reading, Scope
-from optaxclip.thresholds.ranks import BINS, FIRST, WIDTH, History, Sketch, remember
+from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
 
 FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)  # of the mean: Pascanu et al. (2013) found good thresholds between the ends
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
@@ -37,7 +37,7 @@ def readings(opt_state: Any) -> list[Reading]:
         >>> [reading.size_before for reading in optaxclip.telemetry.readings(opt_state)]
         [Array([5.], dtype=float32)]
     """
-    return [state.reading for state in _found(opt_state, ClipState) if state.reading is not None]
+    return [reading for _, reading in _clips(opt_state)]
 
 
 def group_names(reading: Reading) -> list[str]:
@@ -90,11 +90,11 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
         clip/limit/w             1
         clip/clipped_share/w     1
     """
-    clips = [(state.step, state.reading) for state in _found(opt_state, ClipState) if state.reading is not None]
+    clips = _clips(opt_state)
     found: dict[str, Array] = {}
-    for i, (step, reading) in enumerate(clips):
+    for i, (state, reading) in enumerate(clips):
         name = prefix if len(clips) == 1 else f"{prefix}_{i}"
-        found |= {f"{name}/{key}": value for key, value in _of_all_groups(step, reading).items()}
+        found |= {f"{name}/{key}": value for key, value in _of_all_groups(state.step, reading).items()}
         groups = group_names(reading)
         if params is not None and len(groups) > 1:
             for k, group in enumerate(groups):
@@ -242,6 +242,11 @@ def _found(tree: Any, kind: type) -> list[Any]:
     return [jax.tree.map(jnp.asarray, node, is_leaf=_wraps_an_array) for node in nodes if isinstance(node, kind)]
 
 
+def _clips(opt_state: Any) -> list[tuple[ClipState, Reading]]:
+    """Every clip that records, and its reading."""
+    return [(state, state.reading) for state in _found(opt_state, ClipState) if state.reading is not None]
+
+
 def _wraps_an_array(node: Any) -> bool:
     return hasattr(node, "__jax_array__")
 
@@ -249,10 +254,10 @@ def _wraps_an_array(node: Any) -> bool:
 def _histories(opt_state: Any) -> list[tuple[str, History]]:
     """The memory of each group of every monitor, by name, in NumPy."""
     found = []
-    for state in _found(opt_state, ClipState):
-        if state.reading is None or not all(isinstance(rule, History) for rule in state.rules):
+    for state, reading in _clips(opt_state):
+        if not all(isinstance(rule, History) for rule in state.rules):
             continue
-        names, rules = group_names(state.reading), jax.tree.map(np.asarray, state.rules)
+        names, rules = group_names(reading), jax.tree.map(np.asarray, state.rules)
         if len(rules) == 1 and rules[0].sketch.origin.ndim == 1:  # one block for all groups
             rules = [jax.tree.map(lambda x, k=k: x[..., k : k + 1], rules[0]) for k in range(len(names))]
         found += zip(names, rules, strict=True)
@@ -265,7 +270,7 @@ def _distribution(sketch: Sketch) -> tuple[np.ndarray, np.ndarray]:
     sizes, often = [], []
     for k, origin in enumerate(sketch.origin.ravel()):
         exact = counts[-1, k] <= FIRST
-        middles = np.exp(np.float64(origin) + (np.arange(BINS) - BINS // 2 + 0.5) * WIDTH)
+        middles = np.exp(middle(np.float64(origin), np.arange(BINS)))
         sizes.append(first[: counts[-1, k], k].astype(np.float64) if exact else middles)
         often.append(np.ones(counts[-1, k], int) if exact else np.diff(counts[:, k], prepend=0))
     order = np.argsort(np.concatenate(sizes))

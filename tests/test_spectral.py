@@ -67,6 +67,15 @@ def test_equals_a_float64_decomposition_at_every_scale(form, shape):
             np.testing.assert_allclose(run(x, limit), want, rtol=0, atol=3e-6 * max(np.abs(want).max(), 1e-37))
 
 
+@pytest.mark.parametrize("form", ["hard", "soft", "soft-products"])
+def test_the_largest_floats_are_clipped_as_well(form):
+    options, response = FORMS[form]
+    run = jax.jit(lambda x: clipped(x, 1e38, **options)[0])
+    np.testing.assert_allclose(
+        jnp.diag(run(jnp.diag(jnp.array([3e38, 5e37])))), response(np.array([3e38, 5e37]), 1e38), rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("form", ["hard", "soft"])
 def test_complex_matrices_keep_their_basis(form):
     options, response = FORMS[form]

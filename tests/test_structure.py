@@ -12,8 +12,8 @@ import optaxclip
 PACKAGE = Path(optaxclip.__file__).parent
 # Each module may import only modules of earlier levels, and its own package.
 LEVELS = [
-    {"_types", "_validate", "responses"},
-    {"norms", "scopes", "thresholds", *(f"thresholds.{name}" for name in ("fixed", "combine", "moments", "ranks"))},
+    {"_types", "_validate", "_numerics", "responses"},
+    {"norms", "scopes", "thresholds", *(f"thresholds.{name}" for name in ("_blocks", "fixed", "combine", "moments", "ranks"))},
     {"_clip", "_carry", "_guard", "_precondition", "_spectral"},
     {"telemetry"},
     {"methods"},

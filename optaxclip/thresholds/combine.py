@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from optaxclip import _validate, responses
+from optaxclip._numerics import share
 from optaxclip._types import Context, Threshold
+from optaxclip.thresholds._blocks import count
 from optaxclip.thresholds.fixed import as_threshold
 
 
@@ -94,10 +96,7 @@ def jointly(threshold: Any) -> Threshold:
     def limit(sizes: Array, state: Any, context: Context) -> Array:
         finite = jnp.where(jnp.isfinite(sizes), sizes, 0)
         top = jax.lax.stop_gradient(jnp.max(finite, keepdims=True, initial=0))  # only a scale
-        # A quarter of both, because the compiler multiplies by 1 / top, which is flushed to 0 for the largest floats.
-        quarter = jnp.where(top > 1, 0.25, 1).astype(sizes.dtype)
-        shares = finite * quarter / jnp.where(top > 0, top * quarter, 1)
-        norm = jnp.sqrt(jnp.where(top > 0, jnp.sum(shares**2, keepdims=True), 1))  # in tops
+        norm = jnp.sqrt(jnp.where(top > 0, jnp.sum(share(finite, top) ** 2, keepdims=True), 1))  # in tops
         return responses.rescale(sizes, top, rule.limit(top, state, context) / norm)
 
     return rule._replace(limit=limit)
@@ -140,13 +139,12 @@ def patient(threshold: Any, patience: int) -> Threshold:
 
     def learn(sizes: Array, clipped_sizes: Array, state: tuple[Any, Array], context: Context) -> tuple[Any, Array]:
         known, streak = state
-        streak = jnp.where(sizes > limit(sizes, state, context), streak + 1, 0)
-        accepted = streak >= patience
+        accepted, streak = _lasts(sizes > limit(sizes, state, context), streak, patience)
         start = _select(accepted, rule.init(sizes), known)
         learned = rule.learn(sizes, jnp.where(accepted, sizes, clipped_sizes), start, context)
-        return learned, jnp.where(accepted, 0, streak)
+        return learned, streak
 
-    return Threshold(lambda sizes: (rule.init(sizes), jnp.zeros(sizes.shape, jnp.int32)), limit, learn, rule.uses_params)
+    return Threshold(lambda sizes: (rule.init(sizes), count(sizes)), limit, learn, rule.uses_params)
 
 
 FAR, LASTING = 1e4, 10
@@ -168,7 +166,7 @@ def plausible(rule: Threshold) -> Threshold:
     _validate.part("rule", rule, Threshold, "thresholds.ema()")
 
     def init(sizes: Array) -> tuple[Any, Array, Array]:
-        return rule.init(sizes), jnp.zeros_like(sizes), jnp.zeros(sizes.shape, jnp.int32)
+        return rule.init(sizes), jnp.zeros_like(sizes), count(sizes)
 
     def limit(sizes: Array, state: tuple[Any, Array, Array], context: Context) -> Array:
         return rule.limit(sizes, state[0], context)
@@ -178,16 +176,22 @@ def plausible(rule: Threshold) -> Threshold:
     ) -> tuple[Any, Array, Array]:
         known, usual, streak = state
         far = (usual > 0) & ((sizes / FAR > usual) | (sizes < usual / FAR))
-        streak = jnp.where(far, streak + 1, 0)
-        accepted = streak >= LASTING
+        accepted, streak = _lasts(far, streak, LASTING)
         ignored = far & ~accepted
         seen = jnp.where(ignored, usual, sizes)
         clipped_seen = jnp.where(ignored, usual, jnp.where(accepted, sizes, clipped_sizes))
         learned = rule.learn(seen, clipped_seen, _select(accepted, rule.init(sizes), known), context)
         moved = jnp.where((usual > 0) & ~accepted, jnp.clip(sizes, usual / 2, usual * 2), sizes)
-        return _select(ignored, known, learned), jnp.where(ignored, usual, moved), jnp.where(accepted, 0, streak)
+        return _select(ignored, known, learned), jnp.where(ignored, usual, moved), streak
 
     return Threshold(init, limit, learn, rule.uses_params)
+
+
+def _lasts(so: Array, streak: Array, needed: int) -> tuple[Array, Array]:
+    """Whether it is so for the last of as many steps in a row as are needed, and how many in a row it has been since then."""
+    streak = jnp.where(so, streak + 1, 0)
+    accepted = streak >= needed
+    return accepted, jnp.where(accepted, 0, streak)
 
 
 def _select(where: Array, yes: Any, no: Any) -> Any:

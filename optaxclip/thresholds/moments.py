@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from optaxclip import _validate
+from optaxclip._numerics import share
 from optaxclip._types import Context, Threshold
+from optaxclip.thresholds import _blocks
 from optaxclip.thresholds.combine import plausible
 
 LEAST_DEVIATION = 1e-3
@@ -70,7 +72,7 @@ def ema(factor: float | Array = 1.05, *, decay: float | Array = 0.98, warmup: in
         first = mean if start == "mean" else least
         return jnp.minimum(count + 1, warmup), jnp.where(count < warmup, first, moved)
 
-    return plausible(Threshold(lambda sizes: (_zeros(sizes), jnp.zeros_like(sizes)), limit, learn))
+    return plausible(Threshold(lambda sizes: (_blocks.count(sizes), jnp.zeros_like(sizes)), limit, learn))
 
 
 def zscore(z: float | Array = 2.5, *, decay: float | Array = 0.97, warmup: int = 25) -> Threshold:
@@ -144,7 +146,7 @@ def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) 
 
     def learn(sizes: Array, clipped_sizes: Array, state: Moments, context: Context) -> Moments:
         weight = jnp.maximum(1 - decay, 1 / (state.seen + 1)).astype(sizes.dtype)
-        offset = _log(sizes) - state.mean
+        offset = _blocks.logarithm(sizes) - state.mean
         variance = (1 - weight) * (state.variance + weight * offset**2)
         return Moments(jnp.minimum(state.seen + 1, most), state.mean + weight * offset, variance)
 
@@ -152,7 +154,7 @@ def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) 
         now = learn(sizes, sizes, state, context)
         # The original's floor, a deviation of 1e-4.
         trigger = now.mean + deviations * jnp.sqrt(jnp.maximum(now.variance, 1e-8))
-        return jnp.where(_log(sizes) >= trigger, jnp.exp(now.mean), jnp.inf)
+        return jnp.where(_blocks.logarithm(sizes) >= trigger, jnp.exp(now.mean), jnp.inf)
 
     return plausible(Threshold(_no_moments, limit, learn))
 
@@ -184,9 +186,11 @@ def window_zscore(deviations: float | Array = 3.0, *, window: int = 128, warmup:
 
     def learn(sizes: Array, clipped_sizes: Array, state: tuple[Array, Array], context: Context) -> tuple[Array, Array]:
         count, last = state
-        return jnp.minimum(count + 1, window), jnp.concatenate([sizes[None], last[:-1]])
+        return jnp.minimum(count + 1, window), _blocks.pushed(sizes, last)
 
-    return plausible(Threshold(lambda sizes: (_zeros(sizes), jnp.zeros((window, *sizes.shape), sizes.dtype)), limit, learn))
+    return plausible(
+        Threshold(lambda sizes: (_blocks.count(sizes), jnp.zeros((window, *sizes.shape), sizes.dtype)), limit, learn)
+    )
 
 
 def growth(factor: float | Array = 1.01) -> Threshold:
@@ -285,24 +289,16 @@ def mean_to_rms(*, decay: float | Array = 0.7, square_decay: float | Array = 0.9
             return -jnp.expm1(count * jnp.log(jnp.asarray(decay, sizes.dtype)))
 
         known = root > 0
-        unit = jax.lax.stop_gradient(jnp.where(known, root, 1))  # of both, so that derivatives stay floats
-        ratio = (mean / unit) / jnp.where(known, root / unit, 1)
+        ratio = share(mean, root) / jnp.where(known, share(root, root), 1)  # shares, so that derivatives stay floats
         return jnp.where(known, ratio * jnp.sqrt(weight(square_decay)) / weight(decay), jnp.inf)
 
-    return plausible(Threshold(lambda sizes: (_zeros(sizes), jnp.zeros_like(sizes), jnp.zeros_like(sizes)), limit, learn))
-
-
-def _zeros(sizes: Array) -> Array:
-    return jnp.zeros(sizes.shape, jnp.int32)
+    return plausible(
+        Threshold(lambda sizes: (_blocks.count(sizes), jnp.zeros_like(sizes), jnp.zeros_like(sizes)), limit, learn)
+    )
 
 
 def _no_moments(sizes: Array) -> Moments:
-    return Moments(_zeros(sizes), jnp.zeros_like(sizes), jnp.zeros_like(sizes))
-
-
-def _log(sizes: Array) -> Array:
-    """The logarithm; 0 for what is no observation."""
-    return jnp.log(jnp.where((sizes > 0) & (sizes < jnp.inf), sizes, 1))
+    return Moments(_blocks.count(sizes), jnp.zeros_like(sizes), jnp.zeros_like(sizes))
 
 
 def _deviation(variance: Array) -> Array:
@@ -312,6 +308,5 @@ def _deviation(variance: Array) -> Array:
 def _mean_square_root(root: Array, size: Array, decay: float | Array) -> Array:
     """Root of the moving average of squares, which are taken relative to the larger, so that none leaves the float range."""
     top = jax.lax.stop_gradient(jnp.maximum(root, size))  # only a scale
-    unit = jnp.where(top > 0, top, 1)
-    mean = decay * (root / unit) ** 2 + (1 - decay) * (size / unit) ** 2
+    mean = decay * share(root, top) ** 2 + (1 - decay) * share(size, top) ** 2
     return top * jnp.sqrt(jnp.where(top > 0, mean, 1))

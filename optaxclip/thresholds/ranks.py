@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from optaxclip import _validate
 from optaxclip._types import Context, Threshold
+from optaxclip.thresholds import _blocks
 from optaxclip.thresholds.combine import plausible
 
 
@@ -43,11 +44,11 @@ def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshol
     _validate.count("window", window)
 
     def init(sizes: Array) -> tuple[Array, Array]:
-        return jnp.zeros(sizes.shape, jnp.int32), jnp.full((window, *sizes.shape), jnp.inf, sizes.dtype)
+        return _blocks.count(sizes), jnp.full((window, *sizes.shape), jnp.inf, sizes.dtype)
 
     def learn(sizes: Array, clipped_sizes: Array, state: tuple[Array, Array], context: Context) -> tuple[Array, Array]:
         count, last = state
-        return jnp.minimum(count + 1, window), jnp.concatenate([sizes[None], last[:-1]])
+        return jnp.minimum(count + 1, window), _blocks.pushed(sizes, last)
 
     def limit(sizes: Array, state: tuple[Array, Array], context: Context) -> Array:
         count, last = state if lagged else learn(sizes, sizes, state, context)
@@ -74,6 +75,11 @@ class Sketch(NamedTuple):
 
 FIRST, BINS = 1024, 1024
 WIDTH = 2 * math.log(1.01)  # of a bin, in logarithms: its middle is within 1 % of all of it
+
+
+def middle(origin: Any, number: Any) -> Any:
+    """Logarithm of the middle of the bin with this number, from 0."""
+    return origin + (number - BINS // 2 + 0.5) * WIDTH
 
 
 def quantile_sketch(q: float | Array) -> Threshold:
@@ -103,10 +109,10 @@ def quantile_sketch(q: float | Array) -> Threshold:
         first, origin, counts = learn(sizes, sizes, state, context)
         exact = _interpolated(lambda rank: _take(first, rank), q, jnp.minimum(counts[-1], FIRST))
 
-        def middle(rank: Array) -> Array:
-            return jnp.exp(origin + (_bin(counts, rank) - BINS // 2 + 0.5) * WIDTH)
+        def rounded(rank: Array) -> Array:
+            return jnp.exp(middle(origin, _bin(counts, rank)))
 
-        return jnp.where(counts[-1] <= FIRST, exact, _interpolated(middle, q, counts[-1]))
+        return jnp.where(counts[-1] <= FIRST, exact, _interpolated(rounded, q, counts[-1]))
 
     return plausible(Threshold(_empty, limit, learn))
 
@@ -171,7 +177,7 @@ def remember(window: int) -> Threshold:
     _validate.count("window", window)
 
     def learn(sizes: Array, clipped_sizes: Array, state: History, context: Context) -> History:
-        return History(jnp.concatenate([sizes[None], state.last[:-1]]), _centred(_with(state.sketch, sizes), 0.5))
+        return History(_blocks.pushed(sizes, state.last), _centred(_with(state.sketch, sizes), 0.5))
 
     return Threshold(
         init=lambda sizes: History(jnp.zeros((window, *sizes.shape), sizes.dtype), _empty(sizes)),
@@ -188,7 +194,7 @@ def _empty(sizes: Array) -> Sketch:
 def _with(sketch: Sketch, sizes: Array) -> Sketch:
     """The sketch of one more size."""
     first, origin, counts = sketch
-    logarithm = jnp.log(jnp.where((sizes > 0) & (sizes < jnp.inf), sizes, 1))
+    logarithm = _blocks.logarithm(sizes)
     origin = jnp.where(counts[-1] == 0, logarithm, origin)
     bin_of = jnp.clip(jnp.floor((logarithm - origin) / WIDTH) + BINS // 2, 0, BINS - 1).astype(jnp.int32)
     counts = jnp.where(counts[-1] < 2**30, counts, counts // 2) + (bin_of <= _rows(counts))
