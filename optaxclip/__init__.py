@@ -8,6 +8,7 @@ from optaxclip import thresholds as thresholds
 from optaxclip._carry import carry as carry
 from optaxclip._clip import clip as clip
 from optaxclip._guard import skip_nonfinite as skip_nonfinite
+from optaxclip._guard import skip_spikes as skip_spikes
 from optaxclip._types import ClipState as ClipState
 from optaxclip._types import Context as Context
 from optaxclip._types import Norm as Norm

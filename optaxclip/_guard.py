@@ -11,22 +11,41 @@ from jax.experimental import checkify
 from jax.extend.core import Literal
 
 from optaxclip import _validate, norms, scopes
+from optaxclip._types import Context, Threshold
+from optaxclip.thresholds.combine import observed, patient
+from optaxclip.thresholds.fixed import as_threshold
+
+
+class Watch(NamedTuple):
+    """What `skip_spikes` looked at.
+
+    Attributes:
+        size: float scalar, the gradient norm or the loss of the last step.
+        limit: float scalar, what it was allowed to be.
+        rule: state of the threshold.
+    """
+
+    size: Array
+    limit: Array
+    rule: Any
 
 
 class GuardState(NamedTuple):
-    """State of `skip_nonfinite`.
+    """State of `skip_nonfinite` and `skip_spikes`.
 
     Attributes:
         inner: state of the optimizer inside, as it was after the last step that was not skipped.
         steps: int32 scalar, updates so far, skipped ones included.
         skipped_steps: int32 scalar, how many of them were skipped.
         consecutive: int32 scalar, how many of the last ones in a row.
+        watch: what `skip_spikes` looked at; None for `skip_nonfinite`.
     """
 
     inner: Any
     steps: Array
     skipped_steps: Array
     consecutive: Array
+    watch: Watch | None = None
 
 
 def skip_nonfinite(
@@ -68,33 +87,143 @@ def skip_nonfinite(
         >>> state.skipped_steps
         Array(1, dtype=int32)
     """
-    _validate.part("inner", inner, optax.GradientTransformation, "optax.adam(1e-3)")
+    optimizer = _optimizer(inner)
     if max_consecutive is not None:
         _validate.count("max_consecutive", max_consecutive)
-    optimizer = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> GuardState:
-        return GuardState(optimizer.init(params), *(jnp.zeros((), jnp.int32) for _ in range(3)))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, GuardState]:
-        layout = scopes.lay_out(scopes.tree(), updates)
-        (norm,) = norms.measure(norms.l2(), layout.gradients, groups=layout.groups)
-        ok = jnp.isfinite(norm).all()
-
-        def keep(new: Array, old: Array) -> Array:
-            return jnp.where(ok, new, old).astype(jnp.result_type(old))
-
-        new, kept = _keeping(lambda g, s: optimizer.update(g, s, params, **extra_args), keep, updates, state.inner)
-        new = jax.tree.map(lambda x: keep(x, jnp.zeros_like(x)), new)
-        consecutive = jnp.where(ok, 0, state.consecutive + 1)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        ok = jnp.isfinite(_norm(updates))
+        updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
         if max_consecutive is not None:
             advice = "look at what makes the gradients, such as the learning rate"
-            within = consecutive <= max_consecutive
-            checkify.debug_check(within, "{n} steps in a row were not finite; " + advice, n=consecutive)
-        steps = jnp.asarray(optax.safe_increment(state.steps))
-        return new, GuardState(kept, steps, state.skipped_steps + ~ok, consecutive)
+            within = state.consecutive <= max_consecutive
+            checkify.debug_check(within, "{n} steps in a row were not finite; " + advice, n=state.consecutive)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: _start(optimizer, params), update)
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation, threshold: Any, *, watch: str = "norm", patience: int = 10
+) -> optax.GradientTransformationExtraArgs:
+    r"""Leaves a step out if its gradient norm, or its loss, is over a threshold; and if its gradient is not finite.
+
+    .. math:: (u_t, S_t) = \mathrm{inner}(g_t, S_{t-1}) \text{ if } s_t \le c_t \text{, else } (0, S_{t-1})
+
+    with :math:`s_t` the norm :math:`\|g_t\|` or the loss, and :math:`c_t` from any rule, `thresholds.zscore` for one. What
+    a skipped step does, and where the guard belongs, is as for `skip_nonfinite`, which this includes.
+
+    Of a size over the limit the rule learns the limit, so one spike does not hide the next. What is over the limit for longer
+    than `patience` is no spike but a new level: that step is done, and the rule starts afresh from it. So a guard whose
+    threshold is too low slows a run down, but never stops it.
+
+    Args:
+        inner: any optimizer or chain.
+        threshold: a number, a schedule (of the steps that were not skipped), or a rule from `optaxclip.thresholds`.
+        watch: `"norm"`, the l2 norm of all updates that the guard gets; or `"loss"`, which is then an argument of each
+            update: `update(grads, state, params, value=loss)`, or `loss=`. Rules never learn from a loss
+            that is zero or negative: give the guard one that has a positive lower bound.
+        patience: how many steps in a row may be skipped as spikes. Those that are not finite are not counted, and never done.
+
+    Returns:
+        A transform with state `GuardState`; `telemetry.metrics` has its counts, the last size and its limit.
+
+    Raises:
+        TypeError: `inner` is not a transform, `threshold` is none, or `patience` not an integer.
+        ValueError: `watch` is another word, `threshold` is a negative number, or one relative to the parameters for the loss,
+            or `patience` is below 1; in `update`, the loss is missing or is not one number.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optaxclip
+        >>> optimizer = optaxclip.skip_spikes(optax.sgd(0.5), optaxclip.thresholds.growth(2.0), patience=2)
+        >>> state = optimizer.init(jnp.zeros(1))
+        >>> for size in 1.0, 9.0, 1.0, 9.0, 9.0, 9.0, 9.0:
+        ...     updates, state = optimizer.update(jnp.array([size]), state)
+        ...     print(updates)
+        [-0.5]
+        [0.]
+        [-0.5]
+        [0.]
+        [0.]
+        [-4.5]
+        [-4.5]
+    """
+    optimizer = _optimizer(inner)
+    _validate.option("watch", watch, ("norm", "loss"))
+    _validate.count("patience", patience)
+    rule = observed(patient(_learning_limits(as_threshold(threshold)), patience + 1))
+    if watch == "loss" and rule.uses_params:
+        raise ValueError('threshold is relative to the parameters, got it with watch="loss"; pass watch="norm" or another rule')
+
+    def init(params: Any) -> Any:
+        size, limit = jnp.zeros((2,), jax.eval_shape(_norm, params).dtype)
+        return _start(optimizer, params)._replace(watch=Watch(size, limit, rule.init(size[None])))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        before, norm = state.watch, _norm(updates)
+        size = (norm if watch == "norm" else _loss(extra_args)).astype(before.size.dtype)
+        if rule.uses_params:
+            _validate.params_given(params)
+        context = Context(state.steps - state.skipped_steps, _norm(params)[None] if rule.uses_params else None)
+        limit = jnp.broadcast_to(jnp.asarray(rule.limit(size[None], before.rule, context), size.dtype), (1,))[0]
+        learned = rule.learn(size[None], jnp.minimum(size, limit)[None], before.rule, context)
+        _, streak = learned  # of sizes over the limit; over again when it is zero
+        ok = jnp.isfinite(norm) & jnp.isfinite(size) & ((size <= limit) | (streak[0] == 0))
+        updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
+        return updates, state._replace(watch=Watch(size, limit, learned))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _learning_limits(rule: Threshold) -> Threshold:
+    """The rule, but what it learns of a size over the limit is the limit, so one spike does not hide the next."""
+
+    def learn(sizes: Array, clipped_sizes: Array, state: Any, context: Context) -> Any:
+        return rule.learn(clipped_sizes, clipped_sizes, state, context)
+
+    return rule._replace(learn=learn)
+
+
+def _optimizer(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    _validate.part("inner", inner, optax.GradientTransformation, "optax.adam(1e-3)")
+    return optax.with_extra_args_support(inner)
+
+
+def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    steps, skipped_steps, consecutive = (jnp.zeros((), jnp.int32) for _ in range(3))  # no array twice: a state may be donated
+    return GuardState(optimizer.init(params), steps, skipped_steps, consecutive)
+
+
+def _norm(tree: Any) -> Array:
+    layout = scopes.lay_out(scopes.tree(), tree)
+    (norm,) = norms.measure(norms.l2(), layout.gradients, groups=layout.groups)
+    return jnp.sum(norm)  # of no group, if nothing can be measured
+
+
+def _loss(extra_args: dict[str, Any]) -> Array:
+    loss = extra_args.get("loss", extra_args.get("value"))
+    _validate.loss(loss)
+    return norms.widen(jnp.asarray(loss))
+
+
+def _unless_skipped(
+    ok: Array,
+    optimizer: optax.GradientTransformationExtraArgs,
+    updates: Any,
+    state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any]:
+    """A step of the optimizer, and the state after it with its counts; or, if it is not ok, a step that has never been."""
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(ok, new, old).astype(jnp.result_type(old))
+
+    new, kept = _keeping(lambda g, s: optimizer.update(g, s, params, **extra_args), keep, updates, state.inner)
+    new = jax.tree.map(lambda x: keep(x, jnp.zeros_like(x)), new)
+    steps = jnp.asarray(optax.safe_increment(state.steps))
+    consecutive = jnp.where(ok, 0, state.consecutive + 1)
+    return new, GuardState(kept, steps, state.skipped_steps + ~ok, consecutive)
 
 
 def _keeping(update: Callable[..., Any], keep: Callable[[Array, Array], Array], updates: Any, state: Any) -> tuple[Any, Any]:

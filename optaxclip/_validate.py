@@ -123,6 +123,18 @@ def params_given(params: Any) -> None:
         raise ValueError("this threshold is relative to the parameters, got params=None; call update(updates, state, params)")
 
 
+def loss(value: Any) -> None:
+    """Refuses to watch a loss that is missing, or is several numbers.
+
+    Raises:
+        ValueError: it is.
+    """
+    if value is None:
+        raise ValueError('watch="loss" needs the loss, got none; call update(updates, state, params, value=loss)')
+    if jnp.shape(value) != ():
+        raise ValueError(f"value must be one number, got an array of shape {jnp.shape(value)}; pass the mean of the loss")
+
+
 def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
     """Refuses a parameter that cannot be the one of a gradient of this shape.
 

@@ -55,7 +55,8 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
     | `clip/clipped_share` | mean over the groups of the share that was over its limit |
     | `clip/largest` | position of the largest group in `group_names(reading)` |
     | `clip/steps`, `clip/clipped_steps`, `clip/nonfinite_steps` | counts over all steps that the clip has seen |
-    | `clip/skipped_steps` | steps that `skip_nonfinite` kept from all inside of it, if there is one |
+    | `clip/skipped_steps` | steps that guards (`skip_nonfinite`, `skip_spikes`) kept from what is inside, if there are any |
+    | `clip/watched`, `clip/watched_limit` | the norm or loss that `skip_spikes` looked at, and what it may be |
 
     Several clips in one state are `clip_0`, `clip_1` and so on, in the order of the chain. A state that is vmapped over
     seeds gives arrays over seeds.
@@ -100,8 +101,13 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
             for k, group in enumerate(groups):
                 for key in ("size_before", "size_after", "limit", "clipped_share"):
                     found[f"{name}/{key}/{group}"] = getattr(reading, key)[..., k]
-    for guard in _found(opt_state, GuardState):
-        found[f"{prefix}/skipped_steps"] = found.get(f"{prefix}/skipped_steps", 0) + guard.skipped_steps
+    guards = _guards(opt_state)
+    if guards:
+        found[f"{prefix}/skipped_steps"] = sum((guard.skipped_steps for guard in guards[1:]), guards[0].skipped_steps)
+    watches = [guard.watch for guard in guards if guard.watch is not None]
+    for i, watch in enumerate(watches):
+        number = "" if len(watches) == 1 else f"_{i}"
+        found |= {f"{prefix}/watched{number}": watch.size, f"{prefix}/watched_limit{number}": watch.limit}
     return found
 
 
@@ -245,6 +251,11 @@ def _found(tree: Any, kind: type) -> list[Any]:
 def _clips(opt_state: Any) -> list[tuple[ClipState, Reading]]:
     """Every clip that records, and its reading."""
     return [(state, state.reading) for state in _found(opt_state, ClipState) if state.reading is not None]
+
+
+def _guards(opt_state: Any) -> list[GuardState]:
+    """Every guard, and those inside of it."""
+    return [found for guard in _found(opt_state, GuardState) for found in (guard, *_guards(guard.inner))]
 
 
 def _wraps_an_array(node: Any) -> bool:

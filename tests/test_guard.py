@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import checkify
 
 import optaxclip
-from optaxclip import skip_nonfinite, telemetry
+from optaxclip import skip_nonfinite, skip_spikes, telemetry, thresholds
 
 PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.zeros(4)}
 SCHEDULE = optax.exponential_decay(0.1, 1, 0.5)
@@ -172,6 +172,209 @@ def test_skipped_steps_are_in_the_metrics():
     assert (found["clip/skipped_steps"], found["clip/steps"], found["clip/nonfinite_steps"]) == (1, 2, 0)
 
 
+# skip_spikes: the same, for what is over a threshold.
+
+
+def by_size(guard, sizes, **extra_args):
+    """Of updates of these norms, which steps are done."""
+    params, done = {"w": jnp.zeros(2), "b": jnp.zeros(1)}, []
+    state = guard.init(params)
+    update = jax.jit(guard.update)
+    for i, size in enumerate(sizes):
+        grads = {"w": jnp.array([0.6 * size, 0.0]), "b": jnp.array([0.8 * size])}
+        extra = {name: jnp.asarray(values[i]) for name, values in extra_args.items()}
+        updates, state = update(grads, state, params, **extra)
+        done.append(bool(updates["b"] != 0))
+    return done, state
+
+
+@each_inner
+def test_a_run_with_spikes_is_the_run_without_them(name):
+    inner = INNER[name]
+    guarded = skip_spikes(inner, 20.0)
+    update, plain = jax.jit(guarded.update), jax.jit(inner.update)
+    state, expected = guarded.init(PARAMS), inner.init(PARAMS)
+    for i, bad in enumerate([30.0, None, None, np.inf, 1e30, None, np.nan, None, -40.0]):
+        before = state.inner
+        updates, state = update(gradients(i, bad), state, PARAMS)
+        if bad is None:
+            want, expected = plain(gradients(i), expected, PARAMS)
+            chex.assert_trees_all_close((updates, state.inner), (want, expected), rtol=1e-6, atol=1e-7)
+        else:
+            chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+            chex.assert_trees_all_equal(state.inner, before)
+    assert (state.steps, state.skipped_steps, state.consecutive) == (9, 5, 1)
+
+
+def test_the_state_of_skip_spikes_keeps_its_types_in_a_donated_scan():
+    guarded = skip_spikes(optax.adam(1e-2), thresholds.zscore(3.0, warmup=2), watch="loss")
+
+    def step(state, loss):
+        updates, state = guarded.update(gradients(0), state, PARAMS, value=loss)
+        return state, updates["b"].any()
+
+    run = jax.jit(lambda state, losses: jax.lax.scan(step, state, losses), donate_argnums=0)
+    losses = jnp.array([1.0, 1.01, 0.99, 5.0, jnp.nan, 1.0], jnp.bfloat16)
+    state, done = run(guarded.init(PARAMS), losses)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, guarded.init(PARAMS))
+    assert done.tolist() == [True, True, True, False, False, True] and state.skipped_steps == 2
+
+
+RULES = {  # each knows after 40 sizes near 1 that 8 is a spike
+    "number": 4.0,
+    "array": jnp.float32(4.0),
+    "schedule": optax.constant_schedule(4.0),
+    "ema": thresholds.ema(3.0),
+    "zscore": thresholds.zscore(4.0),
+    "log_zscore": thresholds.log_zscore(4.0),
+    "window_zscore": thresholds.window_zscore(4.0, window=32, warmup=16),
+    "growth": thresholds.growth(3.0),
+    "quantile": thresholds.quantile(0.95, 100),
+    "quantile_sketch": thresholds.quantile_sketch(0.95),
+    "at_most": thresholds.at_most(thresholds.ema(3.0), 10.0),
+    "patient": thresholds.patient(thresholds.ema(3.0), 50),
+    "relative": thresholds.relative(4.0, floor=1.0),
+}
+
+
+@pytest.mark.parametrize("watch", ["norm", "loss"])
+@pytest.mark.parametrize("name", RULES)
+def test_with_any_rule_a_spike_is_skipped_and_in_the_end_a_new_level_accepted(name, watch):
+    if (name, watch) == ("relative", "loss"):
+        return check_that_a_share_of_the_parameters_is_refused_for_the_loss()
+    rng = np.random.default_rng(0)
+    sizes = np.exp(0.02 * rng.standard_normal(120)).astype(np.float32)
+    sizes[50] = sizes[60] = 8.0
+    sizes[70:] *= 8.0
+    guard = skip_spikes(optax.sgd(1.0), RULES[name], watch=watch, patience=5)
+    seen = {"sizes": sizes} if watch == "norm" else {"sizes": np.ones(120, np.float32), "value": sizes}
+    done, state = by_size(guard, **seen)
+    assert not (done[50] or done[60] or done[70])
+    assert sum(done[20:50]) > 20 and sum(done[51:60]) > 5  # a quantile skips some by its nature
+    assert any(done[71:76])
+    learns = name not in ("number", "array", "schedule", "relative")
+    assert sum(done[90:]) > 24 if learns else sum(done[76:]) == 44 // 6  # every sixth, where nothing is learned
+    assert state.skipped_steps == done.count(False)
+
+
+def check_that_a_share_of_the_parameters_is_refused_for_the_loss():
+    with pytest.raises(
+        ValueError, match='threshold is relative to the parameters, got it with watch="loss"; pass watch="norm"'
+    ):
+        skip_spikes(optax.sgd(1.0), RULES["relative"], watch="loss")
+
+
+@pytest.mark.parametrize("limit", [0.5, 5.0])
+def test_it_never_skips_more_spikes_in_a_row_than_its_patience(limit):
+    done, _ = by_size(skip_spikes(optax.sgd(1.0), limit, patience=3), [1.0] * 12)
+    assert done == ([False, False, False, True] * 3 if limit < 1 else [True] * 12)
+
+
+def test_what_is_not_finite_is_never_done_however_long_it_lasts_and_leaves_the_patience_alone():
+    sizes = [1.0, 9.0, np.nan, np.inf, np.nan, 9.0, np.nan, 9.0, 9.0, *[np.nan] * 9]
+    done, state = by_size(skip_spikes(optax.sgd(1.0), 5.0, patience=3), sizes)
+    assert [i for i, was in enumerate(done) if was] == [0, 8]
+    assert state.consecutive == 9
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_whatever_the_loss_and_the_other_way_round():
+    guard = skip_spikes(optax.sgd(1.0), 5.0, watch="loss")
+    done, _ = by_size(guard, [1.0, np.nan, np.inf, 1.0, 1.0, 1.0], loss=[1.0, 1.0, 1.0, np.nan, -np.inf, 9.0])
+    assert done == [True, False, False, False, False, False]
+
+
+def test_losses_of_zero_and_below_are_done_and_not_learned_from():
+    guard = skip_spikes(optax.sgd(1.0), thresholds.growth(2.0), watch="loss")
+    done, state = by_size(guard, [1.0] * 6, value=[1.0, 0.0, -3.0, 1.9, 9.0, 3.7])
+    assert done == [True] * 4 + [False, True]
+
+
+def test_the_schedule_of_a_threshold_counts_the_steps_that_were_done():
+    guard = skip_spikes(optax.sgd(1.0), lambda step: jnp.where(step < 2, 10.0, 2.0), patience=100)
+    done, _ = by_size(guard, [1.0, 20.0, 20.0, 5.0, 5.0, 1.0])
+    assert done == [True, False, False, True, False, True]
+
+
+def test_a_share_of_the_parameters_is_measured_as_the_gradients_are():
+    guard = skip_spikes(optax.sgd(1.0), thresholds.relative(2.0))
+    params = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0]), "n": jnp.array(7)}
+    for size, done in (9.9, True), (10.1, False):
+        grads = {"w": jnp.array([0.0, 0.6 * size]), "b": jnp.array([0.8 * size]), "n": jnp.array(0)}
+        updates, state = guard.update(grads, guard.init(params), params)
+        assert bool(updates["b"]) == done
+        np.testing.assert_allclose(state.watch.limit, 10.0, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"relative to the parameters, got params=None; call update\(updates, state, params\)"):
+        guard.update(params, guard.init(params))
+
+
+def test_the_loss_is_passed_on_by_either_name():
+    seen = []
+
+    def update(updates, state, params=None, **extra_args):
+        seen.append(extra_args)
+        return updates, state
+
+    guard = skip_spikes(optax.GradientTransformationExtraArgs(lambda params: (), update), 5.0, watch="loss")
+    state = guard.init(PARAMS)
+    guard.update(PARAMS, state, PARAMS, value=1.0)
+    guard.update(PARAMS, state, PARAMS, loss=1.0, other=2)
+    assert seen == [{"value": 1.0}, {"loss": 1.0, "other": 2}]
+    plateau = optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau(patience=1))
+    guard = skip_spikes(plateau, 5.0, watch="loss")
+    state = jax.eval_shape(lambda: guard.update(PARAMS, guard.init(PARAMS), PARAMS, value=jnp.float32(1.0))[1])
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, guard.init(PARAMS))
+
+
+def test_guards_in_guards_and_what_they_looked_at_are_in_the_metrics():
+    inner = optax.chain(optaxclip.clip(1.0), optax.sgd(1.0))
+    guard = skip_nonfinite(skip_spikes(skip_spikes(inner, 5.0), 3.0, watch="loss"))
+    done, state = by_size(guard, [1.0, np.nan, 1.0, 4.0, 9.0], value=[2.0, 1.0, 8.0, 2.5, 2.0])
+    assert done == [True, False, False, True, False]
+    found = {name: float(value) for name, value in telemetry.metrics(optax.chain(guard).init(PARAMS)).items()}
+    assert found["clip/skipped_steps"] == found["clip/watched_0"] == found["clip/watched_limit_1"] == 0
+    found = {name: float(value) for name, value in telemetry.metrics(state).items()}
+    assert found["clip/skipped_steps"] == 3 and found["clip/steps"] == 2
+    watched = [found[f"clip/watched{name}"] for name in ("_0", "_limit_0", "_1", "_limit_1")]
+    np.testing.assert_allclose(watched, [2.0, 3.0, 9.0, 5.0], rtol=1e-6)
+    _, state = by_size(skip_spikes(inner, 5.0), [1.0, 9.0])
+    found = telemetry.metrics(state)
+    assert (found["clip/watched"], found["clip/watched_limit"], found["clip/skipped_steps"]) == (9.0, 5.0, 1)
+
+
+def test_seeds_skip_each_for_itself():
+    guard = skip_spikes(optax.sgd(1.0), thresholds.growth(2.0))
+    params = jnp.zeros((3, 2))
+    state = jax.vmap(guard.init)(params)
+    for sizes in [1.0, 1.0, 1.0], [1.0, 3.0, np.nan]:
+        grads = jnp.array(sizes)[:, None] * jnp.array([[0.6, 0.8]])
+        updates, state = jax.vmap(guard.update)(grads, state, params)
+    assert updates.any(axis=1).tolist() == [True, False, False]
+    assert telemetry.metrics(state)["clip/skipped_steps"].tolist() == [0, 1, 1]
+
+
+def test_what_skip_spikes_refuses():
+    sgd = optax.sgd(1.0)
+    with pytest.raises(TypeError, match="inner must be a GradientTransformation, got 1.0"):
+        skip_spikes(1.0, 1.0)
+    with pytest.raises(TypeError, match="threshold must be"):
+        skip_spikes(sgd, "1.0")
+    with pytest.raises(ValueError, match="threshold must be .*, got -1.0"):
+        skip_spikes(sgd, -1.0)
+    with pytest.raises(ValueError, match="watch must be one of 'norm', 'loss', got 'gradient'; choose one of these"):
+        skip_spikes(sgd, 1.0, watch="gradient")
+    with pytest.raises(TypeError, match="patience must be an integer, got 2.5"):
+        skip_spikes(sgd, 1.0, patience=2.5)
+    with pytest.raises(ValueError, match="patience must be at least 1, got 0; pass a larger count"):
+        skip_spikes(sgd, 1.0, patience=0)
+    guard = skip_spikes(sgd, 1.0, watch="loss")
+    with pytest.raises(
+        ValueError, match=r'watch="loss" needs the loss, got none; call update\(updates, state, params, value=loss\)'
+    ):
+        guard.update(PARAMS, guard.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"value must be one number, got an array of shape \(3,\); pass the mean of the loss"):
+        guard.update(PARAMS, guard.init(PARAMS), PARAMS, value=jnp.ones(3))
+
+
 def test_what_it_refuses():
     with pytest.raises(
         TypeError, match=r"inner must be a GradientTransformation, got 1.0; pass one such as optax.adam\(1e-3\)"
@@ -204,4 +407,5 @@ def test_the_compiled_step_copies_no_moments():
         return optax.GradientTransformation(inner.init, update)
 
     assert copies(skip_nonfinite(optax.adam(1e-3))) == copies(optax.adam(1e-3)) == 0
+    assert copies(skip_spikes(optax.adam(1e-3), thresholds.zscore(3.0))) == 0
     assert copies(plainly(optax.adam(1e-3))) > 0  # the obvious form does

@@ -41,6 +41,8 @@ NESTED = {
     "MultiSteps": (optax.MultiSteps(optax.chain(CLIP, optax.sgd(1.0)), 1), [13]),
     "inject_hyperparams": (optax.inject_hyperparams(optaxclip.clip_by_global_norm)(max_norm=1.0), [13]),
     "apply_if_finite": (optax.apply_if_finite(optax.chain(CLIP, optax.sgd(1.0)), 3), [13]),
+    "skip_nonfinite": (optaxclip.skip_nonfinite(optax.chain(CLIP, optax.sgd(1.0))), [13]),
+    "skip_spikes": (optax.chain(optax.identity(), optaxclip.skip_spikes(CLIP, 100.0)), [13]),
     "carry": (optaxclip.carry(CLIP), [13]),
     "stable adam": (optaxclip.scale_by_stable_adam(scope=scopes.tree()), [1 / np.sqrt(5 / 2)]),
     "two clips": (optax.chain(CLIP, optaxclip.clip_by_value(0.5)), [13, 12 / 13]),
@@ -160,6 +162,24 @@ def test_metrics_run_inside_scan_and_over_seeds():
     np.testing.assert_array_equal(found["clip/clipped_steps"], [[0, 1, 1], [1, 2, 3]])
     np.testing.assert_array_equal(found["clip/nonfinite_steps"][:, -1], [1, 0])
     np.testing.assert_array_equal(telemetry.metrics(states)["clip/steps"], [3, 3])  # of the vmapped state itself
+
+
+@pytest.mark.parametrize("scope", [scopes.tree(), BY_LAYER, scopes.leaf(), scopes.unit(), scopes.element()])
+def test_metrics_of_sharded_gradients_are_those_of_whole_ones(scope):
+    mesh = jax.make_mesh((4,), ("data",))
+    clip = optax.chain(telemetry.monitor(scope=scope), optaxclip.clip(thresholds.ema(1.0), scope=scope))
+    whole = {"enc": {"w": jnp.arange(32.0).reshape(8, 4)}, "head": jnp.arange(4.0)}
+
+    def run(grads):
+        state = clip.init(grads)
+        for scale in 1.0, 2.0:
+            _, state = clip.update(jax.tree.map(lambda x, scale=scale: x * scale, grads), state)
+        return telemetry.metrics(state, grads)
+
+    sharded = jax.device_put(whole, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    found, want = jax.jit(run)(sharded), jax.jit(run)(whole)
+    assert float(want["clip_1/size_before"]) > 30
+    chex.assert_trees_all_close(found, want, rtol=1e-6)
 
 
 def test_names_survive_serialization():

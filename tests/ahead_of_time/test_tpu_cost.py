@@ -5,7 +5,7 @@ import pytest
 
 import optaxclip
 from benchmarks.ahead_of_time import cost, gpt2
-from optaxclip import scopes
+from optaxclip import scopes, telemetry, thresholds
 
 PARAMS = gpt2()
 
@@ -50,6 +50,11 @@ def test_a_threshold_that_learns_costs_no_more_than_a_constant_one(optax_global_
     assert ours.temporary <= 0.1
 
 
+def test_a_monitor_costs_what_a_norm_costs_and_nothing_in_front_of_a_clip(optax_global_norm):
+    for clips in [telemetry.monitor()], [telemetry.monitor(), optaxclip.clip_by_global_norm(1.0)]:
+        assert with_adam(*clips).units <= 1.01 * optax_global_norm.units
+
+
 def test_by_value_costs_nothing():
     assert with_adam(optaxclip.clip_by_value(1.0)).units == pytest.approx(7, abs=1e-3)
 
@@ -58,9 +63,16 @@ def test_adaptive_grad_clip_reads_gradients_and_parameters_once_more():
     assert with_adam(optaxclip.adaptive_grad_clip(0.01)).units <= 9
 
 
-def test_to_skip_bad_steps_costs_nothing_besides_the_clip():
+GUARDS = {
+    "not finite": optaxclip.skip_nonfinite,
+    "spikes": lambda inner: optaxclip.skip_spikes(inner, thresholds.zscore(4.0)),
+}
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_to_skip_bad_steps_costs_nothing_besides_the_clip(name):
     chain = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.adam(1e-3))
-    plain, ours = cost(chain, PARAMS), cost(optaxclip.skip_nonfinite(chain), PARAMS)
+    plain, ours = cost(chain, PARAMS), cost(GUARDS[name](chain), PARAMS)
     optax_chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     peer = cost(optax.apply_if_finite(optax_chain, 5), PARAMS)
     assert ours.units <= 1.005 * plain.units and ours.temporary <= 0.1
