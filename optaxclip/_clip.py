@@ -9,7 +9,7 @@ updates --> MEASURE --> sizes --> LIMIT --> limits --> RESPOND --> updates
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import optax
 from jax import Array
 from jax.experimental import checkify
 
-from optaxclip import _validate, norms, responses, scopes
+from optaxclip import _sharding, _validate, norms, responses, scopes
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope, Threshold
 from optaxclip.scopes import Layout
 from optaxclip.thresholds import as_thresholds
@@ -34,7 +34,7 @@ def clip(
     norm: Norm = norms.l2(),
     response: Response = responses.rescale,
     nonfinite: str = "propagate",
-    axis_name: Hashable | None = None,
+    axis_name: Any = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limits how large the updates are: the one transform of which every method is a row.
@@ -69,8 +69,10 @@ def clip(
         nonfinite: what happens to a group whose size is infinite or NaN. `"propagate"`: all of it
             becomes NaN. `"zero"`: all of it becomes zero. `"raise"`: an error through
             `jax.experimental.checkify`, which names the group.
-        axis_name: mapped axis (of `jax.vmap`, `jax.pmap`, `jax.shard_map`), or several, along which
-            every measured leaf is split.
+        axis_name: mapped axes (of `jax.shard_map`, `jax.pmap`, `jax.vmap`) along which what shares a size is split: a name, a
+            tuple of names, `()` for none, or a tree of these that the updates start with. Not needed under `jit`, nor in
+            `jax.shard_map` with its default `check_vma=True`, where the types of the leaves tell, but for scopes finer
+            than a leaf. `jax.vmap` alone maps over whole trees, each clipped by itself. A single number is never split.
         record: whether the state has a `Reading` of what was measured and done.
 
     Returns:
@@ -108,10 +110,11 @@ def clip(
 
     def init(params: Any) -> Any:
         layout = scopes.lay_out(scope, params)
-        measure = functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups)
+        names = layout.names_of_axes(axis_name)
+        measure = functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups, axis_names=names)
         shapes = jax.eval_shape(lambda leaves: measure(leaves, params=leaves), layout.gradients)
-        sizes = [jnp.zeros(size.shape, size.dtype) for size in shapes]
-        states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
+        sizes = list(map(jnp.zeros_like, shapes))
+        states = tuple(_placed(rule.init(size), size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
         return ClipState(jnp.zeros((), jnp.int32), states, _record(None, layout, sizes, sizes, sizes) if record else None)
 
     def update(updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -122,8 +125,9 @@ def clip(
         rules = _rules(threshold, layout)
         _validate.same_blocks(len(rules), len(state.rules))
         weights = layout.matching(params) if norm.uses_params else None
+        names = layout.names_of_axes(axis_name)
         measure = functools.partial(
-            norms.measure, norm, params=weights, axes=layout.axes, groups=layout.groups, axis_name=axis_name
+            norms.measure, norm, params=weights, axes=layout.axes, groups=layout.groups, axis_names=names
         )
 
         sizes = measure(layout.gradients if measured is None else layout.matching(measured))
@@ -137,6 +141,11 @@ def clip(
         return layout.rebuild(clipped), ClipState(jnp.asarray(optax.safe_increment(state.step)), learned, reading)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _placed(state: Any, zeros: Array) -> Any:
+    """The state of a block, split over devices as the block is: adding its zeros makes it so."""
+    return jax.tree.map(lambda x: x + zeros.astype(x.dtype), state)
 
 
 def _rules(threshold: Threshold | dict[str, Threshold], layout: Layout) -> list[Threshold]:
@@ -193,7 +202,7 @@ def _record(
         measured = jnp.stack([sizes[0], clipped_sizes[0], limits[0], over[0].astype(sizes[0].dtype)])
     else:
         largest = [[jnp.max(block, initial=0) for block in blocks] for blocks in (sizes, clipped_sizes, limits)]
-        measured = jnp.array([*largest, [_share(block) for block in over]])
+        measured = _sharding.everywhere(jnp.array(largest), jnp.array([_share(block) for block in over]))
     counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
     if reading is None:
         return Reading(measured, jnp.zeros_like(counted), tuple({name: None} for name in layout.names))

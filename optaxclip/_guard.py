@@ -10,7 +10,7 @@ from jax import Array
 from jax.experimental import checkify
 from jax.extend.core import Literal
 
-from optaxclip import _validate, norms, scopes
+from optaxclip import _sharding, _validate, norms, scopes
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, patient
 from optaxclip.thresholds.fixed import as_threshold
@@ -49,7 +49,7 @@ class GuardState(NamedTuple):
 
 
 def skip_nonfinite(
-    inner: optax.GradientTransformation, *, max_consecutive: int | None = None
+    inner: optax.GradientTransformation, *, max_consecutive: int | None = None, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leaves a step out if an element of its gradient is NaN or infinite.
 
@@ -66,6 +66,7 @@ def skip_nonfinite(
         inner: any optimizer or chain.
         max_consecutive: more skipped steps than this in a row are an error, under
             `jax.experimental.checkify`. Elsewhere they are counted, and skipped all the same.
+        axis_name: as for `clip`, so that all devices skip the same steps.
 
     Returns:
         A transform with state `GuardState`; `telemetry.metrics` has its counts.
@@ -92,7 +93,7 @@ def skip_nonfinite(
         _validate.count("max_consecutive", max_consecutive)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        ok = jnp.isfinite(_norm(updates))
+        ok = jnp.isfinite(_norm(updates, axis_name))
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
         if max_consecutive is not None:
             advice = "look at what makes the gradients, such as the learning rate"
@@ -104,7 +105,12 @@ def skip_nonfinite(
 
 
 def skip_spikes(
-    inner: optax.GradientTransformation, threshold: Any, *, watch: str = "norm", patience: int = 10
+    inner: optax.GradientTransformation,
+    threshold: Any,
+    *,
+    watch: str = "norm",
+    patience: int = 10,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leaves a step out if its gradient norm, or its loss, is over a threshold; and if its gradient is not finite.
 
@@ -124,6 +130,7 @@ def skip_spikes(
             update: `update(grads, state, params, value=loss)`, or `loss=`. Rules never learn from a loss
             that is zero or negative: give the guard one that has a positive lower bound.
         patience: how many steps in a row may be skipped as spikes. Those that are not finite are not counted, and never done.
+        axis_name: as for `clip`, so that all devices skip the same steps. A loss has to be the same on all of them.
 
     Returns:
         A transform with state `GuardState`; `telemetry.metrics` has its counts, the last size and its limit.
@@ -152,19 +159,19 @@ def skip_spikes(
     _validate.option("watch", watch, ("norm", "loss"))
     _validate.count("patience", patience)
     rule = observed(patient(_learning_limits(as_threshold(threshold)), patience + 1))
-    if watch == "loss" and rule.uses_params:
-        raise ValueError('threshold is relative to the parameters, got it with watch="loss"; pass watch="norm" or another rule')
+    if watch == "loss":
+        _validate.not_relative("threshold", rule, watch)
 
     def init(params: Any) -> Any:
-        size, limit = jnp.zeros((2,), jax.eval_shape(_norm, params).dtype)
+        size, limit = jnp.zeros((2,), jax.eval_shape(lambda params: _norm(params, axis_name), params).dtype)
         return _start(optimizer, params)._replace(watch=Watch(size, limit, rule.init(size[None])))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        before, norm = state.watch, _norm(updates)
+        before, norm = state.watch, _norm(updates, axis_name)
         size = (norm if watch == "norm" else _loss(extra_args)).astype(before.size.dtype)
         if rule.uses_params:
             _validate.params_given(params)
-        context = Context(state.steps - state.skipped_steps, _norm(params)[None] if rule.uses_params else None)
+        context = Context(state.steps - state.skipped_steps, _norm(params, axis_name)[None] if rule.uses_params else None)
         limit = jnp.broadcast_to(jnp.asarray(rule.limit(size[None], before.rule, context), size.dtype), (1,))[0]
         learned = rule.learn(size[None], jnp.minimum(size, limit)[None], before.rule, context)
         _, streak = learned  # of sizes over the limit; over again when it is zero
@@ -194,15 +201,17 @@ def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:
     return GuardState(optimizer.init(params), steps, skipped_steps, consecutive)
 
 
-def _norm(tree: Any) -> Array:
+def _norm(tree: Any, axis_name: Any) -> Array:
     layout = scopes.lay_out(scopes.tree(), tree)
-    (norm,) = norms.measure(norms.l2(), layout.gradients, groups=layout.groups)
+    names = layout.names_of_axes(axis_name)
+    (norm,) = norms.measure(norms.l2(), layout.gradients, groups=layout.groups, axis_names=names)
     return jnp.sum(norm)  # of no group, if nothing can be measured
 
 
 def _loss(extra_args: dict[str, Any]) -> Array:
     loss = extra_args.get("loss", extra_args.get("value"))
     _validate.loss(loss)
+    _validate.same_on_all("value", _sharding.varying(loss))
     return norms.widen(jnp.asarray(loss))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from optaxclip import _validate, norms, scopes
+from optaxclip import _sharding, _validate, norms, scopes
 from optaxclip._numerics import share
 from optaxclip._types import Axes, Response
 from optaxclip.responses import smooth
@@ -51,6 +51,23 @@ def on_spectra(
         return layout.rebuild(back), state
 
     return optax.GradientTransformationExtraArgs(lambda params: clip.init(spectra(params, no_values)), update)
+
+
+def on_whole_matrices(clip: optax.GradientTransformationExtraArgs, axis_name: Any) -> optax.GradientTransformationExtraArgs:
+    """The clip, for leaves of which every device has all, since a part of a matrix has other singular values.
+
+    On an explicit mesh they are gathered for it; within `shard_map` a leaf that is split is an error.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        layout = scopes.lay_out(scopes.leaf(), updates, params)
+        for path, leaf, names in zip(layout.paths, layout.gradients, layout.names_of_axes(axis_name), strict=True):
+            _validate.not_split(path, _sharding.split_axes("axis_name", names, leaf))
+        whole, weights = (jax.tree.map(lambda x: _sharding.unsharded(x, 2), tree) for tree in (updates, params))
+        clipped, state = clip.update(whole, state, weights, **extra_args)
+        return jax.tree.map(_sharding.sharded_like, clipped, updates), state
+
+    return optax.GradientTransformationExtraArgs(clip.init, update)
 
 
 def newton_schulz(response: Response, iterations: int) -> Response:

@@ -26,6 +26,12 @@ Response = Callable[[Array, Array, Array], Array]
 Applied to the sizes themselves, `response(size, size, limit)`, it tells the size after clipping.
 """
 
+Moments = tuple[Any, ...]
+"""What a norm is told by, each an array or a list of arrays."""
+
+Join = Callable[[Any], Any]
+"""The sum or the maximum over the parts of a whole, of every array in a tree."""
+
 
 class Scope(NamedTuple):
     """Which numbers share one size.
@@ -47,7 +53,8 @@ class Norm(NamedTuple):
     Attributes:
         moments: `(magnitudes, axes) -> moments`, a tuple of reductions over the axes of one leaf, which
             are kept with length 1.
-        join: `(moments, axis) -> moments` of a whole from those of its parts along an axis. Zeros add nothing.
+        join: `(moments, total, largest) -> moments` of a whole from those of its parts. `total(x)` and `largest(x)` are the
+            sum and the maximum over the parts, of every array in a tree `x`. Zeros add nothing.
         root: `(*moments) -> sizes`.
         rescue: `(magnitudes, axes) -> moment`, one more and the last for `root`, which matters only
             where another is infinite, and is not computed elsewhere if that is quicker. None: not needed.
@@ -56,7 +63,7 @@ class Norm(NamedTuple):
     """
 
     moments: Callable[[Array, Axes], tuple[Array, ...]]
-    join: Callable[[tuple[Array, ...], int], tuple[Array, ...]]
+    join: Callable[[Moments, Join, Join], Moments]
     root: Callable[..., Array]
     rescue: Callable[[Array, Axes], Array] | None = None
     magnitude: Callable[..., Array] = jnp.abs

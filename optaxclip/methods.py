@@ -20,7 +20,7 @@ import optax
 from optaxclip import _validate, norms, responses, scopes, thresholds
 from optaxclip._clip import clip
 from optaxclip._precondition import clip_after
-from optaxclip._spectral import matrix_axes, newton_schulz, on_spectra
+from optaxclip._spectral import matrix_axes, newton_schulz, on_spectra, on_whole_matrices
 from optaxclip._types import Norm, Response, Scope
 
 Row = Callable[..., optax.GradientTransformationExtraArgs]
@@ -678,6 +678,7 @@ def spectral_clip(
     response: Response = responses.rescale,
     iterations: int | None = None,
     nonfinite: str = "propagate",
+    axis_name: Any = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the singular values of each matrix, :math:`U \min(S, c) V^\top`: by value, in its own basis.
@@ -694,11 +695,13 @@ def spectral_clip(
         iterations: of Newton and Schulz instead of a decomposition, 10 in SPECTRA; for `responses.smooth`. What is recorded
             as the size is then the Frobenius norm.
         nonfinite: as for `clip`, by matrix.
+        axis_name: as for `clip`; a matrix may not be split (under `jit` it may).
         record: as for `clip`.
 
     Raises:
         TypeError: `max_norm` is not a threshold, or `iterations` not an integer.
-        ValueError: `max_norm` is negative or NaN, or `iterations` is given without `responses.smooth`.
+        ValueError: `max_norm` is negative or NaN, or `iterations` is given without `responses.smooth`; on `update`: a
+                matrix is split along mapped axes.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -712,9 +715,10 @@ def spectral_clip(
         SPECTRA, [arXiv:2603.14315](https://arxiv.org/abs/2603.14315), 2026, for the soft clip.
     """
     limit = thresholds.as_thresholds(max_norm, name="max_norm")
+    options = {"nonfinite": nonfinite, "axis_name": (), "record": record}
     if iterations is None:
-        values = clip(limit, scope=scopes.element(), response=response, nonfinite=nonfinite, record=record)
         rules = limit.values() if isinstance(limit, dict) else [limit]
-        return on_spectra(values, uses_params=any(rule.uses_params for rule in rules))
+        values = clip(limit, scope=scopes.element(), response=response, **options)
+        return on_whole_matrices(on_spectra(values, uses_params=any(rule.uses_params for rule in rules)), axis_name)
     soft = newton_schulz(response, iterations)
-    return clip(limit, scope=scopes.unit(matrix_axes), response=soft, nonfinite=nonfinite, record=record)
+    return on_whole_matrices(clip(limit, scope=scopes.unit(matrix_axes), response=soft, **options), axis_name)

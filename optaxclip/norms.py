@@ -9,8 +9,9 @@ numbers count by magnitude, `size(c x) = |c| size(x)`, the size of a whole is th
 of the sizes of its parts, and derivatives are finite, at zero too.
 """
 
+import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,10 @@ from jax import Array
 from jax.extend.core import primitives
 from jax.typing import ArrayLike
 
-from optaxclip import _validate
+from optaxclip import _sharding, _validate
 from optaxclip._numerics import share
-from optaxclip._types import Axes, Norm
+from optaxclip._sharding import Names
+from optaxclip._types import Axes, Join, Moments, Norm
 
 
 def l2() -> Norm:
@@ -70,9 +72,7 @@ def l1() -> Norm:
 
 def linf() -> Norm:
     r"""Largest magnitude, :math:`\max |x|`."""
-    return Norm(
-        lambda m, axes: (_max(m, axes),), lambda moments, axis: (jnp.max(moments[0], axis, initial=0),), lambda top: top
-    )
+    return Norm(lambda m, axes: (_max(m, axes),), lambda moments, total, largest: largest(moments), lambda top: top)
 
 
 def lp(p: float) -> Norm:
@@ -103,10 +103,10 @@ def lp(p: float) -> Norm:
         top = jax.lax.stop_gradient(_max(magnitudes, axes))  # only a scale: the size does not depend on it
         return top, _sum(share(magnitudes, top) ** power, axes)
 
-    def join(moments: tuple[Array, ...], axis: int) -> tuple[Array, Array]:
+    def join(moments: Moments, total: Join, largest: Join) -> Moments:
         tops, totals = moments
-        top = jnp.max(tops, axis, keepdims=True, initial=0)
-        return top.squeeze(axis), jnp.sum(totals * share(tops, top) ** power, axis)
+        top = largest(tops)
+        return top, total(jax.tree.map(lambda own, part, whole: own * share(part, whole) ** power, totals, tops, top))
 
     return Norm(moments, join, lambda top, total: top * _root(total, power))
 
@@ -179,7 +179,7 @@ def measure(
     params: Sequence[ArrayLike] | None = None,
     axes: Sequence[Axes] | None = None,
     groups: Sequence[Sequence[int]] | None = None,
-    axis_name: Hashable | None = None,
+    axis_names: Sequence[Names | None] | None = None,
 ) -> list[Array]:
     """Measures arrays, in as few kernels as there can be.
 
@@ -189,7 +189,8 @@ def measure(
         params: their parameters, for norms that use them.
         axes: for each leaf the axes that are measured together; None measures whole leaves.
         groups: without axes, positions of the leaves that are measured jointly; None measures each alone.
-        axis_name: mapped axes along which the arrays are split.
+        axis_names: for each leaf the mapped axes along which what is measured together is split, or None for a leaf whose type
+            tells. (A leaf of which parts are measured is then an error if it is split: the type does not tell which axis.)
 
     Returns:
         Sizes, in float32 or wider: a list of one vector `[groups]`; with `axes`, a list of one array per
@@ -216,23 +217,61 @@ def measure(
         return [jnp.zeros((0,))]
 
     parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
+    split = _split(leaves, parts, axis_names)
 
     def reduce(function: Callable[[Array, Axes], tuple[Array, ...]], operands: Any) -> list[tuple[Array, ...]]:
         moments = [function(magnitudes(operand), part) for operand, part in zip(operands, parts, strict=True)]
-        if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
-            vectors = [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments, strict=True)]
-            moments = [_joined(norm, vectors, groups)]
-        if axis_name is not None:  # a single number is never split
-            split = [part != () for part in axes] if axes else [True]
-            moments = [norm.join(jax.lax.all_gather(m, axis_name), 0) if s else m for m, s in zip(moments, split, strict=True)]
-        return moments
+        if axes is not None:
+            return moments
+        # One vector for each moment, so that all that follows is a few tiny kernels.
+        vectors = [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments, strict=True)]
+        return [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
 
     moments = reduce(norm.moments, operands)
     rescue = norm.rescue
     if rescue is not None:
-        rescued = _where_needed(moments, lambda operands: reduce(lambda m, part: (rescue(m, part),), operands), operands)
-        moments = [near + far for near, far in zip(moments, rescued, strict=True)]
-    return [norm.root(*values) for values in moments]
+
+        def rescued(operands: Any) -> list[tuple[Array, ...]]:
+            return reduce(lambda m, part: (rescue(m, part),), operands)
+
+        more = rescued(operands) if any(split) else _where_needed(moments, rescued, operands)
+        moments = [near + far for near, far in zip(moments, more, strict=True)]
+    return [norm.root(*values) for values in _joined_across(norm, moments, split if axes else [_union(split)])]
+
+
+def _split(leaves: Sequence[ArrayLike], parts: Sequence[Axes], axis_names: Sequence[Names | None] | None) -> list[Names]:
+    """For each leaf the mapped axes along which what is measured together is split."""
+    split = []
+    for leaf, part, given in zip(leaves, parts, axis_names or [None] * len(leaves), strict=True):
+        own = _sharding.split_axes("axis_name", given, leaf) if part else ()
+        if given is None and len(part) < jnp.ndim(leaf):
+            _validate.whole("axis_name", jnp.shape(leaf), own)
+        split.append(own)
+    return split
+
+
+def _union(split: Sequence[Names]) -> Names:
+    return tuple(dict.fromkeys(axis for axes in split for axis in axes))
+
+
+def _once(vector: Array, split: Sequence[Names]) -> Array:
+    """Moments of leaves `[leaves]`, where those that several devices have are counted on one of them only."""
+    if len(set(split)) <= 1:
+        return vector
+    return jnp.stack([_sharding.once(vector[k], axes, _union(split)) for k, axes in enumerate(split)])
+
+
+def _joined_across(norm: Norm, moments: list[tuple[Array, ...]], split: Sequence[Names]) -> list[tuple[Array, ...]]:
+    """Moments of the whole from those of what is here, for each block; one message for all blocks that are split alike."""
+    joined = list(moments)
+    kinds = [(axes, _sharding.varying(block[0])) for axes, block in zip(split, moments, strict=True)]
+    for kind in dict.fromkeys(kind for kind in kinds if kind[0]):
+        axes, own = kind[0], [k for k, other in enumerate(kinds) if other == kind]
+        total, largest = (functools.partial(join, axes=axes) for join in (_sharding.total, _sharding.largest))
+        columns = tuple(map(list, zip(*[moments[k] for k in own], strict=True)))
+        for k, *values in zip(own, *norm.join(columns, total, largest), strict=True):
+            joined[k] = tuple(values)
+    return joined
 
 
 def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Sequence[int]] | None) -> tuple[Array, ...]:
@@ -243,7 +282,12 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Sequence[int]
     members = np.full((len(groups), max(map(len, groups))), absent)
     for i, group in enumerate(groups):
         members[i, : len(group)] = group
-    return norm.join(tuple(jnp.append(values, 0)[members] for values in moments), 1)
+
+    def over_members(function: Callable[..., Array]) -> Join:
+        return lambda tree: jax.tree.map(lambda x: function(x, 1, keepdims=True), tree)
+
+    members = tuple(jnp.append(values, 0)[members] for values in moments)
+    return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
 
 
 def _where_needed(moments: Any, rescue: Callable[[Any], Any], operands: Any) -> Any:
@@ -255,7 +299,7 @@ def _where_needed(moments: Any, rescue: Callable[[Any], Any], operands: Any) -> 
     finite = jnp.array([jnp.isfinite(moment).all() for moment in jax.tree.leaves(moments)]).all()
 
     def if_needed(operands: Any) -> Any:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(rescue, operands))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(rescue, operands))
         return jax.lax.cond(finite, lambda _: zeros, rescue, operands)
 
     return jax.lax.platform_dependent(operands, cpu=if_needed, default=rescue)
@@ -294,5 +338,6 @@ def _root(total: Array, p: float) -> Array:
     return jnp.where(total > 0, jnp.sqrt(positive) if p == 2 else positive ** (1 / p), total)
 
 
-def _add(moments: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
-    return tuple(jnp.sum(values, axis) for values in moments)
+def _add(moments: Moments, total: Join, largest: Join) -> Moments:
+    del largest
+    return total(moments)

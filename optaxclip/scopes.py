@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from optaxclip import _validate
+from optaxclip._sharding import Names, is_names, names_of
 from optaxclip._types import Axes, Scope
 
 AxesOf = Callable[[str, Any], int | Sequence[int] | None]
@@ -158,6 +159,27 @@ class Layout(NamedTuple):
         for path, param, gradient in zip(self.paths, own, self.gradients, strict=True):
             _validate.parameter(path, param, jnp.shape(gradient))
         return own
+
+    def names_of_axes(self, axis_name: Any) -> list[Names | None]:
+        """For each gradient the mapped axes, from one choice for all or a tree of them that the updates start with.
+
+        Raises:
+            ValueError: the tree has another structure than the updates.
+        """
+        tree = jax.tree.unflatten(self.treedef, list(range(len(self.leaves))))
+        chosen: dict[int, Any] = {}
+
+        def choose(names: Any, part: Any) -> None:
+            chosen.update(dict.fromkeys(jax.tree.leaves(part), names_of(names)))
+
+        try:
+            jax.tree.map(choose, axis_name, tree, is_leaf=is_names)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                "axis_name must be names of mapped axes or a tree of them that the updates start with, got "
+                f"{axis_name!r} for updates of structure {self.treedef}; give each part of the updates its names, () for none"
+            ) from error
+        return [chosen[i] for i in self.measured]
 
     def floats(self) -> Any:
         """The tree of the gradients alone, as arrays, with None for everything else."""

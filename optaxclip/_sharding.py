@@ -1,0 +1,132 @@
+"""What is split over mapped axes (of `jax.shard_map`, `jax.pmap`, `jax.vmap`), and sums and maxima over all its parts."""
+
+import functools
+import itertools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+_reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # by the version of JAX
+
+Names = tuple[Hashable, ...]
+"""Names of mapped axes."""
+
+
+def is_names(value: Any) -> bool:
+    """Whether this is one name, several names, or None, and not a container of such."""
+    containers = isinstance(value, dict | list) or (isinstance(value, tuple) and not all(isinstance(n, str) for n in value))
+    return not containers
+
+
+def names_of(value: Any) -> Names | None:
+    """One name or several as a tuple; None stays None."""
+    return value if value is None or isinstance(value, tuple) else (value,)
+
+
+def manual_axes() -> Names:
+    """The axes of the mesh that this code runs on a part of: all of a `shard_map` or `pmap` around it."""
+    return tuple(getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()))
+
+
+def varying(x: Any) -> Names | None:
+    """The axes along which a value differs from device to device; None where its type does not tell (`check_vma=False`)."""
+    axes = manual_axes()
+    tracked = bool(axes) and _varying(jax.lax.axis_index(axes[0])) != set()
+    return tuple(axis for axis in axes if axis in _varying(x)) if tracked or not axes else None
+
+
+def split_axes(name: str, given: Names | None, x: Any) -> Names:
+    """Of the axes that are given, or of all, those along which `x` is split.
+
+    Raises:
+        ValueError: none are given, and JAX does not know.
+    """
+    known = varying(x)
+    if given is None and known is None:
+        raise ValueError(
+            f"{name} must be given where JAX does not track what differs between devices (shard_map with "
+            "check_vma=False, pmap), got None; pass the mapped axes along which the updates are split, "
+            "() if every device has all of them"
+        )
+    if given is None or known is None:
+        return given or known or ()
+    manual = manual_axes()
+    return tuple(axis for axis in given if axis in known or axis not in manual)
+
+
+def unsharded(x: Any, last: int) -> Any:
+    """`x`, of which every device has all along the last axes; only on an explicit mesh is there something to do."""
+    spec = _spec(x)
+    return _reshard(x, PartitionSpec(*spec[: max(len(spec) - last, 0)])) if any(spec) else x
+
+
+def sharded_like(x: Any, like: Any) -> Any:
+    """`x`, on an explicit mesh split over it as `like` is."""
+    return _reshard(x, PartitionSpec(*_spec(like))) if any(_spec(like)) else x
+
+
+def once(x: Array, own: Names, axes: Names) -> Array:
+    """`x` on the first of several devices that have the same, and zero on the others.
+
+    Args:
+        x: split along the axes `own`.
+        own: some of `axes`.
+        axes: over which sums or maxima are about to be taken.
+    """
+    copies = [axis for axis in axes if axis not in own]
+    first = functools.reduce(jnp.logical_and, (jax.lax.axis_index(axis) == 0 for axis in copies), jnp.array(True))
+    return jnp.where(first, x, 0) if copies else x
+
+
+def total(tree: Any, axes: Names) -> Any:
+    """The sum over mapped axes of each array, all in one message."""
+    leaves, treedef = jax.tree.flatten(tree)
+    if not leaves:
+        return tree
+    vector = jax.lax.psum(jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]), axes)
+    ends = itertools.accumulate((leaf.size for leaf in leaves), initial=0)
+    parts = [vector[i:j].reshape(leaf.shape) for (i, j), leaf in zip(itertools.pairwise(ends), leaves, strict=True)]
+    return jax.tree.unflatten(treedef, parts)
+
+
+def largest(tree: Any, axes: Names) -> Any:
+    """The maximum over mapped axes of each array."""
+    return jax.tree.map(lambda x: _largest(x, axes), tree)
+
+
+def everywhere(tops: Array, shares: Array) -> Array:
+    """Maxima `[n, leaves]` and mean shares `[leaves]` of parts, made those of the whole mesh, and stacked `[n + 1, leaves]`."""
+    axes = manual_axes()
+    if axes:
+        # Collectives take only what varies along all of their axes, and adding such a zero makes it so.
+        zero = sum(jax.lax.axis_index(axis) * 0.0 for axis in axes)
+        tops, shares = jax.lax.pmax(tops + zero, axes), jax.lax.pmean(shares + zero, axes)
+    return jnp.concatenate([tops, shares[None]])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest(x: Array, axes: Names) -> Array:
+    return jax.lax.pmax(x, axes)
+
+
+@_largest.defjvp
+def _largest_jvp(axes: Names, primals: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
+    """The derivative of a maximum is that of the element that it is; JAX has none for `pmax`."""
+    (x,), (dx,) = primals, tangents
+    top = _largest(x, axes)
+    here = (x == top).astype(dx.dtype)
+    return top, jax.lax.psum(here * dx, axes) / jax.lax.psum(here, axes)
+
+
+def _spec(x: Any) -> tuple[Any, ...]:
+    """Of each axis, how an explicit mesh splits it; all None on other meshes."""
+    return tuple(jax.typeof(x).sharding.spec) if isinstance(x, Array) else ()
+
+
+def _varying(x: Any) -> set[Hashable]:
+    kind = jax.typeof(x)
+    return set(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
