@@ -1,10 +1,13 @@
 """Gradient clipping for JAX: every method is scope x norm x threshold rule x response."""
 
 from optaxclip import norms as norms
+from optaxclip import plots as plots
 from optaxclip import responses as responses
 from optaxclip import scopes as scopes
 from optaxclip import telemetry as telemetry
 from optaxclip import thresholds as thresholds
+from optaxclip._backward import clip_cotangent as clip_cotangent
+from optaxclip._backward import clipped as clipped
 from optaxclip._carry import carry as carry
 from optaxclip._clip import clip as clip
 from optaxclip._guard import skip_nonfinite as skip_nonfinite

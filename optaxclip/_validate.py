@@ -64,6 +64,27 @@ def memoryless(name: str, rule: Any) -> None:
         raise TypeError(f"{name} must be the same for all groups, got a rule that {does}; pass a number or a schedule")
 
 
+def no_functions(name: str, values: Any) -> None:
+    """Refuses schedules and rules where there are neither steps nor memory.
+
+    Raises:
+        TypeError: a function is among the values.
+    """
+    if any(map(callable, jax.tree.leaves(values))):
+        advice = "a backward pass has neither steps nor memory, so pass a number such as schedule(step)"
+        raise TypeError(f"{name} must be a number, got {values!r}; {advice}")
+
+
+def absolute(name: str, norm: Any) -> None:
+    """Refuses a norm that measures relative to the parameters, where there are none.
+
+    Raises:
+        TypeError: `norm` does.
+    """
+    if norm.uses_params:
+        raise TypeError(f"{name} must not be relative to parameters, got {norm!r}; pass one such as norms.l2()")
+
+
 def option(name: str, value: Any, options: Iterable[str]) -> None:
     """Refuses all but one of the words in `options`.
 
@@ -121,6 +142,68 @@ def params_given(params: Any) -> None:
     """
     if params is None:
         raise ValueError("this threshold is relative to the parameters, got params=None; call update(updates, state, params)")
+
+
+def whole(name: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
+    """Refuses to guess which of a leaf's own axes the mapped axes split.
+
+    Raises:
+        ValueError: the leaf is split.
+    """
+    if axes:
+        raise ValueError(
+            f"{name} must be given for a scope finer than a leaf, where a leaf of shape {shape} is split along {axes}, "
+            "got None; pass those mapped axes along which the numbers that share a size are split, () for none, "
+            "or a tree of such choices"
+        )
+
+
+def not_relative(name: str, rule: Any, watched: str) -> None:
+    """Refuses a rule that needs the parameters where there is nothing of theirs to measure.
+
+    Raises:
+        ValueError: `rule` does.
+    """
+    if rule.uses_params:
+        raise ValueError(
+            f'{name} is relative to the parameters, got it with watch="{watched}"; pass watch="norm" or another rule'
+        )
+
+
+def not_split(path: str, axes: tuple[Any, ...]) -> None:
+    """Refuses to decompose a part of a matrix.
+
+    Raises:
+        ValueError: it is split along mapped axes.
+    """
+    if axes:
+        raise ValueError(
+            f"updates has at {path!r} a matrix that is split along {axes}, of which no device knows the singular values; "
+            "clip under jit, or gather it first with jax.lax.all_gather"
+        )
+
+
+def one_run(name: str, runs: tuple[int, ...]) -> None:
+    """Refuses to mix the memories of several runs.
+
+    Raises:
+        ValueError: the state has leading axes.
+    """
+    if runs:
+        raise ValueError(
+            f"{name} must be of one run, got one that is vmapped over {runs}; "
+            f"pass one of them with jax.tree.map(lambda x: x[0], {name})"
+        )
+
+
+def same_on_all(name: str, axes: tuple[Any, ...] | None) -> None:
+    """Refuses a number that differs between devices, by which each would decide otherwise.
+
+    Raises:
+        ValueError: it is known to vary along mapped axes.
+    """
+    if axes:
+        raise ValueError(f"{name} must be the same on all devices, got one that varies along {axes}; pass jax.lax.pmean of it")
 
 
 def loss(value: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from optaxclip import norms, scopes
+from optaxclip import _validate, norms, scopes
 from optaxclip._clip import clip
 from optaxclip._guard import GuardState
 from optaxclip._types import ClipState, Norm, Reading, Scope
@@ -134,7 +134,7 @@ def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
 
 
 def monitor(
-    *, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), history: int = 100
+    *, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), history: int = 100, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Measures at its place in a chain and changes nothing, not even NaN.
 
@@ -145,6 +145,7 @@ def monitor(
         scope: which numbers share a size.
         norm: how large they are.
         history: how many of the last sizes are remembered.
+        axis_name: as for `clip`.
 
     Raises:
         TypeError: an argument is not what it should be.
@@ -159,7 +160,7 @@ def monitor(
         >>> optaxclip.telemetry.last_sizes(state)
         {'tree': array([40.,  3.,  2.], dtype=float32)}
     """
-    inner = clip(remember(history), scope=scope, norm=norm)
+    inner = clip(remember(history), scope=scope, norm=norm, axis_name=axis_name)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         return updates, inner.update(updates, state, params, **extra_args)[1]
@@ -268,6 +269,7 @@ def _histories(opt_state: Any) -> list[tuple[str, History]]:
     for state, reading in _clips(opt_state):
         if not all(isinstance(rule, History) for rule in state.rules):
             continue
+        _validate.one_run("opt_state", state.step.shape)
         names, rules = group_names(reading), jax.tree.map(np.asarray, state.rules)
         if len(rules) == 1 and rules[0].sketch.origin.ndim == 1:  # one block for all groups
             rules = [jax.tree.map(lambda x, k=k: x[..., k : k + 1], rules[0]) for k in range(len(names))]

@@ -255,6 +255,17 @@ def test_without_sizes_there_is_nothing_to_suggest():
     assert telemetry.suggest(stepped(CLIP)) == [] and telemetry.last_sizes(stepped(CLIP)) == {}
 
 
+@pytest.mark.parametrize("read", [telemetry.suggest, telemetry.last_sizes])
+def test_the_memories_of_several_runs_are_not_mixed(read):
+    monitor = telemetry.monitor()
+    states = jax.vmap(lambda x: monitor.update(x, monitor.init(x))[1])(jnp.ones((3, 2)))
+    with pytest.raises(
+        ValueError, match=r"opt_state must be of one run, got one that is vmapped over \(3,\); pass one of them"
+    ):
+        read(states)
+    assert read(jax.tree.map(lambda x: x[0], states))
+
+
 def test_a_memory_has_a_fixed_size():
     before, after = telemetry.monitor(history=7).init(GRADS), stepped(telemetry.monitor(history=7), 3)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)

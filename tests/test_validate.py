@@ -13,6 +13,7 @@ import pytest
 import optaxclip
 from optaxclip import _validate, norms, scopes, thresholds
 
+RELATIVE = norms.relative_linf(0.1, 1e-7)
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
     "number": [
@@ -105,6 +106,81 @@ REFUSALS = {
             "or update(updates, state, params) if some gradients are None",
         )
     ],
+    "whole": [
+        (
+            ("axis_name", (2, 3), ("x",)),
+            {},
+            ValueError,
+            "axis_name must be given for a scope finer than a leaf, where a leaf of shape (2, 3) is split along ('x',), "
+            "got None; pass those mapped axes along which the numbers that share a size are split, () for none, "
+            "or a tree of such choices",
+        )
+    ],
+    "not_split": [
+        (
+            ("a/b", ("x",)),
+            {},
+            ValueError,
+            "updates has at 'a/b' a matrix that is split along ('x',), of which no device knows the singular values; "
+            "clip under jit, or gather it first with jax.lax.all_gather",
+        )
+    ],
+    "not_relative": [
+        (
+            ("threshold", thresholds.relative(0.1), "loss"),
+            {},
+            ValueError,
+            'threshold is relative to the parameters, got it with watch="loss"; pass watch="norm" or another rule',
+        )
+    ],
+    "loss": [
+        (
+            (None,),
+            {},
+            ValueError,
+            'watch="loss" needs the loss, got none; call update(updates, state, params, value=loss)',
+        ),
+        (
+            (np.ones(3),),
+            {},
+            ValueError,
+            "value must be one number, got an array of shape (3,); pass the mean of the loss",
+        ),
+    ],
+    "no_functions": [
+        (
+            ("threshold", {"a": len}),
+            {},
+            TypeError,
+            f"threshold must be a number, got {{'a': {len!r}}}; "
+            "a backward pass has neither steps nor memory, so pass a number such as schedule(step)",
+        )
+    ],
+    "absolute": [
+        (
+            ("norm", RELATIVE),
+            {},
+            TypeError,
+            f"norm must not be relative to parameters, got {RELATIVE!r}; pass one such as norms.l2()",
+        )
+    ],
+    "one_run": [
+        (
+            ("opt_state", (3,)),
+            {},
+            ValueError,
+            "opt_state must be of one run, got one that is vmapped over (3,); "
+            "pass one of them with jax.tree.map(lambda x: x[0], opt_state)",
+        )
+    ],
+    "same_on_all": [
+        (
+            ("value", ("x",)),
+            {},
+            ValueError,
+            "value must be the same on all devices, got one that varies along ('x',); pass jax.lax.pmean of it",
+        )
+    ],
     "memoryless": [
         (
             ("threshold", thresholds.relative(0.1)),
@@ -153,6 +229,14 @@ ACCEPTED = {
     "params_given": [((np.ones(2),), {}), (([],), {})],
     "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
     "same_blocks": [((2, 2), {})],
+    "whole": [(("axis_name", (2, 3), ()), {})],
+    "not_split": [(("a", ()), {})],
+    "not_relative": [(("threshold", thresholds.constant(1.0), "loss"), {})],
+    "loss": [((1.0,), {}), ((np.float32(-1),), {})],
+    "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
+    "absolute": [(("norm", norms.l2()), {})],
+    "one_run": [(("opt_state", ()), {})],
+    "same_on_all": [(("value", ()), {}), (("value", None), {})],
     "memoryless": [(("threshold", thresholds.constant(1.0)), {})],
     "not_both": [(("a", -1.0, "b", None, "c"), {}), (("a", None, "b", -1.0, "c"), {})],
     "real": [((np.dtype("float16"),), {})],
@@ -418,9 +502,15 @@ def test_every_refusal_of_validate_has_a_case_above():
         assert len(kinds) >= expected > 0, function.name
 
 
-def test_all_refusals_are_in_validate_but_those_of_axes():
+def test_all_refusals_are_in_validate_but_those_of_axes_and_of_what_is_drawn():
     elsewhere = [path.name for path in sorted(SOURCE.rglob("*.py")) if path.name != "_validate.py" for _ in raises(path)]
-    assert elsewhere == ["scopes.py", "scopes.py"]  # both tested: above, and in `test_scopes.py`
+    others = [name for name in elsewhere if name != "plots.py"]  # tested in `test_plots.py`
+    assert others == [
+        "_sharding.py",
+        "scopes.py",
+        "scopes.py",
+        "scopes.py",
+    ]  # tested above, in `test_sharding.py` and `test_scopes.py`
 
 
 def test_every_refusal_gives_the_value_and_advice():

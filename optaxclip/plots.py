@@ -1,0 +1,325 @@
+"""Pictures of a run: what clipping did at each step and to each group, and the sizes that a monitor has seen.
+
+Each function draws on the matplotlib `Axes` it is given, or on those of a new figure, and returns them:
+`sizes(history).figure.savefig("sizes.png")`. It needs `pip install 'optaxclip[plots]'`, and no display.
+
+A *history* is what `telemetry.metrics` gave at each step: a list of its dicts, or one dict of arrays over steps, as
+`jax.lax.scan` stacks them. Arrays may have one more axis, of seeds, after the steps or before them.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from optaxclip import _validate, telemetry
+from optaxclip.thresholds.ranks import WIDTH
+
+LINES = {  # in colours that colour-blind readers can tell apart; where nothing is clipped, `before` lies upon `after`
+    "size_before": {"label": "before", "color": "#0072B2", "linewidth": 1, "zorder": 2.1},
+    "size_after": {"label": "after", "color": "#E69F00", "linewidth": 3},
+    "limit": {"label": "limit", "color": "black", "linewidth": 1, "linestyle": (0, (4, 2)), "zorder": 2.2},
+}
+NEEDED = {"steps", "clipped_share", *LINES}
+BARS = 40  # of a histogram, at most
+LONGEST = 48  # letters of a name
+
+
+class _Run(NamedTuple):
+    """A history in NumPy.
+
+    Attributes:
+        steps: `[steps]`, their numbers, counted from 1.
+        values: by key, each `[steps, seeds]`.
+        skipped: numbers of the steps that a guard has left out, of any seed.
+    """
+
+    steps: np.ndarray
+    values: dict[str, np.ndarray]
+    skipped: np.ndarray
+
+
+def sizes(history: Any, *, prefix: str = "clip", group: str | None = None, ax: Any = None) -> Any:
+    """Norm before clipping, norm after it, and limit, over steps.
+
+    Dots are steps in which something was clipped, ticks at the upper edge steps that were not finite, or that a guard
+    such as `skip_nonfinite` left out. Infinite limits are not drawn, nor zeros. Of several seeds there are medians and
+    quartiles, where what is not finite is the largest; dots where half of them were clipped, ticks where any was not finite.
+
+    Args:
+        history: what `telemetry.metrics` gave at each step.
+        prefix: what the keys of the clip begin with, such as `"clip_0"` if there are several.
+        group: one of the groups by name, if `metrics` was given the parameters. Without it, at each step the largest.
+        ax: matplotlib `Axes` to draw on; None: a new figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: `history` is not a dict or a list of dicts, or `ax` not an `Axes`.
+        ValueError: the history has no such clip, group, or steps.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.clip_by_global_norm(1.0)
+        >>> def step(state, size):
+        ...     _, state = clip.update(size[None], state)
+        ...     return state, optaxclip.telemetry.metrics(state)
+        >>> _, history = jax.lax.scan(step, clip.init(jnp.zeros(1)), jnp.array([0.5, 2.0, 0.7]))
+        >>> for line in optaxclip.plots.sizes(history).lines:
+        ...     print(line.get_label(), line.get_xdata(), line.get_ydata().round(1))
+        before [1. 2. 3.] [0.5 2.  0.7]
+        after [1. 2. 3.] [0.5 1.  0.7]
+        limit [1. 2. 3.] [1. 1. 1.]
+        clipped [2.] [2.]
+    """
+    groups, ending = _groups(history, prefix), ""
+    if group is not None and not groups:
+        raise ValueError(f"history has no groups by name, got group={group!r}; record telemetry.metrics(opt_state, params)")
+    if group is not None:
+        _validate.option("group", group, groups)
+        ending = f"/{group}"
+    run, ax = _read(history, prefix, [key + ending for key in ("clipped_share", *LINES)]), _axes(ax)
+    share, before, after, limit = run.values.values()
+    for style, values in zip(LINES.values(), (before, after, limit), strict=True):
+        _line(ax, run.steps, values, style)
+    _marks(ax, run, before, np.mean(share > 0, axis=1) >= 0.5)
+    of = f" of {_shortened([group])[0]}" if group else " of the largest group" if groups else ""
+    ax.set(yscale="log", xlabel="step", ylabel="norm" + of)
+    ax.set_title("Norm before and after clipping", pad=22)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, frameon=False, fontsize="small", columnspacing=1.2)
+    _plain_numbers(ax.yaxis)
+    return ax
+
+
+def clipped_shares(history: Any, *, prefix: str = "clip", bins: int = 100, ax: Any = None) -> Any:
+    """How much was clipped as a heat map: one row for each group, one column for some steps.
+
+    A colour is the mean over the column's steps, and over seeds, of the share of the group that was over its limit.
+    Without groups by name there is one row, the mean over all.
+
+    Args:
+        history: what `telemetry.metrics` gave at each step, with `params` if there are several groups.
+        prefix: what the keys of the clip begin with, such as `"clip_0"` if there are several.
+        bins: how many columns there are at most.
+        ax: matplotlib `Axes` to draw on; None: a new figure, as high as the rows need.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: `history` is not a dict or a list of dicts, `bins` not an integer, or `ax` not an `Axes`.
+        ValueError: the history has no such clip or no steps, or `bins` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip, history = optaxclip.clip_by_norm(1.0), []
+        >>> grads = {"b": jnp.array([0.5]), "w": jnp.array([3.0, 4.0])}
+        >>> state = clip.init(grads)
+        >>> for _ in range(4):
+        ...     _, state = clip.update(grads, state)
+        ...     history.append(optaxclip.telemetry.metrics(state, grads))
+        >>> ax = optaxclip.plots.clipped_shares(history, bins=2)
+        >>> [label.get_text() for label in ax.get_yticklabels()], ax.collections[0].get_array().tolist()
+        (['b', 'w'], [[0.0, 0.0], [1.0, 1.0]])
+    """
+    _validate.count("bins", bins)
+    groups = _groups(history, prefix)
+    run = _read(history, prefix, [f"clipped_share/{group}" for group in groups] or ["clipped_share"])
+    parts = np.array_split(np.arange(len(run.steps)), min(bins, len(run.steps)))
+    shares = np.array([[values[part].mean() for part in parts] for values in run.values.values()])
+    edges = np.append(run.steps[[part[0] for part in parts]], run.steps[-1] + 1) - 0.5
+    ax = _axes(ax, height=1.4 + 0.14 * max(len(shares), 8))
+    picture = ax.pcolormesh(edges, np.arange(len(shares) + 1) - 0.5, shares, vmin=0, vmax=1, cmap="Blues")
+    ax.figure.colorbar(picture, ax=ax, label="share clipped")
+    _name_rows(ax, _shortened(groups) or ["all"])
+    ax.set(xlabel="step", title="What was clipped" + ", by group" * bool(groups))
+    return ax
+
+
+def histogram(opt_state: Any, *, group: str | None = None, ax: Any = None) -> Any:
+    """How often a monitor has seen which norm, and at each threshold of `telemetry.suggest` what it would have clipped.
+
+    Args:
+        opt_state: as for `telemetry.readings`, with a `telemetry.monitor` that has seen something.
+        group: the one to draw, if the monitor has several.
+        ax: matplotlib `Axes` to draw on; None: a new figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: `ax` is not an `Axes`.
+        ValueError: the state has no monitor, no such group, several of them, or none that has seen anything.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> monitor = optaxclip.telemetry.monitor()
+        >>> state = monitor.init(jnp.zeros(1))
+        >>> for size in 1.0, 1.0, 2.0, 4.0:
+        ...     _, state = monitor.update(jnp.array([size]), state)
+        >>> for label in optaxclip.plots.histogram(state).texts[:3]:
+        ...     print(label.get_text())
+        0.5 x mean = 1 clips 50%
+        quantile 0.5 = 1.5 clips 50%
+        1 x mean = 2 clips 25%
+    """
+    found = telemetry._histories(opt_state)
+    names = list(dict.fromkeys(name for name, _ in found))
+    if not names:
+        raise ValueError(f"opt_state has no telemetry.monitor, got a {type(opt_state).__name__}; put one into the chain")
+    if len(names) > 1 or group is not None:
+        _validate.option("group", group, names)
+    chosen = [history.sketch for name, history in found if group in (None, name)]
+    if len(chosen) > 1:
+        raise ValueError(
+            f"opt_state has several monitors of {group or names[0]!r}; pass the state of one, such as opt_state[0]"
+        )
+    seen, counts = telemetry._distribution(chosen[0])
+    if not counts.any():
+        raise ValueError(f"opt_state has a monitor of {group or names[0]!r} that saw nothing; pass a state after some updates")
+    ax = _axes(ax)
+    _bars(ax, np.log(seen[counts > 0]), counts[counts > 0])
+    _flags(ax, [line for line in telemetry.suggest(opt_state) if group in (None, line.group)])
+    _plain_numbers(ax.xaxis)
+    of = f" of {_shortened([group])[0]}" if group else ""
+    ax.set(xlabel="norm" + of, ylabel="how often", title="Norms seen, and what would be clipped")
+    return ax
+
+
+def _axes(ax: Any, height: float = 4.0) -> Any:
+    """The given axes, or those of a new figure, which pyplot does not know and which is freed like any object."""
+    try:
+        from matplotlib import axes, figure
+    except ImportError as error:
+        raise ImportError("optaxclip.plots has no matplotlib to draw with; pip install 'optaxclip[plots]'") from error
+    if ax is None:
+        return figure.Figure((7, height), layout="constrained").subplots()
+    _validate.part("ax", ax, axes.Axes, "Figure().subplots()")
+    return ax
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Writes 0.1 and 10 at a logarithmic axis, not powers of ten, unless it is long; on a short one 2 and 3 as well."""
+    low, high = axis.get_view_interval()
+    if high < 1e6 * low:
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}" if high < 10 * low else "")
+
+
+def _groups(history: Any, prefix: str) -> list[str]:
+    """The groups that a history names, in the order in which people count; refuses what is no history."""
+    records = [history] if isinstance(history, Mapping) else history
+    if not isinstance(records, Sequence) or not all(isinstance(record, Mapping) for record in records):
+        raise TypeError(f"history must be dicts, got {type(history).__name__}; pass a list of what telemetry.metrics gave")
+    keys = dict.fromkeys(str(key) for record in records for key in record)
+    heads = [key.removesuffix("/steps") for key in keys if key.endswith("/steps")]
+    prefixes = [head for head in heads if all(f"{head}/{name}" in keys for name in NEEDED)]
+    if not prefixes:
+        raise ValueError(
+            f"history has no metrics of a clip, only {list(keys)[:5]}; pass what telemetry.metrics gave at each step"
+        )
+    _validate.option("prefix", prefix, prefixes)
+    head = f"{prefix}/clipped_share/"
+    groups = [key.removeprefix(head) for key in keys if key.startswith(head)]
+    return sorted(groups, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
+
+
+def _read(history: Any, prefix: str, names: list[str]) -> _Run:
+    """The numbers of some names, of the steps that have them."""
+    guard = re.sub(r"_\d+$", "", prefix) + "/skipped_steps"
+    done, skipped, *values = _columns(history, [f"{prefix}/steps", guard, *(f"{prefix}/{name}" for name in names)])
+    steps = (done + skipped).max(axis=1)
+    new = np.diff(done, axis=0, prepend=0).any(axis=1)  # else the clip was left out, and tells of its last step again
+    if not new.any():
+        raise ValueError("history has no step that was done, got steps=0; record telemetry.metrics after each update")
+    left_out = np.diff(skipped, axis=0, prepend=skipped[:1]).any(axis=1)
+    return _Run(steps[new], dict(zip(names, [value[new] for value in values], strict=True)), steps[left_out])
+
+
+def _columns(history: Any, keys: list[str]) -> np.ndarray:
+    """The numbers of some keys `[keys, steps, seeds]`, with zeros for what a history does not have."""
+    records = [history] if isinstance(history, Mapping) else [record for record in history if keys[-1] in record]
+    rows = [[record[key] if key in record else np.zeros_like(record[keys[0]]) for key in keys] for record in records]
+    columns = np.array(jax.device_get(rows), float).swapaxes(0, 1)
+    columns = columns[:, 0] if isinstance(history, Mapping) else columns
+    if not 2 <= columns.ndim <= 3 or not columns.size:
+        shape = columns.shape[1:]
+        raise ValueError(f"history has arrays of shape {shape}; give them one axis of steps, and at most one more, of seeds")
+    columns = columns.reshape(*columns.shape[:2], -1)
+    steps = columns[0] + columns[1]
+    seeds_first = np.ptp(steps[0]) > np.ptp(steps[:, 0])  # where a scan was vmapped
+    return columns.swapaxes(1, 2) if seeds_first else columns
+
+
+def _line(ax: Any, steps: np.ndarray, values: np.ndarray, style: dict[str, Any]) -> None:
+    """The median over seeds, and a band from quartile to quartile."""
+    low, median, high = _quartiles(values)
+    drawn = np.pad(np.isfinite(median), 1)
+    if drawn.any():
+        alone = drawn[1:-1] & ~drawn[:-2] & ~drawn[2:]  # a line of one point would not be seen
+        ax.plot(steps, median, marker="_", markersize=5, markevery=alone, **style)
+    if values.shape[1] > 1:
+        ax.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _quartiles(values: np.ndarray) -> np.ndarray:
+    """Lower quartile, median and upper quartile over the last axis, NaN where a logarithm cannot be drawn."""
+    ordered = np.sort(values, axis=1)  # NaN last
+    n = ordered.shape[1]
+    median = (ordered[:, (n - 1) // 2] + ordered[:, n // 2]) / 2
+    found = np.stack([ordered[:, (n - 1) // 4], median, ordered[:, -1 - (n - 1) // 4]])
+    return np.where((found > 0) & (found < np.inf), found, np.nan)
+
+
+def _marks(ax: Any, run: _Run, before: np.ndarray, clipped: np.ndarray) -> None:
+    """Dots on the line before clipping, and ticks at the upper edge."""
+    if clipped.any():
+        dots = {"color": "#D55E00", "markersize": float(np.clip(600 / clipped.sum(), 1, 4)), "zorder": 2.3}
+        ax.plot(run.steps[clipped], _quartiles(before)[1, clipped], "o", label="clipped", **dots)
+    not_finite = run.steps[~np.isfinite(before).all(axis=1)]
+    for label, steps, color in ("not finite", not_finite, "#CC79A7"), ("skipped", run.skipped, "#009E73"):
+        if len(steps):
+            ticks = {"color": color, "markersize": 14, "markeredgewidth": 1.5, "transform": ax.get_xaxis_transform()}
+            ax.plot(steps, np.ones(len(steps)), "|", label=label, **ticks)
+
+
+def _name_rows(ax: Any, names: list[str]) -> None:
+    """Names the rows of a picture, in letters as high as a row, or every n-th row where they would be too small."""
+    height = 72 * ax.bbox.height / ax.figure.dpi / len(names)  # of a row, in points
+    every = math.ceil(6 / height)
+    ax.set_yticks(range(0, len(names), every), names[::every], fontsize=min(9, 0.85 * height * every))
+    ax.invert_yaxis()
+
+
+def _shortened(names: list[str]) -> list[str]:
+    """Names of at most about `LONGEST` letters: long parts of a path lose their middle, and keep a number at their end."""
+    short, longest = names, 16  # letters of a part
+    while max(map(len, short), default=0) > LONGEST and longest > 4:
+        parts = [[x if len(x) <= longest else f"{x[: longest - 3]}\u2026{x[-2:]}" for x in name.split("/")] for name in names]
+        short, longest = ["/".join(part) for part in parts], longest - 1
+    return short
+
+
+def _bars(ax: Any, logarithms: np.ndarray, counts: np.ndarray) -> None:
+    """A histogram in the lower half, whose bars are whole numbers of the bins that a monitor counts in."""
+    start = logarithms[0] - WIDTH / 2
+    width = WIDTH * math.ceil((logarithms[-1] - start) / (BARS * WIDTH))
+    number = math.floor((logarithms[-1] - start) / width) + 1
+    heights, edges = np.histogram(logarithms, start + width * np.arange(number + 1), weights=counts)
+    left, some = np.exp(edges), heights > 0
+    ax.bar(left[:-1][some], heights[some], np.diff(left)[some], align="edge", color="#56B4E9", edgecolor="#56B4E9", linewidth=2)
+    ax.set(xscale="log", ylim=(0, 2 * heights.max()))
+
+
+def _flags(ax: Any, lines: list[telemetry.Suggestion]) -> None:
+    """A line for each candidate with its label at the end; further right they end lower, so that no line crosses a label."""
+    labels = [f"{line.candidate} = {line.threshold:.3g} clips {100 * line.clipped_share:.3g}%" for line in lines]
+    across = 72 * ax.bbox.width / ax.figure.dpi  # in points
+    font = float(np.clip(across / 45, 6.5, 8.5))
+    place = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "va": "top", "fontsize": font}
+    for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
+        top, color = 0.97 - 0.052 * i, "#D55E00" if "quantile" in line.candidate else "black"
+        ax.axvline(line.threshold, ymax=top, color=color, linewidth=1)
+        ax.annotate(label, (line.threshold, top), (3, 0), color=color, **place)
+    # Room for the labels: a letter is about half as wide as high, and a layout may yet make the axes narrower.
+    widths = np.array([len(label) for label in labels]) * 0.55 * font / (0.85 * across)
+    (low, high), places = np.log(ax.get_xlim()), np.log([line.threshold for line in lines])
+    ax.set_xlim(right=np.exp(max(high, *(low + (places - low) / (1 - np.minimum(widths, 0.8))))))
