@@ -56,8 +56,7 @@ class Norm(NamedTuple):
         join: `(moments, total, largest) -> moments` of a whole from those of its parts. `total(x)` and `largest(x)` are the
             sum and the maximum over the parts, of every array in a tree `x`. Zeros add nothing.
         root: `(*moments) -> sizes`.
-        rescue: `(magnitudes, axes) -> moment`, one more and the last for `root`, which matters only
-            where another is infinite, and is not computed elsewhere if that is quicker. None: not needed.
+        quick: the same for sizes from 2^-30 to the root of the largest float, by a computation that is quicker on CPU.
         magnitude: how large one element is: real, not negative, and NaN for NaN.
         uses_params: whether `magnitude` is `(element, parameter) -> magnitude`.
     """
@@ -65,7 +64,7 @@ class Norm(NamedTuple):
     moments: Callable[[Array, Axes], tuple[Array, ...]]
     join: Callable[[Moments, Join, Join], Moments]
     root: Callable[..., Array]
-    rescue: Callable[[Array, Axes], Array] | None = None
+    quick: "Norm | None" = None
     magnitude: Callable[..., Array] = jnp.abs
     uses_params: bool = False
 

@@ -48,13 +48,11 @@ def l2() -> Norm:
     # 2^-20 of its square: the two ranges overlap by enough, and both sums are made in one pass over the array.
     # The caps square to infinity like what is above them. They keep derivatives finite, and they keep the compiler
     # from pulling the scales out of the squares, where x^2 is infinite and the scale squared is 0.
-    def near(magnitudes: Array, axes: Axes) -> tuple[Array]:
+    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
         half = jnp.finfo(magnitudes.dtype).maxexp // 2
-        return (_sum(jnp.minimum(magnitudes * 2.0 ** (half - 28), 2.0**half) ** 2, axes),)
-
-    def far(magnitudes: Array, axes: Axes) -> Array:
-        half = jnp.finfo(magnitudes.dtype).maxexp // 2
-        return _sum(jnp.minimum(magnitudes * 2.0 ** -(half + 1), 2.0**half) ** 2, axes)
+        scaled = [jnp.minimum(magnitudes * 2.0**shift, 2.0**half) for shift in (half - 28, -(half + 1))]
+        near, far = (_sum(x**2, axes) for x in scaled)
+        return near, far
 
     def root(near: Array, far: Array) -> Array:
         half = jnp.finfo(near.dtype).maxexp // 2
@@ -62,7 +60,8 @@ def l2() -> Norm:
         unit = jnp.where(enough, 2.0 ** -(half - 28), 2.0 ** (half + 1)).astype(near.dtype)
         return _root(jnp.where(enough, near, far), 2) * unit
 
-    return Norm(near, _add, root, rescue=far)
+    squares = Norm(lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2))
+    return Norm(moments, _add, root, quick=squares)
 
 
 def l1() -> Norm:
@@ -120,17 +119,19 @@ def rms() -> Norm:
         >>> norms.measure(norms.rms(), [jnp.array([1.0, 7.0])])
         [Array([5.], dtype=float32)]
     """
-    squares = l2()
 
-    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
-        (near,) = squares.moments(magnitudes, axes)
-        return near, jnp.full_like(near, math.prod(magnitudes.shape[axis] for axis in axes))
+    def relative(squares: Norm) -> Norm:
+        def moments(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
+            sums = squares.moments(magnitudes, axes)
+            return *sums, jnp.full_like(sums[0], math.prod(magnitudes.shape[axis] for axis in axes))
 
-    def root(near: Array, count: Array, far: Array) -> Array:
-        count = jnp.maximum(count, 1)
-        return squares.root(near / count, far / count)
+        def root(*sums_and_count: Array) -> Array:
+            *sums, count = sums_and_count
+            return squares.root(*(total / jnp.maximum(count, 1) for total in sums))
 
-    return squares._replace(moments=moments, root=root)
+        return squares._replace(moments=moments, root=root, quick=squares.quick and relative(squares.quick))
+
+    return relative(l2())
 
 
 def upper() -> Norm:
@@ -219,24 +220,17 @@ def measure(
     parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
     split = _split(leaves, parts, axis_names)
 
-    def reduce(function: Callable[[Array, Axes], tuple[Array, ...]], operands: Any) -> list[tuple[Array, ...]]:
-        moments = [function(magnitudes(operand), part) for operand, part in zip(operands, parts, strict=True)]
-        if axes is not None:
-            return moments
-        # One vector for each moment, so that all that follows is a few tiny kernels.
-        vectors = [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments, strict=True)]
-        return [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
+    def sizes(norm: Norm, operands: Any) -> list[Array]:
+        moments = [norm.moments(magnitudes(operand), part) for operand, part in zip(operands, parts, strict=True)]
+        if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
+            vectors = [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments, strict=True)]
+            moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
+        return [norm.root(*values) for values in _joined_across(norm, moments, split if axes else [_union(split)])]
 
-    moments = reduce(norm.moments, operands)
-    rescue = norm.rescue
-    if rescue is not None:
-
-        def rescued(operands: Any) -> list[tuple[Array, ...]]:
-            return reduce(lambda m, part: (rescue(m, part),), operands)
-
-        more = rescued(operands) if any(split) else _where_needed(moments, rescued, operands)
-        moments = [near + far for near, far in zip(moments, more, strict=True)]
-    return [norm.root(*values) for values in _joined_across(norm, moments, split if axes else [_union(split)])]
+    exact = functools.partial(sizes, norm)
+    if norm.quick is None or any(split):
+        return exact(operands)
+    return _quickly(functools.partial(sizes, norm.quick), exact, operands)
 
 
 def _split(leaves: Sequence[ArrayLike], parts: Sequence[Axes], axis_names: Sequence[Names | None] | None) -> list[Names]:
@@ -290,19 +284,20 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Sequence[int]
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
 
 
-def _where_needed(moments: Any, rescue: Callable[[Any], Any], operands: Any) -> Any:
-    """`rescue(operands)`, or zeros where every moment is finite and that is quicker.
+def _quickly(quick: Callable[[Any], list[Array]], exact: Callable[[Any], list[Array]], operands: Any) -> list[Array]:
+    """`exact(operands)`, or on CPU `quick(operands)`, if all sizes are such that it is exact as well.
 
-    On accelerators the second sum rides on the one read of the leaves, and a branch would cost more than it saves.
-    On CPU it is a pass of its own, and a branch not taken is free.
+    Accelerators are waiting for the operands whatever is computed from them, and a branch would cost more than it saves.
+    A CPU makes plain sums of squares several times faster than any others, and a branch that is not taken is free.
     """
-    finite = jnp.array([jnp.isfinite(moment).all() for moment in jax.tree.leaves(moments)]).all()
 
-    def if_needed(operands: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(rescue, operands))
-        return jax.lax.cond(finite, lambda _: zeros, rescue, operands)
+    def if_enough(operands: Any) -> list[Array]:
+        sizes = quick(operands)
+        # Squares of what is a 2^-30th of these sizes are floats, and what is less adds nothing.
+        enough = jnp.array([jnp.all((size > 2.0**-30) & (size < jnp.inf)) for size in sizes]).all()
+        return jax.lax.cond(enough, lambda _: sizes, exact, operands)
 
-    return jax.lax.platform_dependent(operands, cpu=if_needed, default=rescue)
+    return jax.lax.platform_dependent(operands, cpu=if_enough, default=exact)
 
 
 def widen(x: ArrayLike) -> Array:
