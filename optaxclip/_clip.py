@@ -113,7 +113,7 @@ def clip(
         names = layout.names_of_axes(axis_name)
         measure = functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups, axis_names=names)
         shapes = jax.eval_shape(lambda leaves: measure(leaves, params=leaves), layout.gradients)
-        sizes = list(map(jnp.zeros_like, shapes))
+        sizes = [_sharding.sharded_like(jnp.zeros_like(shape), shape) for shape in shapes]
         states = tuple(_placed(rule.init(size), size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
         return ClipState(jnp.zeros((), jnp.int32), states, _record(None, layout, sizes, sizes, sizes) if record else None)
 

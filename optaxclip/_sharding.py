@@ -124,7 +124,8 @@ def _largest_jvp(axes: Names, primals: Sequence[Array], tangents: Sequence[Array
 
 def _spec(x: Any) -> tuple[Any, ...]:
     """Of each axis, how an explicit mesh splits it; all None on other meshes."""
-    return tuple(jax.typeof(x).sharding.spec) if isinstance(x, Array) else ()
+    kind = jax.typeof(x) if isinstance(x, Array) else x
+    return tuple(getattr(getattr(kind, "sharding", None), "spec", ()))
 
 
 def _varying(x: Any) -> set[Hashable]:

@@ -1,0 +1,47 @@
+"""A tree that is split over devices is measured with one message, whatever is measured of it."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optaxclip
+from optaxclip import scopes, skip_nonfinite
+
+
+def messages(compiled):
+    """How many collectives a program runs, those of branches not counted."""
+    text = compiled.as_text()
+    entry = text[text.index("\nENTRY ") :]
+    return sum(
+        entry.count(f" {name}(") + entry.count(f" {name}-start(") for name in ("all-reduce", "all-gather", "reduce-scatter")
+    )
+
+
+ADAPTIVE = [optaxclip.autoclip(), optaxclip.zclip(), optaxclip.adagc(), optaxclip.growth_clip()]
+FIXED = [
+    optaxclip.clip_by_global_norm(1.0),
+    optaxclip.clip_by_norm(1.0),
+    optaxclip.clip({"a": 1.0, "b": 1.0}, scope=scopes.group(lambda path: path[0])),
+]
+
+
+@pytest.mark.parametrize("i", range(len(FIXED + ADAPTIVE)))
+@pytest.mark.parametrize("where", ["jit", "shard_map"])
+def test_a_tree_is_measured_with_one_message(where, i):
+    optimizer = skip_nonfinite(optax.chain((FIXED + ADAPTIVE)[i], optax.adam(1e-3)))
+    grads = {f"{name}{k}": jnp.ones((8, 3)) for name in "ab" for k in range(5)} | {"a_whole": jnp.ones(3)}
+    specs = {name: P() if name == "a_whole" else P("x") for name in grads}
+    devices = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def update(g):
+        return optimizer.update(g, optimizer.init(g), g)[0]
+
+    if where == "jit":
+        sharding = {name: NamedSharding(devices, spec) for name, spec in specs.items()}
+        run = jax.jit(update, in_shardings=(sharding,), out_shardings=sharding)
+    else:
+        run = jax.jit(jax.shard_map(update, mesh=devices, in_specs=(specs,), out_specs=specs))
+    assert messages(run.lower(grads).compile()) == 1
