@@ -114,7 +114,9 @@ def clip(
         measure = functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups, axis_names=names)
         shapes = jax.eval_shape(lambda leaves: measure(leaves, params=leaves), layout.gradients)
         sizes = [_sharding.sharded_like(jnp.zeros_like(shape), shape) for shape in shapes]
-        states = tuple(_placed(rule.init(size), size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
+        states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
+        if layout.axes is not None:  # sizes of parts of leaves are where the leaves are
+            states = tuple(map(_placed, states, sizes))
         return ClipState(jnp.zeros((), jnp.int32), states, _record(None, layout, sizes, sizes, sizes) if record else None)
 
     def update(updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra_args: Any) -> tuple[Any, Any]:

@@ -21,7 +21,8 @@ SOURCE = inspect.getsource(compare_methods)
 TRANSFORMS = [
     name
     for name, function in inspect.getmembers(optaxclip, inspect.isfunction)
-    if "GradientTransformation" in str(inspect.signature(function).return_annotation) and name not in ("clip", "skip_nonfinite")
+    if "GradientTransformation" in str(inspect.signature(function).return_annotation)
+    and name not in ("clip", "skip_nonfinite", "skip_spikes")
 ]
 SUBSET = ["none", "clip_by_norm(1.0)", "zclip()"]
 KEYS = {"clips", "loss", "median_loss", "quartiles_loss", "failed_share", "nan_share", "clipped_share", "state_bytes"}
