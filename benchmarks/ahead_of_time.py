@@ -70,6 +70,16 @@ def gpt2(layers: int = 12, width: int = 768) -> dict[str, Any]:
     return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=lambda x: isinstance(x, tuple))
 
 
+def step_of(optimizer: optax.GradientTransformation) -> Any:
+    """`(params, state, grads) -> (params, state)`, jitted, with parameters and state donated."""
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
 def cost(optimizer: optax.GradientTransformation, params: Any, kind: str = "v5e") -> Cost:
     """The cost of one step, with parameters and state donated.
 
@@ -86,12 +96,8 @@ def cost(optimizer: optax.GradientTransformation, params: Any, kind: str = "v5e"
     def on_chip(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(chip)), tree)
 
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     arguments = map(on_chip, (params, jax.eval_shape(optimizer.init, params), params))
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    compiled = step_of(optimizer).lower(*arguments).compile()
     unit = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
     moved = list(_traffic(compiled.as_text() or ""))

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import optaxclip
-from benchmarks.ahead_of_time import gpt2
+from benchmarks.ahead_of_time import gpt2, step_of
 from optaxclip import thresholds
 
 ADAM = optax.adam(1e-3)
@@ -46,12 +46,7 @@ def _step(optimizer: optax.GradientTransformation, params: Any) -> Callable[[], 
     grads = jax.tree.map(lambda x: 0.01 * jax.random.normal(key, x.shape), params)
     params = jax.tree.map(lambda x: 0.1 * jax.random.normal(key, x.shape), params)
     held = [params, optimizer.init(params)]
-
-    def run(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(run, donate_argnums=(0, 1)).lower(*held, grads).compile()
+    compiled = step_of(optimizer).lower(*held, grads).compile()
 
     def step() -> None:
         held[:] = compiled(*held, grads)

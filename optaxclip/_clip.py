@@ -108,10 +108,13 @@ def clip(
     _validate.function("response", response, "responses.rescale")
     _validate.option("nonfinite", nonfinite, POLICIES)
 
+    def measure_of(layout: Layout) -> Callable[..., list[Array]]:
+        names = layout.names_of_axes(axis_name)
+        return functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups, axis_names=names)
+
     def init(params: Any) -> Any:
         layout = scopes.lay_out(scope, params)
-        names = layout.names_of_axes(axis_name)
-        measure = functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups, axis_names=names)
+        measure = measure_of(layout)
         shapes = jax.eval_shape(lambda leaves: measure(leaves, params=leaves), layout.gradients)
         sizes = [_sharding.sharded_like(jnp.zeros_like(shape), shape) for shape in shapes]
         states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
@@ -127,10 +130,7 @@ def clip(
         rules = _rules(threshold, layout)
         _validate.same_blocks(len(rules), len(state.rules))
         weights = layout.matching(params) if norm.uses_params else None
-        names = layout.names_of_axes(axis_name)
-        measure = functools.partial(
-            norms.measure, norm, params=weights, axes=layout.axes, groups=layout.groups, axis_names=names
-        )
+        measure = functools.partial(measure_of(layout), params=weights)
 
         sizes = measure(layout.gradients if measured is None else layout.matching(measured))
         contexts = _contexts(rules, state.step, lambda: measure(layout.matching(params)))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 _reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # by the version of JAX
 
@@ -61,12 +61,12 @@ def split_axes(name: str, given: Names | None, x: Any) -> Names:
 def unsharded(x: Any, last: int) -> Any:
     """`x`, of which every device has all along the last axes; only on an explicit mesh is there something to do."""
     spec = _spec(x)
-    return _reshard(x, PartitionSpec(*spec[: max(len(spec) - last, 0)])) if any(spec) else x
+    return _split(x, spec[: max(len(spec) - last, 0)], x) if any(spec) else x
 
 
 def sharded_like(x: Any, like: Any) -> Any:
     """`x`, on an explicit mesh split over it as `like` is."""
-    return _reshard(x, PartitionSpec(*_spec(like))) if any(_spec(like)) else x
+    return _split(x, _spec(like), like) if any(_spec(like)) else x
 
 
 def once(x: Array, own: Names, axes: Names) -> Array:
@@ -122,10 +122,18 @@ def _largest_jvp(axes: Names, primals: Sequence[Array], tangents: Sequence[Array
     return top, jax.lax.psum(here * dx, axes) / jax.lax.psum(here, axes)
 
 
+def _split(x: Any, spec: tuple[Any, ...], like: Any) -> Any:
+    """`x`, split over the explicit mesh of `like`; the mesh is named, as it need not be that of a context."""
+    return _reshard(x, NamedSharding(_sharding_of(like).mesh, PartitionSpec(*spec)))
+
+
 def _spec(x: Any) -> tuple[Any, ...]:
     """Of each axis, how an explicit mesh splits it; all None on other meshes."""
-    kind = jax.typeof(x) if isinstance(x, Array) else x
-    return tuple(getattr(getattr(kind, "sharding", None), "spec", ()))
+    return tuple(getattr(_sharding_of(x), "spec", ()))
+
+
+def _sharding_of(x: Any) -> Any:
+    return getattr(jax.typeof(x) if isinstance(x, Array) else x, "sharding", None)
 
 
 def _varying(x: Any) -> set[Hashable]:

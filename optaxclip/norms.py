@@ -252,7 +252,8 @@ def _once(vector: Array, split: Sequence[Names]) -> Array:
     """Moments of leaves `[leaves]`, where those that several devices have are counted on one of them only."""
     if len(set(split)) <= 1:
         return vector
-    return jnp.stack([_sharding.once(vector[k], axes, _union(split)) for k, axes in enumerate(split)])
+    axes = _union(split)
+    return jnp.stack([_sharding.once(vector[k], own, axes) for k, own in enumerate(split)])
 
 
 def _joined_across(norm: Norm, moments: list[tuple[Array, ...]], split: Sequence[Names]) -> list[tuple[Array, ...]]:

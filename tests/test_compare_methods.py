@@ -1,9 +1,7 @@
 """The comparison has every method, trains it in its place, and shows what it claims."""
 
 import inspect
-import json
 import re
-import sys
 from types import SimpleNamespace
 
 import compare_methods
@@ -14,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
+from run_example import help_of, in_process
 
 import optaxclip
 
@@ -43,21 +42,14 @@ def test_a_name_is_the_code_that_is_run(name):
     assert name in re.sub(r"optaxclip\.|thresholds\.", "", line)
 
 
-def test_help_names_every_option(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["compare_methods.py", "--help"])
-    with pytest.raises(SystemExit):
-        compare_methods.main()
-    text = capsys.readouterr().out
+def test_help_names_every_option(capsys):
+    text = help_of(compare_methods, capsys)
     assert set(re.findall(r"--(\w+)", text)) == {"help", "seeds", "seed", "steps", "out", "task"}
     assert "{rnn,mlp,both}" in text
 
 
 def run(names, out, *options):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(compare_methods, "METHODS", {name: compare_methods.METHODS[name] for name in names})
-        monkeypatch.setattr(sys, "argv", ["compare_methods.py", "--out", str(out), *map(str, options)])
-        compare_methods.main()
-    return json.loads((out / "results.json").read_text())
+    return in_process(compare_methods, out, *options, METHODS={name: compare_methods.METHODS[name] for name in names})
 
 
 @pytest.fixture(scope="module")

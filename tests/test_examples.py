@@ -2,27 +2,17 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
+from run_example import EXAMPLES, as_script
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = ["none", "leaf norm 1", "global norm 1", "value 5", "leaf norm 1, value 5", "adaptive 0.01", "adaptive 0.1"]
 ACCEPTED = {"leaf norm 1": (13, 18.5), "global norm 1": (15, 25), "value 5": (28, 90)}
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def run(name, *arguments):
-    command = [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "error"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def results(out, *pictures):
@@ -35,14 +25,14 @@ def results(out, *pictures):
 
 @pytest.mark.parametrize("name", ["mlp_regression", "sweep_thresholds"])
 def test_help_names_every_option(name):
-    text = run(name, "--help")
+    text = as_script(name, "--help")
     assert all(f"--{option}" in text for option in ("seeds", "seed", "epochs", "steps", "out"))
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     out = tmp_path_factory.mktemp("mlp") / "new" / "folder"
-    return run("mlp_regression", "--out", out), results(out, "learning_curves.png", "gradient_norms.png"), out
+    return as_script("mlp_regression", "--out", out), results(out, "learning_curves.png", "gradient_norms.png"), out
 
 
 def test_mlp_saves_every_row_and_says_where(full):
@@ -120,7 +110,7 @@ def test_mlp_trains_on_every_example_once_an_epoch(mlp, monkeypatch):
 
 
 def test_sweep_fails_at_both_ends_of_every_kind(tmp_path):
-    stdout = run("sweep_thresholds", "--seeds", 2, "--epochs", 15, "--out", tmp_path / "out")
+    stdout = as_script("sweep_thresholds", "--seeds", 2, "--epochs", 15, "--out", tmp_path / "out")
     saved = results(tmp_path / "out", "sweep.png")
     assert set(saved) == {"options", "thresholds", "target_variance", "kinds"}
     assert list(saved["kinds"]) == ["leaf norm", "global norm", "value"]

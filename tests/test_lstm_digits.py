@@ -1,8 +1,6 @@
 """The LSTM on digits learns with both APIs of Flax, clipped or not, from any file of images."""
 
-import json
 import re
-import sys
 from functools import partial
 
 import jax
@@ -11,6 +9,7 @@ import lstm_digits
 import matplotlib.image
 import numpy as np
 import pytest
+from run_example import help_of, in_process
 
 import optaxclip
 
@@ -18,11 +17,7 @@ SUBSETS = {"nnx": ["none", "global norm 1", "Graves 1/32"], "linen": ["Graves 1/
 
 
 def run(names, out, *options):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(lstm_digits, "CLIPS", {name: lstm_digits.CLIPS[name] for name in names})
-        monkeypatch.setattr(sys, "argv", ["lstm_digits.py", "--out", str(out), *map(str, options)])
-        lstm_digits.main()
-    return json.loads((out / "results.json").read_text())
+    return in_process(lstm_digits, out, *options, CLIPS={name: lstm_digits.CLIPS[name] for name in names})
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +112,7 @@ def test_digits_are_split_four_to_one():
     assert not any(image.tobytes() in rows for image in np.asarray(x_test))
 
 
-def test_help_names_every_option(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lstm_digits.py", "--help"])
-    with pytest.raises(SystemExit):
-        lstm_digits.main()
-    text = capsys.readouterr().out
+def test_help_names_every_option(capsys):
+    text = help_of(lstm_digits, capsys)
     assert set(re.findall(r"--(\w+)", text)) == {"help", "seeds", "seed", "steps", "out", "api", "data"}
     assert "{nnx,linen}" in text and "(default: 16)" in text and "(default: 1000)" in text

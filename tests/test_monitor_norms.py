@@ -1,8 +1,6 @@
 """The monitored runs explode without a clip and not with it, and what is logged of them are the norms on both sides."""
 
-import json
 import re
-import sys
 
 import jax
 import matplotlib.colors
@@ -11,6 +9,7 @@ import monitor_norms
 import numpy as np
 import optax
 import pytest
+from run_example import help_of, in_process
 from test_docs import events
 
 import optaxclip
@@ -23,12 +22,6 @@ ACCEPTED = {  # loss, and mean norm of both weights before and after clipping
     "leaf norm 2": [(12, 45), (90, 160), (1.99, 2.01)],
     "global norm 2": [(1.3, 2.3), (13, 22), (1.1, 1.4)],
 }
-
-
-def run(monkeypatch, out, *options):
-    monkeypatch.setattr(sys, "argv", ["monitor_norms.py", "--out", str(out), *map(str, options)])
-    monitor_norms.main()
-    return json.loads((out / "results.json").read_text())
 
 
 def curves(folder):
@@ -44,8 +37,7 @@ def curves(folder):
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     out = tmp_path_factory.mktemp("monitor") / "new" / "folder"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        saved = run(monkeypatch, out)
+    saved = in_process(monitor_norms, out)
     return saved, {name: curves(out / "events" / name.replace(" ", "_")) for name in saved["rows"]}, out
 
 
@@ -55,11 +47,8 @@ def begun():
     return jax.device_get(jax.jit(lambda key: monitor_norms.start(20, key))(jax.random.key(5)))
 
 
-def test_help_names_every_option(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["monitor_norms.py", "--help"])
-    with pytest.raises(SystemExit):
-        monitor_norms.main()
-    assert set(re.findall(r"--(\w+)", capsys.readouterr().out)) == {"help", "seeds", "seed", "steps", "epochs", "out"}
+def test_help_names_every_option(capsys):
+    assert set(re.findall(r"--(\w+)", help_of(monitor_norms, capsys))) == {"help", "seeds", "seed", "steps", "epochs", "out"}
 
 
 def test_it_saves_numbers_picture_and_events(full):
@@ -179,7 +168,7 @@ def test_every_example_once_an_epoch_in_another_order(begun):
 def test_it_stops_after_so_many_steps_and_replaces_old_events(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(monitor_norms, "CLIPS", {"none": (optax.identity(), np.nan, "nothing cut")})
     monitor_norms.write_events(tmp_path / "events" / "none", {"loss": np.ones((1, 5))})
-    saved = run(monkeypatch, tmp_path, "--seeds", 2, "--steps", 3, "--seed", 3)
+    saved = in_process(monitor_norms, tmp_path, "--seeds", 2, "--steps", 3, "--seed", 3)
     assert saved["rows"]["none"]["steps_before_nan"] == [3, 3]
     assert curves(tmp_path / "events" / "none")["loss"].shape == (2, 3)
     assert str(tmp_path) in capsys.readouterr().out

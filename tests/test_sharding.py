@@ -89,9 +89,15 @@ def test_under_jit(case):
 
 @each_transform
 def test_on_an_explicit_mesh(case):
+    assert_same(placed(make(case), mesh(AxisType.Explicit)), whole(TRANSFORMS.index(case)))
+
+
+@pytest.mark.parametrize("name", ["adagc", "adaptive_grad_clip", "clip_by_value"])
+def test_on_an_explicit_mesh_that_is_the_context_too(name):
+    i, case = next((i, case) for i, case in enumerate(TRANSFORMS) if case.name == name)
     where = mesh(AxisType.Explicit)
     with jax.sharding.use_mesh(where) if hasattr(jax.sharding, "use_mesh") else jax.set_mesh(where):
-        assert_same(placed(make(case), where), whole(TRANSFORMS.index(case)))
+        assert_same(placed(make(case), where), whole(i))
 
 
 @each_transform

@@ -1,10 +1,8 @@
 """The temporal order task is what it says, every run is trained on its own, and clipping decides."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import temporal_order
 from flax import nnx
+from run_example import as_script
 
 KEYS = {"accuracy", "solved", "nonfinite", "largest_norm", "quartiles_norm", "clipped_share"}
 LABELS = {"rnn": ["1", "5", "none"], "lstm": ["0.25", "1", "none"]}
@@ -110,11 +109,7 @@ def test_every_run_is_as_if_trained_alone(monkeypatch):
     assert 0 < rows["1"]["clipped_share"].mean() < 1
 
 
-def run(*arguments):
-    command = [sys.executable, temporal_order.__file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "error"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+run = partial(as_script, "temporal_order")
 
 
 def test_help_names_every_option():
