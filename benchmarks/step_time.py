@@ -1,6 +1,7 @@
 """Wall time of an optimizer step on this machine's default device, as a ratio to the bare optimizer's.
 
-All rows run in one process, in turn, so what disturbs one disturbs all: `python -m benchmarks.step_time`.
+All rows run in one process, in turn, so what disturbs one disturbs all; a step follows one of its own kind, as in
+training, because what others leave in caches and allocators is not its cost: `python -m benchmarks.step_time`.
 """
 
 import argparse
@@ -57,6 +58,7 @@ def _step(optimizer: optax.GradientTransformation, params: Any) -> Callable[[], 
 
 
 def _seconds(step: Callable[[], None]) -> float:
+    step()
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
