@@ -1,6 +1,7 @@
 """Gradient clipping for JAX: every method is scope x norm x threshold rule x response."""
 
 from optaxclip import norms as norms
+from optaxclip import per_example as per_example
 from optaxclip import plots as plots
 from optaxclip import responses as responses
 from optaxclip import scopes as scopes

@@ -64,6 +64,59 @@ def memoryless(name: str, rule: Any) -> None:
         raise TypeError(f"{name} must be the same for all groups, got a rule that {does}; pass a number or a schedule")
 
 
+def without_memory(name: str, rule: Any) -> None:
+    """Refuses a rule that learns from one size at a time, where a step has many.
+
+    Raises:
+        TypeError: `rule` does.
+    """
+    if jax.tree.leaves(rule.init(jnp.zeros(1))):
+        raise TypeError(
+            f"{name} must not learn from single sizes, got {rule!r}; pass a number, a schedule, or a rule for batches such as "
+            "per_example.quantile(0.5)"
+        )
+
+
+def batch(name: str, tree: Any) -> int:
+    """Refuses arrays that do not have the examples of one batch along their first axis; returns how many they are.
+
+    Raises:
+        ValueError: there is no array, one has no axes, or they differ in length.
+    """
+    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    if len({shape[:1] for shape in shapes.values()} | {()}) != 2:
+        raise ValueError(
+            f"{name} must be arrays whose first axis is that of the examples, got shapes {shapes}; pass whole batches"
+        )
+    return next(iter(shapes.values()))[0]
+
+
+def mask(name: str, value: Any, size: int) -> None:
+    """Refuses all but one truth value for each example.
+
+    Raises:
+        ValueError: `value` has another shape or dtype.
+    """
+    if jnp.shape(value) != (size,) or jnp.result_type(value) != jnp.dtype(bool):
+        raise ValueError(
+            f"{name} must be bool of shape ({size},), got {jnp.result_type(value)} of shape {jnp.shape(value)}; "
+            "pass True for each example that is there"
+        )
+
+
+def divided(name: str, value: int, size: int) -> int:
+    """Refuses microbatches that do not make up the batch; returns how many they are.
+
+    Raises:
+        ValueError: `value` does not divide `size`.
+    """
+    if size % value:
+        raise ValueError(
+            f"{name} must divide the batch, got {value} for {size} examples; pass another, or pad and mask the batch"
+        )
+    return size // value
+
+
 def no_functions(name: str, values: Any) -> None:
     """Refuses schedules and rules where there are neither steps nor memory.
 

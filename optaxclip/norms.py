@@ -27,6 +27,7 @@ from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
 
 
+@functools.cache
 def l2() -> Norm:
     r"""Euclidean norm, :math:`\sqrt{\sum |x|^2}`.
 

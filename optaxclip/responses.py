@@ -91,6 +91,28 @@ def band(size: Array, limit: Array, *, low: float = 0.5) -> Array:
     return jnp.where(limit < jnp.inf, jnp.clip(size, low * limit, limit), size)
 
 
+@keeps_direction
+def automatic(size: Array, limit: Array, *, gamma: float = 0.01) -> Array:
+    r"""AUTO-S: almost the same size for all, :math:`g\, c / (s + \gamma)`, so that the limit is only a scale.
+
+    Small gradients are enlarged, up to :math:`c / \gamma` times. Not at or below the limit is it the identity.
+
+    References:
+        Bu et al., [Automatic clipping](https://arxiv.org/abs/2206.07136), 2022.
+    """
+    return jnp.where(limit < jnp.inf, limit * (size / (size + gamma)), size)
+
+
+@keeps_direction
+def psac(size: Array, limit: Array, *, r: float = 0.1) -> Array:
+    r"""PSAC: as `automatic`, but small gradients are not enlarged so much, :math:`g\, c / (s + r / (s + r))`.
+
+    References:
+        Xia et al., [Differentially private learning with per-sample adaptive clipping](https://arxiv.org/abs/2212.00328), 2022.
+    """
+    return jnp.where(limit < jnp.inf, limit * (size / (size + r / (size + r))), size)
+
+
 @jax.custom_jvp
 def factors(size: Array, target: Array) -> tuple[Array, Array]:
     """Two factors whose product is `target / size`; the first is 0 where nothing is to change.

@@ -1,0 +1,421 @@
+"""Clipping each example of a batch by itself: `aggregate clipped_grad quantile`, for robust and for private training.
+
+The parts are those of `optaxclip.clip`: any scope, norm and response, and limits that are numbers or schedules. What
+learns from a whole batch of sizes is a `Rule`, such as `quantile`.
+
+Two responses are meant for this. With `responses.automatic` no limit is to be found (AUTO-S of Bu et al.; without its
+constant it is `responses.normalize`, AUTO-V), and `responses.psac` weighs small gradients less. The default, `rescale`, is that
+of Abadi et al.
+
+Note:
+    This bounds what one example can do to a sum. Privacy takes noise, a way of sampling and an accountant besides, which
+    other libraries have; and floating point numbers leak what real numbers would not.
+
+References:
+    Abadi et al., [Deep learning with differential privacy](https://arxiv.org/abs/1607.00133), 2016.
+    Bu, Wang, Zha and Karypis, [Automatic clipping: differentially private deep learning made easier and
+    stronger](https://arxiv.org/abs/2206.07136), 2022.
+    Xia et al., [Differentially private learning with per-sample adaptive clipping](https://arxiv.org/abs/2212.00328), 2022.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from optaxclip import _factored, _validate, norms, responses, scopes
+from optaxclip._clip import clip
+from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope
+from optaxclip.thresholds import as_thresholds
+
+REDUCTIONS = ("mean", "sum")
+
+
+class Rule(NamedTuple):
+    """A limit for each group that learns from the sizes of all examples of a batch.
+
+    Attributes:
+        init: `groups -> state`, for so many groups.
+        limit: `(state, context) -> limits`, `[groups]` or a scalar.
+        learn: `(sizes, counted, limits, state, context) -> state`, with sizes `[batch, groups]`, and `counted` `[batch]` False
+            for examples that are masked or not finite.
+    """
+
+    init: Callable[[int], Any]
+    limit: Callable[[Any, Context], Array]
+    learn: Callable[[Array, Array, Array, Any, Context], Any]
+
+
+class Seen(NamedTuple):
+    """What was seen of the examples of one batch.
+
+    Attributes:
+        losses: `[batch]`.
+        aux: what the loss function returned besides, with the axis of the examples in front; None without `has_aux`.
+        sizes: `[batch, groups]`, before clipping; with scopes finer than a leaf the largest in each leaf.
+        clipped: bool `[batch, groups]`, whether something was over its limit.
+        counted: bool `[batch]`, False where the example was masked, or its gradient was not finite.
+        dropped: int32 scalar, examples that were not masked, and whose gradients were not finite.
+        state: for the next call; its `reading` has means over the examples.
+    """
+
+    losses: Array
+    aux: Any
+    sizes: Array
+    clipped: Array
+    counted: Array
+    dropped: Array
+    state: ClipState
+
+
+def quantile(q: Any = 0.5, *, rate: Any = 0.2, initial: Any = 1.0, noise: Any = 0.0, seed: int = 0) -> Rule:
+    r"""Moves the limit until a share of the examples is within it, :math:`c \leftarrow c\, e^{-\eta (\bar b - q)}`.
+
+    :math:`\bar b` is the share of examples whose size is at most :math:`c`, from a count with noise:
+    :math:`\bar b = \frac12 + \frac1n (\sum_i (1[s_i \le c] - \frac12) + \mathcal N(0, \sigma^2))`.
+
+    Args:
+        q: the share, 0.5 in the paper.
+        rate: :math:`\eta`, 0.2 in the paper.
+        initial: the first limit, 1 or 0.1 in the paper.
+        noise: :math:`\sigma`, standard deviation of what is added to each group's count; in the paper n / 20.
+        seed: for the noise.
+
+    Raises:
+        TypeError: an argument is not a number, or `seed` not an integer.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import per_example
+        >>> clip = per_example.aggregate(per_example.quantile(0.5, initial=10.0))
+        >>> state = clip.init(jnp.zeros(2))
+        >>> _, state = clip.update(jnp.array([[3.0, 4.0], [0.0, 2.0]]), state)  # both within 10
+        >>> state.rules
+        Array([9.048374], dtype=float32)
+
+    References:
+        Andrew, Thakkar, McMahan and Ramaswamy, [Differentially private learning with adaptive
+        clipping](https://arxiv.org/abs/1905.03871), 2019.
+    """
+    _validate.number("q", q, high=1.0, exclusive=True)
+    _validate.number("rate", rate, exclusive=True)
+    _validate.number("initial", initial, exclusive=True)
+    _validate.number("noise", noise)
+    _validate.count("seed", seed, low=0)
+
+    def learn(sizes: Array, counted: Array, limits: Array, state: Array, context: Context) -> Array:
+        count = jnp.sum(counted)
+        within = jnp.where(counted[:, None], (sizes <= limits) - 0.5, 0).sum(0)
+        key = jax.random.fold_in(jax.random.key(seed), context.step)
+        within += noise * jax.random.normal(key, within.shape)
+        share = 0.5 + within / jnp.maximum(count, 1)
+        return jnp.where(count > 0, state * jnp.exp(-rate * (share - q)), state)
+
+    return Rule(lambda groups: jnp.full((groups,), initial, jnp.float32), lambda state, context: state, learn)
+
+
+def aggregate(
+    threshold: Any,
+    *,
+    scope: Scope = scopes.tree(),
+    norm: Norm = norms.l2(),
+    response: Response = responses.rescale,
+    reduce: str = "mean",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each of the gradients that lie along the first axis, and takes their mean or sum.
+
+    .. math:: \frac1n \sum_{i=1}^n g_i \min(1, c / \|g_i\|)
+
+    An example whose gradient is not finite anywhere counts as zero, in the mean, too. The sum is taken in float32 or wider, and
+    then has the dtype of the updates.
+
+    Args:
+        threshold: how large an example's gradient may be: a number, a schedule, a dict from group name to these, or a `Rule`.
+        scope: which numbers share one size.
+        norm: how large they are.
+        response: what happens to what is larger.
+        reduce: `"mean"` over the examples that are not masked, or `"sum"`.
+
+    Returns:
+        A transform whose `init` takes the parameters, and `update(updates, state, params, mask=None)` gradients `[batch, ...]`
+        of them; where `mask` `[batch]` is False, there is no example. The state is a `ClipState`, in whose `reading` sizes and
+        shares are means over the examples.
+
+    Raises:
+        TypeError: an argument is not what it should be, such as a rule that learns from one size at a time.
+        ValueError: an argument is out of range; leaves of the updates differ in the length of their first axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import per_example
+        >>> clip = per_example.aggregate(1.0, reduce="sum")
+        >>> clip.update(jnp.array([[0.0, 4.0], [0.0, 0.5], [jnp.nan, 0.0]]), clip.init(jnp.zeros(2)))[0]
+        Array([0. , 1.5], dtype=float32)
+    """
+    parts = _Parts(threshold, scope, norm, response, reduce)
+
+    def update(updates: Any, state: Any, params: Any = None, *, mask: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        del extra_args
+        mask = _mask(mask, _validate.batch("updates", updates))
+        if state is None:
+            state = parts.init(_first(updates))
+        clipped, reading = parts.clip_each(updates, state, params)
+        counted = _counted(reading, mask)
+        total = jax.tree.map(lambda x: _factored.weighted_sum(x, counted) if _is_float(x) else x[0], clipped)
+        return parts.reduced(total, _first(updates), mask), parts.next(state, reading, mask, counted)
+
+    return optax.GradientTransformationExtraArgs(parts.init, update)
+
+
+class ClippedGrad:
+    """What `clipped_grad` returns: a function, and what goes with it."""
+
+    def __init__(self, loss: Callable[..., Any], parts: "_Parts", microbatch: int | None) -> None:
+        self._loss, self._parts, self._microbatch = loss, parts, microbatch
+
+    def init(self, params: Any) -> ClipState:
+        """The state before the first step."""
+        return self._parts.init(params)
+
+    def __call__(self, params: Any, *batch: Any, mask: Any = None, state: Any = None) -> tuple[tuple[Array, Seen], Any]:
+        """Mean (or sum) of the losses, what was seen of each example, and mean (or sum) of the clipped gradients.
+
+        Args:
+            params: what the loss is derived by.
+            *batch: trees of arrays `[batch, ...]`.
+            mask: bool `[batch]`, False where there is no example, whatever stands there instead.
+            state: from `init`, or `seen.state` of the last step; not needed for a threshold that is only numbers.
+
+        Raises:
+            ValueError: arrays differ in the length of their first axis, or `microbatch` does not divide it.
+        """
+        parts = self._parts
+        size = _validate.batch("batch", batch)
+        mask = _mask(mask, size)
+        if state is None:
+            state = parts.init(params)
+        count = 1 if self._microbatch is None else _validate.divided("microbatch", self._microbatch, size)
+
+        def some(total: Any, part: Any) -> tuple[Any, Any]:
+            own, examples = part
+            (losses, aux), gradients = jax.vmap(lambda *example: self._gradient(params, *example))(*examples)
+            leaves, reading, factors = parts.clip_factored(gradients, state, params)
+            counted = _counted(reading, own)
+            weights = [jnp.where(counted, factor, 0) for factor in factors]
+            sums = jax.tree.unflatten(jax.tree.structure(params), list(map(_factored.weighted_sum, leaves, weights)))
+            return jax.tree.map(jnp.add, total, sums), (losses, aux, reading, counted)
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), norms.widen(x).dtype), params)
+        # Every microbatch has rows from all over the batch, so where that is split over devices, each has some.
+        parted = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), (mask, batch))
+        if count == 1:
+            total, seen = some(zeros, jax.tree.map(lambda x: x[0], parted))
+        else:
+            total, seen = jax.lax.scan(some, zeros, parted)
+            seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:]), seen)
+        losses, aux, reading, counted = seen
+        dropped = jnp.sum(mask & ~counted, dtype=jnp.int32)
+        after = parts.next(state, reading, mask, counted)
+        noted = Seen(losses, aux, reading.size_before, reading.clipped_share > 0, counted, dropped, after)
+        loss = parts.reduced(jnp.sum(jnp.where(mask, losses, 0)), losses[0], mask)
+        return (loss, noted), parts.reduced(total, params, mask)
+
+    def plan(self, params: Any, *batch: Any) -> dict[str, str]:
+        """By path of each leaf of `params`: `"factors"`, or `"stored"` if there is a gradient for each example.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from optaxclip import per_example
+            >>> def loss(params, x):
+            ...     return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
+            >>> clipped = per_example.clipped_grad(loss, 1.0)
+            >>> clipped.plan({"w": jnp.ones((9, 8)), "b": jnp.ones(8)}, jnp.ones((4, 9)))
+            {'b': 'stored', 'w': 'factors'}
+        """
+        found = jax.eval_shape(lambda example: self._gradient(params, *example)[1], _first(batch))
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
+        return {path: "factors" if isinstance(x, tuple) else "stored" for path, x in zip(paths, found, strict=True)}
+
+    def _gradient(self, params: Any, *example: Any) -> Any:
+        if self._parts.by_factors:
+            return _factored.factored_grad(self._loss, params, *example)
+        value, gradient = jax.value_and_grad(self._loss, has_aux=True)(params, *example)
+        return value, jax.tree.leaves(gradient)
+
+
+def clipped_grad(
+    loss_fn: Callable[..., Any],
+    threshold: Any,
+    *,
+    scope: Scope = scopes.tree(),
+    norm: Norm = norms.l2(),
+    response: Response = responses.rescale,
+    reduce: str = "mean",
+    microbatch: int | None = None,
+    has_aux: bool = False,
+    keep_batch_axis: bool = False,
+) -> ClippedGrad:
+    r"""Like `jax.value_and_grad`, but the gradient of each example is clipped before they are added up.
+
+    .. math:: \frac1n \sum_{i=1}^n \nabla \ell_i \min(1, c / \|\nabla \ell_i\|)
+
+    With the `l2` norm, scopes of whole leaves, and responses that keep the direction, no gradient of an example is made where a
+    layer's inputs and derivatives are fewer numbers than it: their products give its norm ("ghost norms"), and
+    the sum over the batch. This holds for dense layers, convolutions, embeddings and recurrent cells, in loops over time
+    or over stacked layers, used once or shared; for whatever they are written with, and in one backward pass. All other
+    gradients, such as those of biases, are stored for each example; `plan` tells which.
+
+    Norms by factors are sums of squares in float32: exact from 1e-18 to 1e18. An example beyond is dropped and counted.
+
+    Args:
+        loss_fn: `(params, *example) -> loss` of one example, a scalar.
+        threshold: how large an example's gradient may be: a number, a schedule, a dict from group name to these, or a `Rule`.
+        scope: which numbers share one size.
+        norm: how large they are.
+        response: what happens to what is larger.
+        reduce: `"mean"` over the examples that are not masked, or `"sum"`.
+        microbatch: how many examples are worked on at once, in a loop; None for all.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
+        keep_batch_axis: whether `loss_fn` takes a batch, and is to be given batches of one.
+
+    Returns:
+        A function `(params, *batch, mask=None, state=None) -> ((loss, seen), gradients)`, with the methods `init` and `plan`;
+        see `ClippedGrad` and `Seen`.
+
+    Raises:
+        TypeError: an argument is not what it should be, such as a rule that learns from one size at a time.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import per_example
+        >>> def loss(w, x, y):
+        ...     return (x @ w - y) ** 2 / 2
+        >>> x, y = jnp.array([[0.0, 4.0], [0.5, 0.0]]), jnp.array([2.0, 1.0])
+        >>> (mean, seen), gradient = per_example.clipped_grad(loss, 1.0)(jnp.zeros(2), x, y)
+        >>> mean, seen.sizes.ravel(), gradient
+        (Array(1.25, dtype=float32), Array([8. , 0.5], dtype=float32), Array([-0.25, -0.5 ], dtype=float32))
+
+    References:
+        Goodfellow, [Efficient per-example gradient computations](https://arxiv.org/abs/1510.01799), 2015.
+        Lee and Kifer, [Scaling up differentially private deep learning with fast per-example gradient
+        clipping](https://arxiv.org/abs/2009.03106), 2020.
+        Bu, Mao and Xu, [Scalable and efficient training of large convolutional neural networks with differential
+        privacy](https://arxiv.org/abs/2205.10683), 2022.
+        Bu, Wang, Zha and Karypis, [Differentially private optimization on large model at small
+        cost](https://arxiv.org/abs/2210.00038), 2022.
+    """
+    _validate.function("loss_fn", loss_fn, "lambda params, x, y: ...")
+    if microbatch is not None:
+        _validate.count("microbatch", microbatch)
+
+    def loss(params: Any, *example: Any) -> tuple[Array, Any]:
+        if keep_batch_axis:
+            example = jax.tree.map(lambda x: x[None], example)
+        found = loss_fn(params, *example)
+        return found if has_aux else (found, None)
+
+    return ClippedGrad(loss, _Parts(threshold, scope, norm, response, reduce), microbatch)
+
+
+class _Parts:
+    """The four parts of a clip, for gradients that have the examples in front."""
+
+    def __init__(self, threshold: Any, scope: Scope, norm: Norm, response: Response, reduce: str) -> None:
+        _validate.option("reduce", reduce, REDUCTIONS)
+        self.rule = threshold if isinstance(threshold, Rule) else None
+        self.threshold = as_thresholds(0.0 if self.rule else threshold)
+        for rule in self.threshold.values() if isinstance(self.threshold, dict) else [self.threshold]:
+            _validate.without_memory("threshold", rule)
+        self.scope, self.norm, self.response, self.reduce = scope, norm, response, reduce
+        self.engine(None, ())  # what it refuses is refused here
+        # The norm of a tree is that of its leaves' norms, and what keeps the direction does to a leaf what it does to its norm.
+        relative = norm.uses_params or getattr(self.threshold, "uses_params", False)
+        direction = hasattr(getattr(response, "func", response), "target")
+        self.by_factors = norm == norms.l2() and scope.axes is None and direction and not relative
+
+    def engine(self, limits: Array | None, names: Any) -> optax.GradientTransformationExtraArgs:
+        """The clip of one example."""
+        threshold = self.threshold if limits is None else dict(zip(names, limits, strict=True))
+        return clip(threshold, scope=self.scope, norm=self.norm, response=self.response, nonfinite="zero")
+
+    def init(self, params: Any) -> Any:
+        """The state before the first step."""
+        start: Any = clip(0.0, scope=self.scope, norm=self.norm).init(params)
+        return start._replace(rules=self.rule.init(len(start.reading.names)) if self.rule else ())
+
+    def clip_each(self, gradients: Any, state: Any, params: Any) -> tuple[Any, Reading]:
+        """Gradients and readings, both with the examples in front."""
+        names = [name for (name,) in state.reading.names]
+        engine = self.engine(self._limits(state, len(names)), names)
+
+        def one(gradient: Any) -> tuple[Any, Reading]:
+            start: Any = engine.init(gradient)
+            after: Any
+            clipped, after = engine.update(gradient, start._replace(step=state.step), params)
+            return clipped, after.reading
+
+        return jax.vmap(one)(gradients)
+
+    def clip_factored(self, leaves: list[Any], state: Any, params: Any) -> tuple[list[Any], Reading, list[Array]]:
+        """Leaves to be summed, readings, and the factor `[batch]` of each leaf; leaves may be in factors."""
+        treedef = jax.tree.structure(params)
+        if not self.by_factors:
+            clipped, reading = self.clip_each(jax.tree.unflatten(treedef, leaves), state, params)
+            return jax.tree.leaves(clipped), reading, [jnp.ones(len(reading.measured))] * len(leaves)
+        sizes = [jnp.sqrt(jax.vmap(_factored.squares)(leaf)) for leaf in leaves]
+        clipped, reading = self.clip_each(jax.tree.unflatten(treedef, sizes), state, None)
+        return (
+            leaves,
+            reading,
+            [new / jnp.where(old > 0, old, 1) for old, new in zip(sizes, jax.tree.leaves(clipped), strict=True)],
+        )
+
+    def reduced(self, total: Any, like: Any, mask: Array) -> Any:
+        """The sum or the mean, in the dtypes of `like`."""
+        divisor = 1 if self.reduce == "sum" else jnp.maximum(jnp.sum(mask), 1)
+        return jax.tree.map(lambda x, one: (x / divisor).astype(one.dtype) if _is_float(x) else x, total, like)
+
+    def next(self, state: Any, reading: Reading, mask: Array, counted: Array) -> ClipState:
+        """The state after a batch."""
+        limits = self._limits(state, len(state.reading.names))
+        rules = state.rules
+        if self.rule and limits is not None:
+            rules = self.rule.learn(reading.size_before, counted, limits, rules, Context(state.step))
+        weights = counted / jnp.maximum(jnp.sum(counted), 1)
+        means = jnp.tensordot(weights, jnp.where(counted[:, None, None], reading.measured, 0), 1)
+        events = jnp.array([(means[3] > 0).any(), (mask & ~counted).any()], jnp.int32)
+        reading = state.reading._replace(
+            measured=means.astype(state.reading.measured.dtype), counted=state.reading.counted + events
+        )
+        return ClipState(jnp.asarray(optax.safe_increment(state.step)), rules, reading)
+
+    def _limits(self, state: Any, groups: int) -> Array | None:
+        if not self.rule:
+            return None
+        return jnp.broadcast_to(self.rule.limit(state.rules, Context(state.step)), (groups,))
+
+
+def _mask(mask: Any, size: int) -> Array:
+    if mask is None:
+        return jnp.ones(size, bool)
+    _validate.mask("mask", mask, size)
+    return jnp.asarray(mask)
+
+
+def _counted(reading: Reading, mask: Array) -> Array:
+    return mask & jnp.isfinite(reading.size_before).all(-1)
+
+
+def _first(batch: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], batch)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
