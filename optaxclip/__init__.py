@@ -6,6 +6,7 @@ from optaxclip import plots as plots
 from optaxclip import responses as responses
 from optaxclip import scopes as scopes
 from optaxclip import telemetry as telemetry
+from optaxclip import testing as testing
 from optaxclip import thresholds as thresholds
 from optaxclip._backward import clip_cotangent as clip_cotangent
 from optaxclip._backward import clipped as clipped
