@@ -36,4 +36,4 @@ def save(out: str, results: dict[str, Any], **figures: Figure) -> None:
     (folder / "results.json").write_text(text)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
-    print(f"saved in {folder}: results.json, {', '.join(f'{name}.png' for name in figures)}")
+    print(f"saved in {folder}: {', '.join(['results.json', *(f'{name}.png' for name in figures)])}")

@@ -133,7 +133,8 @@ def clip(
         measure = functools.partial(measure_of(layout), params=weights)
 
         sizes = measure(layout.gradients if measured is None else layout.matching(measured))
-        contexts = _contexts(rules, state.step, lambda: measure(layout.matching(params)))
+        context = Context(state.step, blocks=() if isinstance(threshold, dict) else tuple(sizes))
+        contexts = _contexts(rules, context, lambda: measure(layout.matching(params)))
         limits = list(map(_limit, rules, sizes, state.rules, contexts))
         clipped, clipped_sizes = _respond(response, nonfinite, layout, sizes, limits)
         learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, sizes, clipped_sizes, state.rules, contexts))
@@ -159,11 +160,11 @@ def _rules(threshold: Threshold | dict[str, Threshold], layout: Layout) -> list[
     return [side_by_side(rules)] if layout.axes is None else rules
 
 
-def _contexts(rules: list[Threshold], step: Array, measure_params: Callable[[], list[Array]]) -> list[Context]:
+def _contexts(rules: list[Threshold], context: Context, measure_params: Callable[[], list[Array]]) -> list[Context]:
     """What each block's rule may know; the parameters are measured only if some rule asks for it."""
     if not any(rule.uses_params for rule in rules):
-        return [Context(step)] * len(rules)
-    return [Context(step, param_sizes) for param_sizes in measure_params()]
+        return [context] * len(rules)
+    return [context._replace(param_sizes=param_sizes) for param_sizes in measure_params()]
 
 
 def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array:

@@ -85,7 +85,7 @@ def once(x: Array, own: Names, axes: Names) -> Array:
 def total(tree: Any, axes: Names) -> Any:
     """The sum over mapped axes of each array, all in one message."""
     leaves, treedef = jax.tree.flatten(tree)
-    if not leaves:
+    if not leaves or not axes:
         return tree
     vector = jax.lax.psum(jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]), axes)
     ends = itertools.accumulate((leaf.size for leaf in leaves), initial=0)
@@ -95,7 +95,7 @@ def total(tree: Any, axes: Names) -> Any:
 
 def largest(tree: Any, axes: Names) -> Any:
     """The maximum over mapped axes of each array."""
-    return jax.tree.map(lambda x: _largest(x, axes), tree)
+    return jax.tree.map(lambda x: _largest(x, axes), tree) if axes else tree
 
 
 def everywhere(tops: Array, shares: Array) -> Array:

@@ -76,10 +76,13 @@ class Context(NamedTuple):
         step: int32 scalar, updates completed so far.
         param_sizes: the parameters measured by the same scope and norm, a block like
             `sizes`; None unless the rule says `uses_params`.
+        blocks: all sizes of the tree, a block for each leaf if a leaf holds many groups; empty for a rule that only some of the
+            groups have.
     """
 
     step: Array
     param_sizes: Any = None
+    blocks: tuple[Array, ...] = ()
 
 
 class Threshold(NamedTuple):

@@ -59,7 +59,7 @@ def memoryless(name: str, rule: Any) -> None:
     Raises:
         TypeError: `rule` does.
     """
-    if rule.uses_params or jax.tree.leaves(rule.init(jnp.zeros(1))):
+    if rule.uses_params or _remembers(rule):
         does = "uses the parameters" if rule.uses_params else "learns"
         raise TypeError(f"{name} must be the same for all groups, got a rule that {does}; pass a number or a schedule")
 
@@ -70,7 +70,7 @@ def without_memory(name: str, rule: Any) -> None:
     Raises:
         TypeError: `rule` does.
     """
-    if jax.tree.leaves(rule.init(jnp.zeros(1))):
+    if _remembers(rule):
         raise TypeError(
             f"{name} must not learn from single sizes, got {rule!r}; pass a number, a schedule, or a rule for batches such as "
             "per_example.quantile(0.5)"
@@ -319,3 +319,8 @@ def real(dtype: Any) -> None:
             f"bounds that differ by sign need real updates, got {dtype}; "
             "cut complex numbers by magnitude with clip_by_value(limit)"
         )
+
+
+def _remembers(rule: Any) -> bool:
+    """Whether a rule has a state; found without an array, which would start JAX, perhaps before its devices are chosen."""
+    return bool(jax.tree.leaves(jax.eval_shape(rule.init, jax.ShapeDtypeStruct((1,), jnp.float32))))

@@ -345,7 +345,7 @@ def adagc(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaGC: each leaf is limited to :math:`\lambda \gamma_i`, where :math:`\gamma_i` averages its clipped norms.
 
-    At first a leaf is clipped by the global norm, and :math:`\gamma_i` is its least clipped norm; one read of the gradients
+    At first all is clipped by the global norm, and :math:`\gamma_i` is its least clipped norm; one read of the gradients
     serves both. The statistic sees clipped norms. State: four numbers for each leaf.
     Known failures: :math:`\gamma` rises by 0.1 % a step at most, so 40 % of steady noisy steps are clipped, and a
     tenfold change takes 2300 steps (`thresholds.patient`). A leaf without gradients is not observed: no limit is zero.

@@ -109,6 +109,16 @@ def band(x, size, limit, low=0.5):
     return x * min(max(size, low * limit), limit) / size if size > 0 and limit < math.inf else x
 
 
+def automatic(x, size, limit, gamma=0.01):
+    """AUTO-S of Bu et al. 2022."""
+    return x * limit / (size + gamma) if limit < math.inf else x
+
+
+def psac(x, size, limit, r=0.1):
+    """Xia et al. 2022."""
+    return x * limit / (size + r / (size + r)) if limit < math.inf else x
+
+
 # Methods.
 
 

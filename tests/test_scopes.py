@@ -246,3 +246,50 @@ def test_whether_a_number_is_split_does_not_depend_on_other_leaves():
     with_others = {**alone, "dense": jnp.ones((2, 3, 2))}
     run = jax.vmap(update, axis_name="devices")
     np.testing.assert_allclose(run(alone)["scale"], run(with_others)["scale"], rtol=1e-6)
+
+
+# A model whose layers are stacked, as those that are scanned over, is clipped as the same model whose layers are apart.
+
+MODEL = {"embed": (5, 2), "layers": {"kernel": (3, 4, 2), "bias": (3, 2)}}
+ALIKE = {
+    "fixed": lambda scope: optaxclip.clip_by_norm(6.0, scope=scope),
+    "adagc": lambda scope: optaxclip.adagc(warmup=2, max_norm=40.0, scope=scope),
+    "autoclip": lambda scope: optaxclip.autoclip(0.5, window=4, scope=scope),
+    "agc": lambda scope: optaxclip.adaptive_grad_clip(2.0, scope=scope),
+}
+STACKED = {"batch_axes": lambda path, leaf: 0 if "layers" in path else None}
+GRAINS = {  # of the stacked model, of the other
+    "leaf": (scopes.leaf(**STACKED), scopes.leaf()),
+    "unit": (scopes.unit(**STACKED), scopes.unit()),
+    "group": (scopes.group(lambda path: "bias" if "bias" in path else "rest"),) * 2,  # the rest: some stacked, some not
+}
+
+
+def scanned(seed, *leading):
+    """Gradients or weights whose sizes differ by leaf, layer and step."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(shape):
+        sizes = np.exp(1.5 * rng.normal(size=[*leading, shape[0], *[1] * (len(shape) - 1)]))
+        return jnp.asarray(rng.normal(size=[*leading, *shape]) * sizes, jnp.float32)
+
+    return jax.tree.map(leaf, MODEL, is_leaf=lambda shape: isinstance(shape, tuple))
+
+
+def apart(tree, axis=0):
+    return tree | {"layers": [jax.tree.map(lambda x, i=i: jnp.take(x, i, axis), tree["layers"]) for i in range(3)]}
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("method", ALIKE)
+def test_stacked_layers_are_clipped_as_if_they_were_apart(method, grain):
+    def run(scope, grads, params):
+        clip = ALIKE[method](scope)
+        return jax.lax.scan(lambda state, g: clip.update(g, state, params)[::-1], clip.init(params), grads)[1]
+
+    (stacked, other), grads, params = GRAINS[grain], scanned(0, 5), scanned(1)
+    both = jax.jit(lambda: (run(stacked, grads, params), run(other, apart(grads, 1), apart(params))))
+    updates, expected = both()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), apart(updates, 1), expected)
+    clipped = [np.mean(np.abs(x) < np.abs(y)) for x, y in zip(*map(jax.tree.leaves, (updates, grads)), strict=True)]
+    assert 0.1 < np.mean(clipped) < 0.95  # some are, some are not

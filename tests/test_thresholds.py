@@ -424,12 +424,25 @@ def test_jointly_the_leaves_are_clipped_by_the_global_norm(threshold, scale):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), updates, expected)
 
 
-def test_at_unit_scope_all_units_of_a_leaf_have_one_factor():
-    grads = {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]]), "v": jnp.array([[1.0, 0.0], [0.0, 0.5]])}
-    clip = optaxclip.clip(thresholds.jointly(2.0), scope=scopes.unit())
+@pytest.mark.parametrize("scope", [scopes.unit(), scopes.element(), scopes.leaf(batch_axes=0)], ids=["unit", "element", "0"])
+def test_at_scopes_finer_than_a_leaf_there_is_one_factor_too(scope):
+    grads = {"w": jnp.array([[3.0, 1.0], [0.0, 4.0]]), "v": jnp.array([[1.0, 0.0], [0.0, 3.0]])}
+    clip = optaxclip.clip(thresholds.jointly(2.0), scope=scope)
     updates, _ = clip.update(grads, clip.init(grads))
-    np.testing.assert_allclose(updates["w"], 0.4 * grads["w"], rtol=1e-6)
-    np.testing.assert_array_equal(updates["v"], grads["v"])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y / 3, rtol=1e-6), updates, grads)
+
+
+def test_a_dict_of_thresholds_gives_each_group_what_is_joint_in_it():
+    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([8.0])}
+    clip = optaxclip.clip({"a": thresholds.jointly(1.0), "b": thresholds.jointly(2.0)}, scope=scopes.leaf())
+    updates, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], [2.0], rtol=1e-6)
+
+
+def test_no_array_is_made_when_a_rule_is_looked_at(monkeypatch):
+    monkeypatch.setattr(jnp, "zeros", None)
+    assert not thresholds.jointly(1.0).uses_params  # an array would start JAX, before its devices are chosen
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

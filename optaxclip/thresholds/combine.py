@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optaxclip import _validate, responses
+from optaxclip import _sharding, _validate, responses
 from optaxclip._numerics import share
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds._blocks import count
@@ -78,10 +78,10 @@ def with_fallback(threshold: Any, fallback: Any) -> Threshold:
 
 
 def jointly(threshold: Any) -> Threshold:
-    r"""One factor for a whole block: each size's share of a limit to their joint l2 norm, :math:`c_i = s_i \min(1, c / \|s\|)`.
+    r"""One factor for the whole tree: each size's share of a limit to their joint l2 norm, :math:`c_i = s_i \min(1, c / \|s\|)`.
 
-    With leaf scope and `norms.l2()` it clips by the global norm, in the same read of the gradients. (At unit scope a block
-    is a leaf.) Sizes that are not finite do not count.
+    With `norms.l2()` it clips by the global norm, in the same read of the gradients, at any scope. In a dict of
+    thresholds it has only its own group. Sizes that are not finite do not count.
 
     Args:
         threshold: for the joint norm, a number or a schedule.
@@ -94,9 +94,12 @@ def jointly(threshold: Any) -> Threshold:
     _validate.memoryless("threshold", rule)
 
     def limit(sizes: Array, state: Any, context: Context) -> Array:
-        finite = jnp.where(jnp.isfinite(sizes), sizes, 0)
-        top = jax.lax.stop_gradient(jnp.max(finite, keepdims=True, initial=0))  # only a scale
-        norm = jnp.sqrt(jnp.where(top > 0, jnp.sum(share(finite, top) ** 2, keepdims=True), 1))  # in tops
+        blocks = [jnp.where(jnp.isfinite(block), block, 0) for block in context.blocks or (sizes,)]
+        axes = [_sharding.varying(block) or () for block in blocks]
+        tops = [_sharding.largest(jnp.max(block, initial=0), own) for block, own in zip(blocks, axes, strict=True)]
+        top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops)))  # only a scale
+        parts = [_sharding.total(jnp.sum(share(block, top) ** 2), own) for block, own in zip(blocks, axes, strict=True)]
+        norm = jnp.sqrt(jnp.where(top > 0, sum(parts), 1))  # in tops
         return responses.rescale(sizes, top, rule.limit(top, state, context) / norm)
 
     return rule._replace(limit=limit)
@@ -222,7 +225,7 @@ def side_by_side(rules: Sequence[Threshold]) -> Threshold:
 
     def each(function: Callable[..., Any], context: Context, *blocks: Array) -> list[Any]:
         """`function(i, *blocks of group i, context of group i)` for every group."""
-        own = [context._replace(param_sizes=one(context.param_sizes, i)) for i in range(len(rules))]
+        own = [context._replace(param_sizes=one(context.param_sizes, i), blocks=()) for i in range(len(rules))]
         return [function(i, *[one(block, i) for block in blocks], own[i]) for i in range(len(rules))]
 
     def init(sizes: Array) -> tuple[Any, ...]:
