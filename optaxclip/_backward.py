@@ -20,6 +20,7 @@ def clip_cotangent(
     norm: Norm = norms.l2(),
     scope: Scope = scopes.tree(),
     response: Response = responses.rescale,
+    axis_name: Any = None,
 ) -> Any:
     r"""Returns `x` as it is; in the backward pass, clips the derivative with respect to it.
 
@@ -36,6 +37,9 @@ def clip_cotangent(
     | each leaf of each example of a batch in front | `scope=scopes.leaf(batch_axes=0)` |
     | each example, all its leaves together | `jax.vmap(lambda x: clip_cotangent(x, threshold))(x)` |
 
+    In `jax.shard_map` what differs between devices counts as split over them, as in `clip`; where it is examples that do, say
+    `axis_name=()`.
+
     So a size under `jax.vmap` is that of one example; where `x` is the same for all, of what they sum up to.
     Second derivatives are those of the clipped backward pass, also by the threshold, and `jax.hessian` finds them; only
     forward mode by itself (`jax.jvp`) is an error from JAX.
@@ -47,6 +51,7 @@ def clip_cotangent(
         norm: how large they are.
         scope: which numbers share one size.
         response: what happens to what is larger.
+        axis_name: as for `clip`.
 
     Raises:
         TypeError: an argument is not what it should be, such as a schedule, or a norm relative to parameters.
@@ -64,7 +69,7 @@ def clip_cotangent(
     """
     limits = dict(threshold) if isinstance(threshold, Mapping) else threshold
     _validate.no_functions("threshold", limits)
-    clipper = functools.partial(clip, norm=norm, scope=scope, response=response, record=False)
+    clipper = functools.partial(clip, norm=norm, scope=scope, response=response, axis_name=axis_name, record=False)
     clipper(limits)  # what it refuses is refused here, and not in the backward pass
     _validate.absolute("norm", norm)
     if isinstance(limits, dict):

@@ -109,12 +109,12 @@ def clip(
     _validate.option("nonfinite", nonfinite, POLICIES)
 
     def measure_of(layout: Layout) -> Callable[..., list[Array]]:
-        names = layout.names_of_axes(axis_name)
-        return functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups, axis_names=names)
+        return functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups)
 
     def init(params: Any) -> Any:
         layout = scopes.lay_out(scope, params)
-        measure = measure_of(layout)
+        names = [_sharding.bound(own) for own in layout.names_of_axes(axis_name)]  # a state may be made before axes are mapped
+        measure = functools.partial(measure_of(layout), axis_names=names)
         shapes = jax.eval_shape(lambda leaves: measure(leaves, params=leaves), layout.gradients)
         sizes = [_sharding.sharded_like(jnp.zeros_like(shape), shape) for shape in shapes]
         states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
@@ -130,7 +130,8 @@ def clip(
         rules = _rules(threshold, layout)
         _validate.same_blocks(len(rules), len(state.rules))
         weights = layout.matching(params) if norm.uses_params else None
-        measure = functools.partial(measure_of(layout), params=weights)
+        names = layout.names_of_axes(axis_name)
+        measure = functools.partial(measure_of(layout), params=weights, axis_names=names)
 
         sizes = measure(layout.gradients if measured is None else layout.matching(measured))
         context = Context(state.step, blocks=() if isinstance(threshold, dict) else tuple(sizes))

@@ -220,6 +220,10 @@ class Lazy:
         shapes = [jax.eval_shape(lambda term=term: term.factors()) for term in self.terms]
         return sum(x.left.size + x.right.size for x in shapes) < math.prod(self.shape)
 
+    def is_chosen(self) -> bool:
+        """Whether rows are added to it by their places: such terms cannot be stacked, only summed."""
+        return any(isinstance(term, Product) and term.chosen is not None for term in self.terms)
+
 
 def factored_grad(loss: Callable[..., Any], params: Any, *example: Any) -> tuple[Any, list[Array | tuple[Term, ...]]]:
     """What `loss(params, *example)` returns, and its gradients by the leaves of `params`: arrays, or the terms of their sum.
@@ -244,7 +248,8 @@ def squares(gradient: Array | tuple[Term, ...]) -> Array:
         return jnp.sum((wide * jnp.conj(wide)).real)
     terms = _alike([term.factors() for term in gradient]) or []
     pairs = [(a, b, 1 if i == j else 2) for i, a in enumerate(terms) for j, b in enumerate(terms[: i + 1])]
-    return sum((count * _inner(a, b) for a, b, count in pairs), jnp.zeros(()))
+    total = sum((count * _inner(a, b) for a, b, count in pairs), jnp.zeros(()))
+    return jnp.maximum(total, 0)  # below 0 by rounding, where terms cancel
 
 
 def weighted_sum(gradient: Array | tuple[Term, ...], weights: Array) -> Array:
@@ -429,7 +434,7 @@ def _short(body: Any, first: int, end: int) -> tuple[set[int], set[int]]:
             rest = Lazy([term for term in terms if not isinstance(term, Carried)], lambda x=x: _array(x), x)
             if i < end - first and carried == [Carried(i)] and rest.terms and rest.is_short():
                 sums.add(i)
-            elif i >= end - first and terms and not carried and rest.is_short():
+            elif i >= end - first and terms and not carried and rest.is_short() and not rest.is_chosen():
                 rows.add(i)
             else:
                 _array(x)
@@ -514,9 +519,8 @@ def _add(inputs: list[Any], equation: Any) -> list[Any] | None:
 def _zeros(inputs: list[Any], equation: Any) -> list[Any] | None:
     x, shape = inputs[0], equation.outvars[0].aval.shape
     if isinstance(x, Lazy):
-        axes = equation.params["broadcast_dimensions"]
-        new = [axis for axis in range(len(shape)) if axis not in axes]
-        return _each(x, lambda term: _with_axes(term, new)) if all(shape[axis] == 1 for axis in new) else None
+        new = [axis for axis in range(len(shape)) if axis not in equation.params["broadcast_dimensions"]]
+        return _each(x, lambda term: _with_axes(term, new)) if math.prod(x.shape) == math.prod(shape) else None
     return [] if isinstance(x, np.ndarray | np.generic | float | int) and np.ndim(x) == 0 and x == 0 else None
 
 
@@ -596,6 +600,7 @@ _RULES: dict[str, Callable[[list[Any], Any], list[Any] | None]] = {
     "neg": _negative,
     "reshape": _reshaped,
     "squeeze": _reshaped,
+    "reduce_sum": _reshaped,
     "slice": _sliced,
     "copy": _converted,
 }

@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 _reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # by the version of JAX
 
+_vary = functools.partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else getattr(jax.lax, "pvary", None)
+
 Names = tuple[Hashable, ...]
 """Names of mapped axes."""
 
@@ -30,6 +32,19 @@ def names_of(value: Any) -> Names | None:
 def manual_axes() -> Names:
     """The axes of the mesh that this code runs on a part of: all of a `shard_map` or `pmap` around it."""
     return tuple(getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()))
+
+
+def bound(names: Names | None) -> Names | None:
+    """Of the names, those of axes that are mapped here."""
+
+    def is_bound(name: Hashable) -> bool:
+        try:
+            jax.lax.axis_index(name)
+        except NameError:
+            return False
+        return True
+
+    return names and tuple(filter(is_bound, names))
 
 
 def varying(x: Any) -> Names | None:
@@ -67,6 +82,30 @@ def unsharded(x: Any, last: int) -> Any:
 def sharded_like(x: Any, like: Any) -> Any:
     """`x`, on an explicit mesh split over it as `like` is."""
     return _split(x, _spec(like), like) if any(_spec(like)) else x
+
+
+def varying_as(like: Any, tree: Any) -> Any:
+    """The tree, of which each device has its own along every axis along which something in `like` differs.
+
+    The derivative by what is the same on all devices is a sum over them; by this it is not.
+    """
+    axes = {axis: None for x in jax.tree.leaves(like) for axis in varying(x) or ()}
+
+    def vary(x: Any) -> Any:
+        missing = tuple(axis for axis in axes if axis not in (varying(x) or ()))
+        return _vary(x, missing) if missing and _vary else x
+
+    return jax.tree.map(vary, tree)
+
+
+def gathered(x: Array, axes: Names) -> Array:
+    """`[n, ...]` of every device one after the other, the same on all of them."""
+    if not axes:
+        return x
+    # A sum, because of what `jax.lax.all_gather` returns JAX does not know that it is the same on all.
+    places = jnp.zeros((jax.lax.psum(1, axes), *x.shape), jnp.int32 if x.dtype == jnp.dtype(bool) else x.dtype)
+    parts = jax.lax.psum(places.at[jax.lax.axis_index(axes)].set(x.astype(places.dtype)), axes)
+    return parts.reshape(-1, *x.shape[1:]).astype(x.dtype)
 
 
 def once(x: Array, own: Names, axes: Names) -> Array:

@@ -236,6 +236,19 @@ def not_split(path: str, axes: tuple[Any, ...]) -> None:
         )
 
 
+def not_mapped(name: str, axes: tuple[Any, ...]) -> None:
+    """Refuses scopes finer than a leaf for examples that are spread over mapped axes.
+
+    Raises:
+        ValueError: there are such axes.
+    """
+    if axes:
+        raise ValueError(
+            f"{name} must not be finer than a leaf in a shard_map or pmap over {axes}, got one that is; "
+            "clip the examples under jit, or by leaves"
+        )
+
+
 def one_run(name: str, runs: tuple[int, ...]) -> None:
     """Refuses to mix the memories of several runs.
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from optaxclip import _factored, _validate, norms, responses, scopes
+from optaxclip import _factored, _sharding, _validate, norms, responses, scopes
 from optaxclip._clip import clip
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope
 from optaxclip.thresholds import as_thresholds
@@ -125,6 +125,7 @@ def aggregate(
     norm: Norm = norms.l2(),
     response: Response = responses.rescale,
     reduce: str = "mean",
+    axis_name: Any = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each of the gradients that lie along the first axis, and takes their mean or sum.
 
@@ -139,6 +140,8 @@ def aggregate(
         norm: how large they are.
         response: what happens to what is larger.
         reduce: `"mean"` over the examples that are not masked, or `"sum"`.
+        axis_name: mapped axes (of `jax.shard_map`, `jax.pmap`) along which the batch is split: the result is that of all of it.
+            Every device must have whole examples. Not needed under `jit`.
 
     Returns:
         A transform whose `init` takes the parameters, and `update(updates, state, params, mask=None)` gradients `[batch, ...]`
@@ -156,15 +159,15 @@ def aggregate(
         >>> clip.update(jnp.array([[0.0, 4.0], [0.0, 0.5], [jnp.nan, 0.0]]), clip.init(jnp.zeros(2)))[0]
         Array([0. , 1.5], dtype=float32)
     """
-    parts = _Parts(threshold, scope, norm, response, reduce)
+    parts = _Parts(threshold, scope, norm, response, reduce, axis_name)
 
     def update(updates: Any, state: Any, params: Any = None, *, mask: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
-        mask = _mask(mask, _validate.batch("updates", updates))
+        mask = _mask(mask, _validate.batch("updates", updates), updates)
         if state is None:
             state = parts.init(_first(updates))
-        clipped, reading = parts.clip_each(updates, state, params)
-        counted = _counted(reading, mask)
+        clipped, reading, finite = parts.clip_each(updates, state, params)
+        counted = mask & finite
         total = jax.tree.map(lambda x: _factored.weighted_sum(x, counted) if _is_float(x) else x[0], clipped)
         return parts.reduced(total, _first(updates), mask), parts.next(state, reading, mask, counted)
 
@@ -184,6 +187,8 @@ class ClippedGrad:
     def __call__(self, params: Any, *batch: Any, mask: Any = None, state: Any = None) -> tuple[tuple[Array, Seen], Any]:
         """Mean (or sum) of the losses, what was seen of each example, and mean (or sum) of the clipped gradients.
 
+        In both, an example whose gradient is not finite anywhere counts as zero.
+
         Args:
             params: what the loss is derived by.
             *batch: trees of arrays `[batch, ...]`.
@@ -195,21 +200,22 @@ class ClippedGrad:
         """
         parts = self._parts
         size = _validate.batch("batch", batch)
-        mask = _mask(mask, size)
+        mask, varied = _mask(mask, size, batch), _sharding.varying_as(batch, params)
         if state is None:
             state = parts.init(params)
         count = 1 if self._microbatch is None else _validate.divided("microbatch", self._microbatch, size)
 
         def some(total: Any, part: Any) -> tuple[Any, Any]:
             own, examples = part
-            (losses, aux), gradients = jax.vmap(lambda *example: self._gradient(params, *example))(*examples)
-            leaves, reading, factors = parts.clip_factored(gradients, state, params)
-            counted = _counted(reading, own)
+            (losses, aux), gradients = jax.vmap(lambda *example: self._gradient(varied, *example))(*examples)
+            leaves, reading, finite, factors = parts.clip_factored(gradients, state, params)
+            counted = own & finite
             weights = [jnp.where(counted, factor, 0) for factor in factors]
             sums = jax.tree.unflatten(jax.tree.structure(params), list(map(_factored.weighted_sum, leaves, weights)))
             return jax.tree.map(jnp.add, total, sums), (losses, aux, reading, counted)
 
         zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), norms.widen(x).dtype), params)
+        zeros = _sharding.varying_as(batch, zeros)
         # Every microbatch has rows from all over the batch, so where that is split over devices, each has some.
         parted = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), (mask, batch))
         if count == 1:
@@ -218,10 +224,10 @@ class ClippedGrad:
             total, seen = jax.lax.scan(some, zeros, parted)
             seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:]), seen)
         losses, aux, reading, counted = seen
-        dropped = jnp.sum(mask & ~counted, dtype=jnp.int32)
+        dropped = parts.over_all(jnp.sum(mask & ~counted, dtype=jnp.int32))
         after = parts.next(state, reading, mask, counted)
         noted = Seen(losses, aux, reading.size_before, reading.clipped_share > 0, counted, dropped, after)
-        loss = parts.reduced(jnp.sum(jnp.where(mask, losses, 0)), losses[0], mask)
+        loss = parts.reduced(jnp.sum(jnp.where(counted, losses, 0)), losses[0], mask)
         return (loss, noted), parts.reduced(total, params, mask)
 
     def plan(self, params: Any, *batch: Any) -> dict[str, str]:
@@ -260,6 +266,7 @@ def clipped_grad(
     microbatch: int | None = None,
     has_aux: bool = False,
     keep_batch_axis: bool = False,
+    axis_name: Any = (),
 ) -> ClippedGrad:
     r"""Like `jax.value_and_grad`, but the gradient of each example is clipped before they are added up.
 
@@ -283,6 +290,8 @@ def clipped_grad(
         microbatch: how many examples are worked on at once, in a loop; None for all.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         keep_batch_axis: whether `loss_fn` takes a batch, and is to be given batches of one.
+        axis_name: mapped axes (of `jax.shard_map`, `jax.pmap`) along which the batch is split: what is returned is that of all
+            of it, but for what there is for each example. Every device must have whole parameters. Not needed under `jit`.
 
     Returns:
         A function `(params, *batch, mask=None, state=None) -> ((loss, seen), gradients)`, with the methods `init` and `plan`;
@@ -321,19 +330,20 @@ def clipped_grad(
         found = loss_fn(params, *example)
         return found if has_aux else (found, None)
 
-    return ClippedGrad(loss, _Parts(threshold, scope, norm, response, reduce), microbatch)
+    return ClippedGrad(loss, _Parts(threshold, scope, norm, response, reduce, axis_name), microbatch)
 
 
 class _Parts:
     """The four parts of a clip, for gradients that have the examples in front."""
 
-    def __init__(self, threshold: Any, scope: Scope, norm: Norm, response: Response, reduce: str) -> None:
+    def __init__(self, threshold: Any, scope: Scope, norm: Norm, response: Response, reduce: str, axis_name: Any) -> None:
         _validate.option("reduce", reduce, REDUCTIONS)
         self.rule = threshold if isinstance(threshold, Rule) else None
         self.threshold = as_thresholds(0.0 if self.rule else threshold)
         for rule in self.threshold.values() if isinstance(self.threshold, dict) else [self.threshold]:
             _validate.without_memory("threshold", rule)
         self.scope, self.norm, self.response, self.reduce = scope, norm, response, reduce
+        self.axes = _sharding.names_of(axis_name) or ()
         self.engine(None, ())  # what it refuses is refused here
         # The norm of a tree is that of its leaves' norms, and what keeps the direction does to a leaf what it does to its norm.
         relative = norm.uses_params or getattr(self.threshold, "uses_params", False)
@@ -343,47 +353,53 @@ class _Parts:
     def engine(self, limits: Array | None, names: Any) -> optax.GradientTransformationExtraArgs:
         """The clip of one example."""
         threshold = self.threshold if limits is None else dict(zip(names, limits, strict=True))
-        return clip(threshold, scope=self.scope, norm=self.norm, response=self.response, nonfinite="zero")
+        return clip(threshold, scope=self.scope, norm=self.norm, response=self.response, nonfinite="zero", axis_name=())
 
     def init(self, params: Any) -> Any:
         """The state before the first step."""
-        start: Any = clip(0.0, scope=self.scope, norm=self.norm).init(params)
+        start: Any = clip(0.0, scope=self.scope, norm=self.norm, axis_name=()).init(params)
         return start._replace(rules=self.rule.init(len(start.reading.names)) if self.rule else ())
 
-    def clip_each(self, gradients: Any, state: Any, params: Any) -> tuple[Any, Reading]:
-        """Gradients and readings, both with the examples in front."""
+    def clip_each(self, gradients: Any, state: Any, params: Any) -> tuple[Any, Reading, Array]:
+        """Gradients, readings, and whether all of a gradient is finite, each with the examples in front."""
+        if self.scope.axes is not None:  # a reading of many groups in a leaf is that of all devices, here of other examples
+            _validate.not_mapped("scope", _sharding.manual_axes())
         names = [name for (name,) in state.reading.names]
         engine = self.engine(self._limits(state, len(names)), names)
 
-        def one(gradient: Any) -> tuple[Any, Reading]:
+        def one(gradient: Any) -> tuple[Any, Reading, Array]:
             start: Any = engine.init(gradient)
             after: Any
             clipped, after = engine.update(gradient, start._replace(step=state.step), params)
-            return clipped, after.reading
+            layout = scopes.lay_out(self.scope, gradient)
+            others = [x for i, x in enumerate(layout.leaves) if i not in layout.measured and hasattr(x, "dtype")]
+            finite = [after.reading.size_before, *filter(_is_float, others)]
+            return clipped, after.reading, jnp.array([jnp.isfinite(x).all() for x in finite]).all()
 
         return jax.vmap(one)(gradients)
 
-    def clip_factored(self, leaves: list[Any], state: Any, params: Any) -> tuple[list[Any], Reading, list[Array]]:
-        """Leaves to be summed, readings, and the factor `[batch]` of each leaf; leaves may be in factors."""
+    def clip_factored(self, leaves: list[Any], state: Any, params: Any) -> tuple[list[Any], Reading, Array, list[Array]]:
+        """Leaves to be summed, readings, what is finite, and the factor `[batch]` of each leaf; leaves may be in factors."""
         treedef = jax.tree.structure(params)
         if not self.by_factors:
-            clipped, reading = self.clip_each(jax.tree.unflatten(treedef, leaves), state, params)
-            return jax.tree.leaves(clipped), reading, [jnp.ones(len(reading.measured))] * len(leaves)
+            clipped, reading, finite = self.clip_each(jax.tree.unflatten(treedef, leaves), state, params)
+            return jax.tree.leaves(clipped), reading, finite, [jnp.ones(len(reading.measured))] * len(leaves)
         sizes = [jnp.sqrt(jax.vmap(_factored.squares)(leaf)) for leaf in leaves]
-        clipped, reading = self.clip_each(jax.tree.unflatten(treedef, sizes), state, None)
-        return (
-            leaves,
-            reading,
-            [new / jnp.where(old > 0, old, 1) for old, new in zip(sizes, jax.tree.leaves(clipped), strict=True)],
-        )
+        clipped, reading, finite = self.clip_each(jax.tree.unflatten(treedef, sizes), state, None)
+        factors = [new / jnp.where(old > 0, old, 1) for old, new in zip(sizes, jax.tree.leaves(clipped), strict=True)]
+        return leaves, reading, finite, factors
 
     def reduced(self, total: Any, like: Any, mask: Array) -> Any:
-        """The sum or the mean, in the dtypes of `like`."""
-        divisor = 1 if self.reduce == "sum" else jnp.maximum(jnp.sum(mask), 1)
-        return jax.tree.map(lambda x, one: (x / divisor).astype(one.dtype) if _is_float(x) else x, total, like)
+        """The sum or the mean over all devices, in the dtypes of `like`."""
+        total, divisor = self.over_all(total), 1
+        if self.reduce == "mean":
+            divisor = jnp.maximum(self.over_all(jnp.sum(mask)), 1)
+        return jax.tree.map(lambda x, one: (x / divisor).astype(jnp.result_type(one)) if _is_float(x) else x, total, like)
 
     def next(self, state: Any, reading: Reading, mask: Array, counted: Array) -> ClipState:
         """The state after a batch."""
+        reading = reading._replace(measured=_sharding.gathered(reading.measured, self.axes))
+        mask, counted = (_sharding.gathered(x, self.axes) for x in (mask, counted))
         limits = self._limits(state, len(state.reading.names))
         rules = state.rules
         if self.rule and limits is not None:
@@ -396,21 +412,20 @@ class _Parts:
         )
         return ClipState(jnp.asarray(optax.safe_increment(state.step)), rules, reading)
 
+    def over_all(self, tree: Any) -> Any:
+        """Sums over the devices that have the batch between them."""
+        return jax.lax.psum(tree, self.axes) if self.axes else tree
+
     def _limits(self, state: Any, groups: int) -> Array | None:
         if not self.rule:
             return None
         return jnp.broadcast_to(self.rule.limit(state.rules, Context(state.step)), (groups,))
 
 
-def _mask(mask: Any, size: int) -> Array:
-    if mask is None:
-        return jnp.ones(size, bool)
-    _validate.mask("mask", mask, size)
-    return jnp.asarray(mask)
-
-
-def _counted(reading: Reading, mask: Array) -> Array:
-    return mask & jnp.isfinite(reading.size_before).all(-1)
+def _mask(mask: Any, size: int, batch: Any) -> Array:
+    if mask is not None:
+        _validate.mask("mask", mask, size)
+    return _sharding.varying_as(batch, jnp.ones(size, bool) if mask is None else jnp.asarray(mask))
 
 
 def _first(batch: Any) -> Any:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 import optaxclip
 from optaxclip import norms, responses, scopes
 
-RESPONSES = {name: getattr(responses, name) for name in ("rescale", "clamp", "smooth", "zero", "normalize", "band")}
+NAMES = ("rescale", "clamp", "smooth", "zero", "normalize", "band", "automatic", "psac")
+RESPONSES = {name: getattr(responses, name) for name in NAMES}
 KEEPING = {name: response for name, response in RESPONSES.items() if name != "clamp"}
-LOCAL = {name: response for name, response in RESPONSES.items() if name not in ("normalize", "band")}
+LOCAL = {name: RESPONSES[name] for name in ("rescale", "clamp", "smooth", "zero")}
 WAYS = {"eager": lambda function: function, "jit": jax.jit}
 ORACLE_NAMES = {"hard": "rescale", "skip": "zero", "sqrt": "smooth", "normalize": "normalize", "band": "band"}
 CASES = json.loads((pathlib.Path(__file__).parent / "oracles" / "o10_response.json").read_text())["cases"]
@@ -97,6 +98,25 @@ def test_band_takes_its_lower_end_as_a_share_of_the_limit(low):
         assert l2(clip_leaf(band, gradient, 2.0)) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [1e-3, 0.01, 1.0])
+def test_automatic_gives_almost_the_limit_and_enlarges_at_most_by_limit_over_gamma(gamma):
+    automatic = functools.partial(responses.automatic, gamma=gamma)
+    for size in 1e-12, 1e-3, 1.0, 1e12:
+        gradient = np.float32([0.6 * size, -0.8 * size])
+        clipped = automatic(gradient, np.float32(size), np.float32(2))
+        assert l2(clipped) == pytest.approx(2 * size / (size + gamma), rel=2e-6)
+        assert l2(clipped) <= 2 / gamma * size * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("r", [1e-3, 0.1])
+def test_psac_weighs_what_is_small_less_than_automatic_does(r):
+    psac = functools.partial(responses.psac, r=r)
+    weights = [l2(psac(np.float32([s]), np.float32(s), np.float32(1))) / s for s in (1e-6, 1e-3, r**0.5 - r, 1.0, 1e3)]
+    assert weights[0] == pytest.approx(1, rel=1e-2 if r == 0.1 else 1.1e-3)  # of a gradient of size 0: c, not c / gamma
+    assert max(weights) == pytest.approx(1 / (2 * r**0.5 - r), rel=1e-6)  # at sqrt(r) - r
+    assert weights[-1] == pytest.approx(1e-3, rel=1e-6)
+
+
 # The laws, as the module states them.
 
 
@@ -173,7 +193,7 @@ def test_the_derivative_of_rescale_is_the_projection_off_the_gradient():
 @pytest.mark.parametrize("name", LOCAL)
 @quick
 @given(vectors, positive)
-def test_all_but_normalize_and_band_never_enlarge(name, values, limit):
+def test_rescale_clamp_smooth_and_zero_never_enlarge(name, values, limit):
     clipped = jitted[name](np.float32(values), np.float32(np.linalg.norm(values)), np.float32(limit))
     assert (np.abs(clipped) <= np.abs(np.float32(values))).all()
 
@@ -212,9 +232,9 @@ def test_ratios_that_no_float_can_hold_clip_correctly(name, size, limit, way):
     gradient = np.float32([0.6 * size, -0.8 * size])
     expected = [getattr(reference, name)(float(x), size, limit) for x in gradient]
     clipped = WAYS[way](RESPONSES[name])(gradient, np.float32(size), np.float32(limit))
-    np.testing.assert_allclose(clipped, expected, rtol=1e-5)
+    np.testing.assert_allclose(clipped, expected, rtol=1e-5, atol=1e-38)
     whole = WAYS[way](lambda g: clip_leaf(RESPONSES[name], g, limit))(gradient)
-    np.testing.assert_allclose(whole, expected, rtol=1e-5)
+    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-38)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -229,7 +249,7 @@ def test_what_is_tiny_can_be_made_large(name, size, limit, way):
     assert slope == pytest.approx(0.6 if name == "normalize" else 0.3, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rescale", "clamp", "zero", "band", "smooth", "normalize"])
+@pytest.mark.parametrize("name", RESPONSES)
 @pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit(), scopes.element()])
 def test_sizes_after_clipping_are_those_of_the_result(scope, name):
     grads = {"a": jnp.array([[3.0, 0.4], [4.0, 0.2]]), "b": jnp.array([0.3])}

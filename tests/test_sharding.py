@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from transforms import CASES, SCALERS
 
 import optaxclip
-from optaxclip import norms, scopes, skip_nonfinite, skip_spikes, telemetry, thresholds
+from optaxclip import norms, per_example, responses, scopes, skip_nonfinite, skip_spikes, telemetry, thresholds
 
 SHAPES = {"both": (8, 4), "one": (3, 4), "vector": (8,), "whole": (2, 3), "scalar": ()}
 SPECS = {"both": P("x", "y"), "one": P(None, "y"), "vector": P("x"), "whole": P(), "scalar": P()}
@@ -275,3 +275,146 @@ def test_a_monitor_sees_the_whole():
         lambda x: monitor.update(x, monitor.init(x))[1].reading.size_before, (P("x"),), jnp.ones(16), check_vma=False
     )
     np.testing.assert_allclose(state, [4.0])
+
+
+# Maps inside of maps: seeds on top of parts, each clipped by its own whole norm
+
+SEEDS = 3
+SEEDED = {"split": jnp.arange(1.0, 49.0).reshape(SEEDS, 8, 2), "whole": jnp.arange(9.0).reshape(SEEDS, 3) - 4}
+PARTS = {"split": P(None, "x"), "whole": P()}
+
+
+def clipped_once(axis_name=None):
+    clip = optaxclip.clip_by_global_norm(1.0, axis_name=axis_name)
+    return lambda grads: clip.update(grads, None)[0]
+
+
+def assert_each_seed(found):
+    seeds = [jax.tree.map(lambda x, i=i: x[i], SEEDED) for i in range(SEEDS)]
+    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(jax.jit(clipped_once()), seeds))
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(want), rtol=1e-6)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_seeds_within_shard_map(checked):
+    run = jax.vmap(clipped_once(None if checked else {"split": "x", "whole": ()}))
+    assert_each_seed(in_parts(run, (PARTS,), SEEDED, out_specs=PARTS, check_vma=checked))
+
+
+def test_shard_map_within_seeds():
+    parts = {"split": P("x"), "whole": P()}
+    assert_each_seed(jax.vmap(lambda grads: in_parts(clipped_once(), (parts,), grads, out_specs=parts))(SEEDED))
+
+
+def test_seeds_and_rows_both_by_vmap():
+    clip = clipped_once({"split": "rows", "whole": ()})
+    rows, rows_of_seeds = {"split": 0, "whole": None}, {"split": 1, "whole": None}
+    assert_each_seed(jax.jit(jax.vmap(jax.vmap(clip, (rows,), rows, axis_name="rows")))(SEEDED))
+    assert_each_seed(jax.jit(jax.vmap(jax.vmap(clip), (rows_of_seeds,), rows_of_seeds, axis_name="rows"))(SEEDED))
+
+
+def test_seeds_within_pmap():
+    in_axes = {"split": 1, "whole": None}
+    grads = {"split": SEEDED["split"].reshape(SEEDS, 4, 2, 2), "whole": SEEDED["whole"]}
+    run = jax.vmap(clipped_once({"split": "x", "whole": ()}))
+    found = jax.pmap(run, "x", in_axes=(in_axes,), out_axes=in_axes, devices=jax.devices()[:4])(grads)
+    assert_each_seed({"split": found["split"].reshape(SEEDS, 8, 2), "whole": found["whole"]})
+
+
+# Inside the backward pass
+
+FACTORS = jnp.arange(1.0, 17.0).reshape(8, 2)
+
+
+def slope(clip, factors, x, total=jnp.sum):
+    """The derivative of a sum of products, clipped on its way back."""
+    return jax.grad(lambda x: total(factors * clip(x)))(x)
+
+
+@pytest.mark.parametrize("each_row", [False, True])
+def test_cotangents_under_jit(each_row):
+    whole = functools.partial(optaxclip.clip_cotangent, threshold=1.0)
+    clip = jax.vmap(whole) if each_row else whole
+    rows = NamedSharding(mesh(), P("x", "y"))
+    found = jax.jit(functools.partial(slope, clip), in_shardings=(rows, rows))(FACTORS, jnp.ones((8, 2)))
+    want = FACTORS / jnp.linalg.norm(FACTORS, axis=-1 if each_row else None, keepdims=True)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+def test_cotangents_in_shard_map():
+    def sum_over_all(x):
+        return jax.lax.psum(jnp.sum(x), "x")
+
+    clip = functools.partial(optaxclip.clip_cotangent, threshold=1.0)
+    run = functools.partial(slope, clip)
+    want = FACTORS / jnp.linalg.norm(FACTORS)
+    for total in jnp.sum, sum_over_all:
+        found = in_parts(functools.partial(run, total=total), (P("x"), P("x")), FACTORS, jnp.ones((8, 2)), out_specs=P("x"))
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+    same = in_parts(functools.partial(run, total=sum_over_all), (P("x"), P()), FACTORS, jnp.ones((2, 2)))  # one x for all
+    summed = FACTORS.reshape(4, 2, 2).sum(0)
+    np.testing.assert_allclose(same, summed / jnp.linalg.norm(summed), rtol=1e-6)
+    each = functools.partial(clip, scope=scopes.element(), response=responses.clamp)
+    found = in_parts(functools.partial(slope, each), (P("x"), P("x")), 0.3 * FACTORS, jnp.ones((8, 2)), out_specs=P("x"))
+    np.testing.assert_allclose(found, jnp.minimum(0.3 * FACTORS, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_cotangents_of_examples_in_shard_map(checked):
+    clip = jax.vmap(functools.partial(optaxclip.clip_cotangent, threshold=1.0, axis_name=()))
+    run, rows = functools.partial(slope, clip), (P("x"), P("x"))
+    found = in_parts(run, rows, FACTORS, jnp.ones((8, 2)), out_specs=P("x"), check_vma=checked)
+    np.testing.assert_allclose(found, FACTORS / jnp.linalg.norm(FACTORS, axis=-1, keepdims=True), rtol=1e-6)
+
+
+# Examples that are split over devices
+
+WEIGHTS = {"w": jnp.arange(12.0).reshape(4, 3) / 10 - 0.5, "b": jnp.zeros(3)}
+ROWS = jax.random.normal(jax.random.key(2), (16, 4)).at[5].set(jnp.nan)
+PRESENT = jnp.arange(16) % 7 != 3
+
+
+def loss(params, x):
+    return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("threshold", [0.3, per_example.quantile(0.5, noise=1.0)], ids=["number", "rule"])
+def test_gradients_of_examples_in_shard_map(threshold, microbatch, checked):
+    def run(params, x, mask, **options):
+        (value, seen), gradients = per_example.clipped_grad(loss, threshold, **options)(params, x, mask=mask)
+        return (value, gradients, seen.dropped, seen.state), seen.sizes
+
+    split = functools.partial(run, axis_name="x", microbatch=microbatch)
+    specs = (P(), P("x"), P("x"))
+    found = in_parts(split, specs, WEIGHTS, ROWS, PRESENT, out_specs=(P(), P("x")), check_vma=checked)
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(run(WEIGHTS, ROWS, PRESENT)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_given_gradients_of_examples_in_shard_map(checked):
+    def run(gradients, **options):
+        clip = per_example.aggregate(1.0, **options)
+        return clip.update(gradients, clip.init(jnp.zeros(4)))
+
+    found = in_parts(functools.partial(run, axis_name="x"), (P("x"),), ROWS, check_vma=checked)
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(run(ROWS)), rtol=1e-5, atol=1e-6)
+
+
+def test_examples_in_shard_map_are_clipped_by_leaves_or_more():
+    clip = per_example.aggregate(1.0, scope=scopes.unit(), axis_name="x")
+    with pytest.raises(ValueError, match=r"scope must not be finer than a leaf in a shard_map or pmap over \('x',\)"):
+        in_parts(lambda x: clip.update(x, None)[0], (P("x"),), ROWS)
+
+
+# What is made before there are any mapped axes
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("make", [optaxclip.clip_by_global_norm, optaxclip.adaptive_grad_clip])
+def test_a_state_that_is_made_outside(make, checked):
+    clip = make(1.0, axis_name="x")
+    state = clip.init(FACTORS)
+    run = functools.partial(in_parts, clip.update, (P("x"), P(), P("x")), out_specs=(P("x"), P()), check_vma=checked)
+    chex.assert_trees_all_close(run(FACTORS, state, FACTORS), make(1.0).update(FACTORS, state, FACTORS), rtol=1e-6)

@@ -12,10 +12,10 @@ import optaxclip
 PACKAGE = Path(optaxclip.__file__).parent
 # Each module may import only modules of earlier levels, and its own package.
 LEVELS = [
-    {"_types", "_validate", "_numerics", "_sharding", "responses"},
+    {"_types", "_validate", "_numerics", "_sharding", "_factored", "responses"},
     {"norms", "scopes", "thresholds", *(f"thresholds.{name}" for name in ("_blocks", "fixed", "combine", "moments", "ranks"))},
     {"_clip", "_carry", "_guard", "_precondition", "_spectral"},
-    {"telemetry", "_backward"},
+    {"telemetry", "_backward", "per_example"},
     {"methods", "plots"},
     {"__init__"},
 ]
@@ -108,7 +108,7 @@ def test_a_row_is_a_few_lines_of_code():
 
 
 def test_run_time_dependencies_are_jax_optax_and_numpy():
-    standard = {"collections", "functools", "inspect", "itertools", "math", "numbers", "re", "typing"}
+    standard = {"collections", "dataclasses", "functools", "inspect", "itertools", "math", "numbers", "re", "typing"}
     for name, tree in modules():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom | ast.Import):

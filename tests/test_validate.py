@@ -13,6 +13,7 @@ import pytest
 import optaxclip
 from optaxclip import _validate, norms, scopes, thresholds
 
+GROWTH = thresholds.growth()
 RELATIVE = norms.relative_linf(0.1, 1e-7)
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
@@ -164,6 +165,15 @@ REFUSALS = {
             f"norm must not be relative to parameters, got {RELATIVE!r}; pass one such as norms.l2()",
         )
     ],
+    "not_mapped": [
+        (
+            ("scope", ("x",)),
+            {},
+            ValueError,
+            "scope must not be finer than a leaf in a shard_map or pmap over ('x',), got one that is; "
+            "clip the examples under jit, or by leaves",
+        )
+    ],
     "one_run": [
         (
             ("opt_state", (3,)),
@@ -194,6 +204,49 @@ REFUSALS = {
             TypeError,
             "threshold must be the same for all groups, got a rule that learns; pass a number or a schedule",
         ),
+    ],
+    "without_memory": [
+        (
+            ("threshold", GROWTH),
+            {},
+            TypeError,
+            f"threshold must not learn from single sizes, got {GROWTH!r}; pass a number, a schedule, or a rule for batches "
+            "such as per_example.quantile(0.5)",
+        )
+    ],
+    "batch": [
+        (
+            ("batch", tree),
+            {},
+            ValueError,
+            f"batch must be arrays whose first axis is that of the examples, got shapes {shapes}; pass whole batches",
+        )
+        for tree, shapes in [
+            ({}, "{}"),
+            ([np.ones((2, 3)), 1.0], "{'[0]': (2, 3), '[1]': ()}"),
+            ({"x": np.ones((2, 3)), "y": np.ones(3)}, """{"['x']": (2, 3), "['y']": (3,)}"""),
+        ]
+    ],
+    "mask": [
+        (
+            ("mask", value, 2),
+            {},
+            ValueError,
+            f"mask must be bool of shape (2,), got {found}; pass True for each example that is there",
+        )
+        for value, found in [
+            (np.ones(3, bool), "bool of shape (3,)"),
+            (np.ones(2, np.int32), "int32 of shape (2,)"),
+            (True, "bool of shape ()"),
+        ]
+    ],
+    "divided": [
+        (
+            ("microbatch", 4, 6),
+            {},
+            ValueError,
+            "microbatch must divide the batch, got 4 for 6 examples; pass another, or pad and mask the batch",
+        )
     ],
     "not_both": [
         (
@@ -235,12 +288,18 @@ ACCEPTED = {
     "loss": [((1.0,), {}), ((np.float32(-1),), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
     "absolute": [(("norm", norms.l2()), {})],
+    "not_mapped": [(("scope", ()), {})],
     "one_run": [(("opt_state", ()), {})],
     "same_on_all": [(("value", ()), {}), (("value", None), {})],
     "memoryless": [(("threshold", thresholds.constant(1.0)), {})],
+    "without_memory": [(("threshold", thresholds.constant(1.0)), {}), (("threshold", thresholds.relative(0.1)), {})],
+    "batch": [(("batch", {"x": np.ones((4, 3)), "y": jnp.ones(4), "none": None}), {})],
+    "mask": [(("mask", np.ones(2, bool), 2), {}), (("mask", jnp.zeros(0, bool), 0), {})],
+    "divided": [(("microbatch", 3, 6), {})],
     "not_both": [(("a", -1.0, "b", None, "c"), {}), (("a", None, "b", -1.0, "c"), {})],
     "real": [((np.dtype("float16"),), {})],
 }
+RETURNED = {"batch": 4, "divided": 2}  # by all others, nothing
 SOURCE = pathlib.Path(optaxclip.__file__).parent
 
 
@@ -256,7 +315,7 @@ def test_refusals_say_what_it_was_and_what_to_do(name, args, options, error, wor
 
 @pytest.mark.parametrize("name, args, options", [(name, *one) for name, all in ACCEPTED.items() for one in all])
 def test_what_is_right_is_accepted(name, args, options):
-    assert getattr(_validate, name)(*args, **options) is None
+    assert getattr(_validate, name)(*args, **options) == RETURNED.get(name)
 
 
 def test_a_traced_number_passes_unless_its_type_or_shape_is_wrong():
@@ -408,7 +467,7 @@ def test_every_other_argument_is_checked_when_it_is_made(make, error, words):
 
 
 def test_parts_that_were_not_called_are_refused():
-    for name, part, example in ("scope", scopes.tree, "scopes.tree()"), ("norm", norms.l2, "norms.l2()"):
+    for name, part, example in ("scope", scopes.tree, "scopes.tree()"), ("norm", norms.l1, "norms.l2()"):
         with pytest.raises(
             TypeError, match=rf"^{name} must be a {name.title()}, got <function .*>; pass one such as {re.escape(example)}$"
         ):

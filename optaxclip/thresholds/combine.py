@@ -78,7 +78,7 @@ def with_fallback(threshold: Any, fallback: Any) -> Threshold:
 
 
 def jointly(threshold: Any) -> Threshold:
-    r"""One factor for the whole tree: each size's share of a limit to their joint l2 norm, :math:`c_i = s_i \min(1, c / \|s\|)`.
+    r"""One factor for the whole tree: a size's share of a limit to their joint l2 norm, :math:`c_i = s_i \min(1, c / \|s\|)`.
 
     With `norms.l2()` it clips by the global norm, in the same read of the gradients, at any scope. In a dict of
     thresholds it has only its own group. Sizes that are not finite do not count.
