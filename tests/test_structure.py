@@ -15,7 +15,7 @@ LEVELS = [
     {"_types", "_validate", "_numerics", "_sharding", "_factored", "responses"},
     {"norms", "scopes", "thresholds", *(f"thresholds.{name}" for name in ("_blocks", "fixed", "combine", "moments", "ranks"))},
     {"_clip", "_carry", "_guard", "_precondition", "_spectral"},
-    {"telemetry", "_backward", "per_example"},
+    {"telemetry", "_backward", "per_example", "testing"},
     {"methods", "plots"},
     {"__init__"},
 ]
