@@ -56,6 +56,7 @@ class Seen(NamedTuple):
         losses: `[batch]`.
         aux: what the loss function returned besides, with the axis of the examples in front; None without `has_aux`.
         sizes: `[batch, groups]`, before clipping; with scopes finer than a leaf the largest in each leaf.
+        limits: `[groups]`, what the sizes were allowed to be.
         clipped: bool `[batch, groups]`, whether something was over its limit.
         counted: bool `[batch]`, False where the example was masked, or its gradient was not finite.
         dropped: int32 scalar, examples that were not masked, and whose gradients were not finite.
@@ -65,27 +66,33 @@ class Seen(NamedTuple):
     losses: Array
     aux: Any
     sizes: Array
+    limits: Array
     clipped: Array
     counted: Array
     dropped: Array
     state: ClipState
 
 
-def quantile(q: Any = 0.5, *, rate: Any = 0.2, initial: Any = 1.0, noise: Any = 0.0, seed: int = 0) -> Rule:
+def quantile(
+    q: Any = 0.5, *, rate: Any = 0.2, initial: Any = 1.0, noise: Any = 0.0, seed: int | Array = 0, expected: Any = None
+) -> Rule:
     r"""Moves the limit until a share of the examples is within it, :math:`c \leftarrow c\, e^{-\eta (\bar b - q)}`.
 
     :math:`\bar b` is the share of examples whose size is at most :math:`c`, from a count with noise:
     :math:`\bar b = \frac12 + \frac1n (\sum_i (1[s_i \le c] - \frac12) + \mathcal N(0, \sigma^2))`.
+
+    Here n is how many examples there are; but in private training that is not public, and has to be the `expected` number.
 
     Args:
         q: the share, 0.5 in the paper.
         rate: :math:`\eta`, 0.2 in the paper.
         initial: the first limit, 1 or 0.1 in the paper.
         noise: :math:`\sigma`, standard deviation of what is added to each group's count; in the paper n / 20.
-        seed: for the noise.
+        seed: for the noise, an integer or a key.
+        expected: how many examples there are in the mean batch; without it, those of each batch are counted.
 
     Raises:
-        TypeError: an argument is not a number, or `seed` not an integer.
+        TypeError: an argument is not a number, or `seed` neither an integer nor a key.
         ValueError: an argument is out of range.
 
     Example:
@@ -105,12 +112,15 @@ def quantile(q: Any = 0.5, *, rate: Any = 0.2, initial: Any = 1.0, noise: Any = 
     _validate.number("rate", rate, exclusive=True)
     _validate.number("initial", initial, exclusive=True)
     _validate.number("noise", noise)
-    _validate.count("seed", seed, low=0)
+    if not isinstance(seed, Array):
+        _validate.count("seed", seed, low=0)
+    if expected is not None:
+        _validate.number("expected", expected, exclusive=True)
 
     def learn(sizes: Array, counted: Array, limits: Array, state: Array, context: Context) -> Array:
-        count = jnp.sum(counted)
+        count = jnp.sum(counted) if expected is None else expected
         within = jnp.where(counted[:, None], (sizes <= limits) - 0.5, 0).sum(0)
-        key = jax.random.fold_in(jax.random.key(seed), context.step)
+        key = jax.random.fold_in(seed if isinstance(seed, Array) else jax.random.key(seed), context.step)
         within += noise * jax.random.normal(key, within.shape)
         share = 0.5 + within / jnp.maximum(count, 1)
         return jnp.where(count > 0, state * jnp.exp(-rate * (share - q)), state)
@@ -226,7 +236,8 @@ class ClippedGrad:
         losses, aux, reading, counted = seen
         dropped = parts.over_all(jnp.sum(mask & ~counted, dtype=jnp.int32))
         after = parts.next(state, reading, mask, counted)
-        noted = Seen(losses, aux, reading.size_before, reading.clipped_share > 0, counted, dropped, after)
+        limits = _sharding.gathered(reading.limit[:1], parts.axes)[0]
+        noted = Seen(losses, aux, reading.size_before, limits, reading.clipped_share > 0, counted, dropped, after)
         loss = parts.reduced(jnp.sum(jnp.where(counted, losses, 0)), losses[0], mask)
         return (loss, noted), parts.reduced(total, params, mask)
 

@@ -1,0 +1,155 @@
+"""What clipping each example costs over a plain batch gradient: memory, work and bytes by the compiler, and wall time.
+
+All rows of a model run in one process, in turn, as in `benchmarks.step_time`: `python -m benchmarks.per_example`.
+Of jax_privacy there are rows if it is installed. The compiler counts the body of a loop once, so where there is a loop, flops
+and bytes are left out.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax import Array
+
+from optaxclip import per_example
+
+BATCH, MICROBATCH = 256, 32
+
+
+class MLP(nn.Module):
+    """784-1024-1024-10."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Logits `[10]` of an image `[784]`."""
+        for _ in range(2):
+            x = nn.relu(nn.Dense(1024)(x))
+        return nn.Dense(10)(x)
+
+
+class LSTM(nn.Module):
+    """100 symbols, embedding and state of 128."""
+
+    @nn.compact
+    def __call__(self, text: Array) -> Array:
+        """Logits `[time, 100]` of a text `[time]`."""
+        layer: Any = nn.RNN(nn.OptimizedLSTMCell(128))
+        return nn.Dense(100)(layer(nn.Embed(100, 128)(text)))
+
+
+class CNN(nn.Module):
+    """Two convolutions with strides, and a hidden layer of 128."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Logits `[10]` of an image `[28, 28, 1]`."""
+        for channels in (16, 32):
+            x = nn.relu(nn.Conv(channels, (3, 3), 2)(x))
+        return nn.Dense(10)(nn.relu(nn.Dense(128)(x.ravel())))
+
+
+class Transformer(nn.Module):
+    """One block of width 128 with four heads, on 1000 symbols."""
+
+    @nn.compact
+    def __call__(self, text: Array) -> Array:
+        """Logits `[time, 1000]` of a text `[time]`."""
+        x = nn.Embed(1000, 128)(text)
+        x += nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), mask=nn.make_causal_mask(text))
+        x += nn.Dense(128)(nn.gelu(nn.Dense(512)(nn.LayerNorm()(x))))
+        return nn.Dense(1000)(nn.LayerNorm()(x))
+
+
+def image_batch(*shape: int) -> tuple[Array, Array]:
+    """Noise and labels."""
+    key = jax.random.key(0)
+    return jax.random.normal(key, (BATCH, *shape)), jax.random.randint(key, (BATCH,), 0, 10)
+
+
+def text_batch(length: int, symbols: int) -> tuple[Array, Array]:
+    """Noise, and what comes next in it."""
+    text = jax.random.randint(jax.random.key(0), (BATCH, length + 1), 0, symbols)
+    return text[:, :-1], text[:, 1:]
+
+
+MODELS = {
+    "MLP": (MLP(), image_batch(784)),
+    "LSTM": (LSTM(), text_batch(64, 100)),
+    "CNN": (CNN(), image_batch(28, 28, 1)),
+    "transformer": (Transformer(), text_batch(64, 1000)),
+}
+
+
+def rows_of(model: Any) -> dict[str, Callable[..., Any]]:
+    """Functions `(params, x, y) -> gradients`, and other things."""
+
+    def loss(params: Any, x: Array, y: Array) -> Array:
+        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
+
+    def mean(params: Any, x: Array, y: Array) -> Array:
+        return jax.vmap(loss, (None, 0, 0))(params, x, y).mean()
+
+    def stored(params: Any, x: Array, y: Array) -> Any:
+        gradients = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, y)
+        return optax.per_example_global_norm_clip(jax.tree.leaves(gradients), 1.0)
+
+    rows = {
+        "plain": jax.value_and_grad(mean),
+        "clipped_grad": per_example.clipped_grad(loss, 1.0),
+        f"clipped_grad, microbatch {MICROBATCH}": per_example.clipped_grad(loss, 1.0, microbatch=MICROBATCH),
+        "optax": stored,
+    }
+    if importlib.util.find_spec("jax_privacy"):
+        clipping = importlib.import_module("jax_privacy.clipping")
+        for name, size in ("jax_privacy", None), (f"jax_privacy, microbatch {MICROBATCH}", MICROBATCH):
+            options = {"batch_argnums": (1, 2), "keep_batch_dim": False, "microbatch_size": size}
+            rows[name] = clipping.clipped_grad(loss, l2_clip_norm=1.0, **options)
+    return rows
+
+
+def counted(compiled: Any) -> np.ndarray:
+    """Flops and bytes; NaN for a program with a loop."""
+    cost, loop = compiled.cost_analysis(), " while(" in compiled.as_text()
+    return np.array([cost["flops"], cost["bytes accessed"]]) * (np.nan if loop else 1)
+
+
+def seconds(function: Callable[..., Any], *args: Any) -> float:
+    """Of the second of two calls: a step of its own kind goes before it."""
+    jax.block_until_ready(function(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Prints a table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each row runs")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which tables")
+    options = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, optax {optax.__version__}, batches of {BATCH}")
+    if not importlib.util.find_spec("jax_privacy"):
+        print("no rows of jax_privacy, which is not installed")
+    for title in options.models:
+        model, batch = MODELS[title]
+        params: Any = model.init(jax.random.key(0), batch[0][0])
+        compiled: dict[str, Any] = {name: jax.jit(row).lower(params, *batch).compile() for name, row in rows_of(model).items()}
+        times = np.array([[seconds(row, params, *batch) for row in compiled.values()] for _ in range(options.rounds)])
+        costs = {name: counted(row) for name, row in compiled.items()}
+        print(f"\n{title:30}{'temporary':>13}{'flops':>8}{'bytes':>8}{'time':>8}{'quartiles':>16}")
+        for (name, row), taken in zip(compiled.items(), (times / times[:, :1]).T, strict=True):
+            memory = row.memory_analysis().temp_size_in_bytes / 2**20
+            flops, moved = ("-" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in costs[name] / costs["plain"])
+            low, median, high = np.quantile(taken, [0.25, 0.5, 0.75])
+            print(f"{name:30}{memory:9.1f} MiB{flops:>8}{moved:>8}{median:8.2f}{low:9.2f} to {high:.2f}")
+
+
+if __name__ == "__main__":
+    main()
