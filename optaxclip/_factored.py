@@ -283,7 +283,7 @@ def _inner(a: Product, b: Product) -> Array:
     lefts, rights = (tuple(names.get(axis, axis) for axis in axes) for axes in (b.left_axes, b.right_axes))
     out = tuple(dict.fromkeys([*(axis for axis in a.left_axes if axis < 0 or axis in a.right_axes), *names.values()]))
     if a.chosen is None and b.chosen is None:
-        left = _einsum(a.left, a.left_axes, b.left, lefts, out)
+        left = _einsum(a.left, a.left_axes, b.left, lefts, out, "highest")
     elif b.chosen is None:
         return _inner(b, a)
     elif a.chosen is None:
@@ -292,13 +292,15 @@ def _inner(a: Product, b: Product) -> Array:
         left = jnp.transpose(jnp.take(a.left, b.left, at), [own.index(axis) for axis in out])
     else:
         left = jnp.equal(a.left[(...,) + (None,) * b.left.ndim], b.left)
-    return jnp.sum(left * _einsum(a.right, a.right_axes, b.right, rights, out))
+    return jnp.sum(left * _einsum(a.right, a.right_axes, b.right, rights, out, "highest"))
 
 
-def _einsum(x: Array, x_axes: tuple[int, ...], y: Array, y_axes: tuple[int, ...], out: tuple[int, ...]) -> Array:
+def _einsum(
+    x: Array, x_axes: tuple[int, ...], y: Array, y_axes: tuple[int, ...], out: tuple[int, ...], precision: Any = None
+) -> Array:
     names = {axis: chr(ord("a") + i) for i, axis in enumerate(dict.fromkeys((*x_axes, *y_axes)))}
     words = ["".join(names[axis] for axis in axes) for axes in (x_axes, y_axes, out)]
-    return jnp.einsum("{},{}->{}".format(*words), x, y, preferred_element_type=_wide(x, y))
+    return jnp.einsum("{},{}->{}".format(*words), x, y, precision=precision, preferred_element_type=_wide(x, y))
 
 
 def _wide(*arrays: Array) -> Any:
@@ -350,7 +352,7 @@ def _outputs(equation: Any, inputs: list[Any]) -> Sequence[Any]:
         return _run(options["jaxpr"], (), jax.lax.optimization_barrier(list(map(_array, inputs))))
     if name == "scan":
         return _scan(equation, inputs)
-    if name == "split":
+    if name in ("split", "unstack"):
         return _parts(equation, inputs)
     terms = _RULES[name](inputs, equation) if name in _RULES else None
     if terms is None or any(term is None for term in terms):
@@ -359,10 +361,15 @@ def _outputs(equation: Any, inputs: list[Any]) -> Sequence[Any]:
 
 
 def _parts(equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    """What an array is split into."""
-    axis, ends = equation.params["axis"], itertools.accumulate(equation.params["sizes"], initial=0)
+    """What an array is split into, or is a stack of."""
+    axis, sizes = equation.params["axis"], equation.params.get("sizes")
+    ends = itertools.accumulate(sizes or [1] * len(equation.outvars), initial=0)
+
+    def change(term: Any, where: tuple[int, int, int]) -> Any:
+        return _part(term, where) if sizes else _without_axes(_part(term, where), [axis])
+
     outs = functools.cache(lambda: _bind(equation, inputs))
-    made = [_each(inputs[0], functools.partial(_part, where=(axis, *ends))) for ends in itertools.pairwise(ends)]
+    made = [_each(inputs[0], functools.partial(change, where=(axis, *ends))) for ends in itertools.pairwise(ends)]
     if any(terms is None or None in terms for terms in made):
         return outs()
     return [

@@ -84,7 +84,8 @@ def batch(name: str, tree: Any) -> int:
         ValueError: there is no array, one has no axes, or they differ in length.
     """
     shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    if len({shape[:1] for shape in shapes.values()} | {()}) != 2:
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or () in lengths:
         raise ValueError(
             f"{name} must be arrays whose first axis is that of the examples, got shapes {shapes}; pass whole batches"
         )

@@ -289,7 +289,9 @@ def clipped_grad(
     or over stacked layers, used once or shared; for whatever they are written with, and in one backward pass. All other
     gradients, such as those of biases, are stored for each example; `plan` tells which.
 
-    Norms by factors are sums of squares in float32: exact from 1e-18 to 1e18. An example beyond is dropped and counted.
+    Norms by factors are sums of squares in float32, for norms from 1e-18 to 1e18: an example above counts as not finite, one
+    below as zero. Where a weight is used more than once and the parts of its gradient almost cancel, the norm is exact to the
+    rounding of those parts. Sums are made with JAX's default precision of matrix products, as gradients are.
 
     Args:
         loss_fn: `(params, *example) -> loss` of one example, a scalar.

@@ -1,12 +1,12 @@
-r"""What happens to what is larger: `rescale clamp smooth zero normalize band`.
+r"""What happens to what is larger: `rescale clamp smooth zero normalize band automatic psac`.
 
 A response is a function `(gradient, size, limit) -> gradient` on one leaf, where size and
 limit are scalars or broadcast against it, in float32 or wider. All but `clamp` keep the
 direction of the gradient, so each is told in one line: what it makes of the size.
 
 Laws, for each response here: a zero gradient stays zero; `limit = inf` changes nothing;
-what is not changed comes back bit for bit; derivatives are finite. All but `normalize` and
-`band` never enlarge.
+what is not changed comes back bit for bit; derivatives are finite. `rescale clamp smooth
+zero` never enlarge.
 """
 
 import functools
@@ -100,7 +100,7 @@ def automatic(size: Array, limit: Array, *, gamma: float = 0.01) -> Array:
     References:
         Bu et al., [Automatic clipping](https://arxiv.org/abs/2206.07136), 2022.
     """
-    return jnp.where(limit < jnp.inf, limit * (size / (size + gamma)), size)
+    return _scaled(size / (size + gamma), size, limit)
 
 
 @keeps_direction
@@ -110,7 +110,13 @@ def psac(size: Array, limit: Array, *, r: float = 0.1) -> Array:
     References:
         Xia et al., [Differentially private learning with per-sample adaptive clipping](https://arxiv.org/abs/2212.00328), 2022.
     """
-    return jnp.where(limit < jnp.inf, limit * (size / (size + r / (size + r))), size)
+    return _scaled(size / (size + r / (size + r)), size, limit)
+
+
+def _scaled(share: Array, size: Array, limit: Array) -> Array:
+    """A share of the limit; the size where there is no limit."""
+    finite = limit < jnp.inf
+    return jnp.where(finite, share * jnp.where(finite, limit, 0), size)
 
 
 @jax.custom_jvp

@@ -94,12 +94,12 @@ ONE = {
     "functions of data": ((2, 32), lambda p, x: jax.nn.relu(optaxclip.clip_cotangent(x, 1.0)) @ p["w"], "w"),
     "clipped backward": ((2, 32), lambda p, x: optaxclip.clip_cotangent(jnp.sin(x @ p["w"]), 0.1), "w"),
     "weight decay": ((2, 32), lambda p, x: jnp.append(x @ p["w"], 0.1 * jnp.sum(p["w"] ** 2)), ""),
-    "complex": ((2, 32), lambda p, x: jnp.abs((x + 1j) @ p["w"]), ""),
+    "complex": ((2, 32), lambda p, x: jnp.abs(jax.lax.complex(x, 1 - x) @ jax.lax.complex(p["w"], jnp.zeros((32, 32)))), ""),
 }
 TWO = {
     "concatenated": ((2, 32), lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1), "wv"),
     "concatenated below": ((2, 64), lambda p, x: x @ jnp.concatenate([p["w"], p["v"]]), "wv"),
-    "stacked": ((2, 32), lambda p, x: jnp.einsum("td,kdf->ktf", x, jnp.stack([p["w"], p["v"]])), ""),
+    "stacked": ((2, 32), lambda p, x: jnp.einsum("td,kdf->ktf", x, jnp.stack([p["w"], p["v"]])), "wv"),
     "sum": ((2, 32), lambda p, x: x @ (p["w"] + 2 * p["v"]), "wv"),
     "product": ((2, 32), lambda p, x: x @ (p["w"] @ p["v"]), ""),
     "one in two places": ((2, 32), lambda p, x: (x @ p["w"]) @ p["v"] @ p["w"], "wv"),
@@ -137,7 +137,7 @@ def test_products_with_common_axes(name):
 
 OPERATIONS = {
     "transposed": lambda w, n: w.T,
-    "with a unit axis": lambda w, n: w.reshape(1, *w.shape)[0],
+    "with a unit axis": lambda w, n: jnp.squeeze(w.reshape(1, *w.shape), 0),
     "without a unit axis": lambda w, n: jnp.squeeze(w[:, None], 1),
     "scaled": lambda w, n: 0.7 * w,
     "negated": lambda w, n: -w,
@@ -500,7 +500,12 @@ def linen(model, x, loss=cross_entropy):
 
 def stateless(model):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return lambda p, x, y: cross_entropy(nnx.merge(graph, p, rest, copy=True)(x), y), params
+
+    def loss(params, x, y):
+        copies = jax.tree.map(lambda leaf: leaf, (params, rest))  # variables of this trace
+        return cross_entropy(nnx.merge(graph, *copies)(x), y)
+
+    return loss, params
 
 
 def test_a_perceptron():

@@ -223,6 +223,7 @@ REFUSALS = {
         )
         for tree, shapes in [
             ({}, "{}"),
+            ([1.0, 2.0], "{'[0]': (), '[1]': ()}"),
             ([np.ones((2, 3)), 1.0], "{'[0]': (2, 3), '[1]': ()}"),
             ({"x": np.ones((2, 3)), "y": np.ones(3)}, """{"['x']": (2, 3), "['y']": (3,)}"""),
         ]
@@ -545,17 +546,19 @@ def test_a_gradient_may_be_none_where_the_parameters_say_what_it_was():
 
 
 def test_every_function_of_validate_is_in_the_tables_above():
-    functions = {name for name, value in vars(_validate).items() if inspect.isfunction(value)}
+    functions = {name for name, value in vars(_validate).items() if inspect.isfunction(value) and not name.startswith("_")}
     assert functions == set(REFUSALS) == set(ACCEPTED)
 
 
 def raises(path):
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    """All refusals; to say that a law is broken, as `optaxclip.testing` does, is none."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    return [node for node in nodes if "AssertionError" not in ast.unparse(node)]
 
 
 def test_every_refusal_of_validate_has_a_case_above():
     tree = ast.parse((SOURCE / "_validate.py").read_text())
-    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef)]:
+    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]:
         expected = sum(isinstance(node, ast.Raise) for node in ast.walk(function))
         kinds = {(error, words.split(" got ")[0].split(" has ")[-1][:15]) for _, _, error, words in REFUSALS[function.name]}
         assert len(kinds) >= expected > 0, function.name

@@ -34,8 +34,8 @@ def with_adam(*clips):
     return optax.chain(*clips, optax.adam(1e-3))
 
 
-def on_layer(optimizer, where):
-    return cost_on_mesh(optimizer, LAYER, chips("v5e:4x4"), matrices_split, mapped=where == "shard_map")
+def on_layer(optimizer, where, topology="v5e:4x4"):
+    return cost_on_mesh(optimizer, LAYER, chips(topology), matrices_split, mapped=where == "shard_map")
 
 
 # Every transform
@@ -60,16 +60,33 @@ UNITS = {
 TEMPORARY = {"carry": 1.01}
 
 
-@pytest.mark.parametrize("where", ["jit", "shard_map"])
+def training(name, **options):
+    clip = TRANSFORMS[name].make(1.0, **options)
+    return optax.chain(clip, optax.sgd(1e-3)) if name == "scale_by_stable_adam" else with_adam(clip)
+
+
+def assert_cheap(name, found):
+    assert found.messages <= MESSAGES.get(name, 1)
+    assert found.units <= UNITS.get(name, 8) + 0.005
+    assert found.temporary <= TEMPORARY.get(name, 0.01)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_every_transform_on_16_chips(name, where):
-    clip = TRANSFORMS[name].make(1.0)
-    if name == "adaptive_grad_clip" and where == "shard_map":
-        clip = TRANSFORMS[name].make(1.0, axis_name=FAN_IN)
-    ours = on_layer(optax.chain(clip, optax.sgd(1e-3)) if name == "scale_by_stable_adam" else with_adam(clip), where)
-    assert ours.messages <= MESSAGES.get(name, 1)
-    assert ours.units <= UNITS.get(name, 8) + 0.005
-    assert ours.temporary <= TEMPORARY.get(name, 0.01)
+def test_every_transform_on_16_chips(name, topology):
+    assert_cheap(name, on_layer(training(name), "jit", topology))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_transform_on_16_chips_in_shard_map(name):
+    options = {"axis_name": FAN_IN} if name == "adaptive_grad_clip" else {}
+    assert_cheap(name, on_layer(training(name, **options), "shard_map"))
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_transform_on_one_chip(name, kind):
+    assert_cheap(name, cost(training(name), LAYER, kind))
 
 
 @pytest.mark.parametrize("where", ["jit", "shard_map"])
