@@ -49,7 +49,7 @@ def check_threshold(rule: Threshold, *, stream: Sequence[float] = STREAM) -> Non
         AssertionError: groups must not know of each other, but the limit of one was 2.0 alone and 9.00... beside others; ...
     """
     _validate.part("rule", rule, Threshold, "thresholds.ema(2.0)")
-    for shape in (3,), (2, 1, 3), (0,):
+    for shape in (3,), (2, 1, 3):
         _check_states(rule, jnp.ones(shape))
     run, sizes, scales = jax.jit(functools.partial(_limits_of, rule)), jnp.asarray(stream), jnp.array([1.0, 1e-3, 7.0])
     together = run(sizes[:, None] * scales)
@@ -73,6 +73,7 @@ def check_threshold(rule: Threshold, *, stream: Sequence[float] = STREAM) -> Non
         f"limits must have finite derivatives, but those by the sizes {list(stream)} were {np.ravel(slopes).tolist()}; "
         "guard roots, logarithms and quotients on the inside: jnp.sqrt(jnp.where(x > 0, x, 1))",
     )
+    _check_states(rule, jnp.ones((0,)))  # of a tree without floats
 
 
 def check_scope(scope: Scope, tree: Any = None) -> None:
