@@ -27,7 +27,6 @@ from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
 
 
-@functools.cache
 def l2() -> Norm:
     r"""Euclidean norm, :math:`\sqrt{\sum |x|^2}`.
 
@@ -40,29 +39,7 @@ def l2() -> Norm:
         >>> norms.measure(norms.l2(), [jnp.array([3e20, 4e20])])
         [Array([5.e+20], dtype=float32)]
     """
-
-    # Squares of floats span twice the exponents that floats have, so one sum cannot hold them all. Two can, where H
-    # is half of the largest exponent (64 in float32):
-    #   near = sum (x 2^(H-28))^2   finite for norms below 2^28 / up to there nothing above 2^(28-2H) is lost,
-    #   far  = sum (x 2^-(H+1))^2   finite for every norm that is a float; loses only elements below 4.
-    # `far` counts only once `near` overflows. The norm is then above 2^27, and even 2^30 elements of 4 are less than
-    # 2^-20 of its square: the two ranges overlap by enough, and both sums are made in one pass over the array.
-    # The caps square to infinity like what is above them. They keep derivatives finite, and they keep the compiler
-    # from pulling the scales out of the squares, where x^2 is infinite and the scale squared is 0.
-    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
-        half = jnp.finfo(magnitudes.dtype).maxexp // 2
-        scaled = [jnp.minimum(magnitudes * 2.0**shift, 2.0**half) for shift in (half - 28, -(half + 1))]
-        near, far = (_sum(x**2, axes) for x in scaled)
-        return near, far
-
-    def root(near: Array, far: Array) -> Array:
-        half = jnp.finfo(near.dtype).maxexp // 2
-        enough = jnp.isfinite(near)
-        unit = jnp.where(enough, 2.0 ** -(half - 28), 2.0 ** (half + 1)).astype(near.dtype)
-        return _root(jnp.where(enough, near, far), 2) * unit
-
-    squares = Norm(lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2))
-    return Norm(moments, _add, root, quick=squares)
+    return _l2()
 
 
 def l1() -> Norm:
@@ -314,6 +291,34 @@ def cast_like(x: Array, like: ArrayLike) -> Array:
     if not like.weak_type:
         return x
     return primitives.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
+
+
+@functools.cache
+def _l2() -> Norm:
+    """The norm `l2`, made once, so that it is known by its equality."""
+
+    # Squares of floats span twice the exponents that floats have, so one sum cannot hold them all. Two can, where H
+    # is half of the largest exponent (64 in float32):
+    #   near = sum (x 2^(H-28))^2   finite for norms below 2^28 / up to there nothing above 2^(28-2H) is lost,
+    #   far  = sum (x 2^-(H+1))^2   finite for every norm that is a float; loses only elements below 4.
+    # `far` counts only once `near` overflows. The norm is then above 2^27, and even 2^30 elements of 4 are less than
+    # 2^-20 of its square: the two ranges overlap by enough, and both sums are made in one pass over the array.
+    # The caps square to infinity like what is above them. They keep derivatives finite, and they keep the compiler
+    # from pulling the scales out of the squares, where x^2 is infinite and the scale squared is 0.
+    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
+        half = jnp.finfo(magnitudes.dtype).maxexp // 2
+        scaled = [jnp.minimum(magnitudes * 2.0**shift, 2.0**half) for shift in (half - 28, -(half + 1))]
+        near, far = (_sum(x**2, axes) for x in scaled)
+        return near, far
+
+    def root(near: Array, far: Array) -> Array:
+        half = jnp.finfo(near.dtype).maxexp // 2
+        enough = jnp.isfinite(near)
+        unit = jnp.where(enough, 2.0 ** -(half - 28), 2.0 ** (half + 1)).astype(near.dtype)
+        return _root(jnp.where(enough, near, far), 2) * unit
+
+    squares = Norm(lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2))
+    return Norm(moments, _add, root, quick=squares)
 
 
 def _ordered(x: Array) -> Array:

@@ -468,7 +468,7 @@ def test_every_other_argument_is_checked_when_it_is_made(make, error, words):
 
 
 def test_parts_that_were_not_called_are_refused():
-    for name, part, example in ("scope", scopes.tree, "scopes.tree()"), ("norm", norms.l1, "norms.l2()"):
+    for name, part, example in ("scope", scopes.tree, "scopes.tree()"), ("norm", norms.l2, "norms.l2()"):
         with pytest.raises(
             TypeError, match=rf"^{name} must be a {name.title()}, got <function .*>; pass one such as {re.escape(example)}$"
         ):
