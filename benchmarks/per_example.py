@@ -6,9 +6,9 @@ and bytes are left out.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +18,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from benchmarks.step_time import timed
 from optaxclip import per_example
 
 BATCH, MICROBATCH = 256, 32
@@ -120,14 +121,6 @@ def counted(compiled: Any) -> np.ndarray:
     return np.array([cost["flops"], cost["bytes accessed"]]) * (np.nan if loop else 1)
 
 
-def seconds(function: Callable[..., Any], *args: Any) -> float:
-    """Of the second of two calls: a step of its own kind goes before it."""
-    jax.block_until_ready(function(*args))
-    start = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    return time.perf_counter() - start
-
-
 def main() -> None:
     """Prints a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,13 +134,13 @@ def main() -> None:
         model, batch = MODELS[title]
         params: Any = model.init(jax.random.key(0), batch[0][0])
         compiled: dict[str, Any] = {name: jax.jit(row).lower(params, *batch).compile() for name, row in rows_of(model).items()}
-        times = np.array([[seconds(row, params, *batch) for row in compiled.values()] for _ in range(options.rounds)])
+        times = timed({name: functools.partial(row, params, *batch) for name, row in compiled.items()}, options.rounds)
         costs = {name: counted(row) for name, row in compiled.items()}
         print(f"\n{title:30}{'temporary':>13}{'flops':>8}{'bytes':>8}{'time':>8}{'quartiles':>16}")
-        for (name, row), taken in zip(compiled.items(), (times / times[:, :1]).T, strict=True):
+        for name, row in compiled.items():
             memory = row.memory_analysis().temp_size_in_bytes / 2**20
             flops, moved = ("-" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in costs[name] / costs["plain"])
-            low, median, high = np.quantile(taken, [0.25, 0.5, 0.75])
+            low, median, high = np.quantile(times[name], [0.25, 0.5, 0.75])
             print(f"{name:30}{memory:9.1f} MiB{flops:>8}{moved:>8}{median:8.2f}{low:9.2f} to {high:.2f}")
 
 

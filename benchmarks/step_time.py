@@ -36,12 +36,16 @@ ROWS = {
 
 def ratios(rows: dict[str, optax.GradientTransformation], params: Any, rounds: int) -> dict[str, np.ndarray]:
     """For each row `[rounds]`, the time of its step over that of the first row's in the same round."""
-    steps = [_step(optimizer, params) for optimizer in rows.values()]
-    times = np.array([[_seconds(step) for step in steps] for _ in range(rounds)])
-    return dict(zip(rows, (times / times[:, :1]).T, strict=True))
+    return timed({name: _step(optimizer, params) for name, optimizer in rows.items()}, rounds)
 
 
-def _step(optimizer: optax.GradientTransformation, params: Any) -> Callable[[], None]:
+def timed(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """For each step `[rounds]`, its time over that of the first in the same round."""
+    times = np.array([[_seconds(step) for step in steps.values()] for _ in range(rounds)])
+    return dict(zip(steps, (times / times[:, :1]).T, strict=True))
+
+
+def _step(optimizer: optax.GradientTransformation, params: Any) -> Callable[[], Any]:
     """Runs one compiled step on parameters and state of its own, which are donated."""
     key = jax.random.key(0)
     grads = jax.tree.map(lambda x: 0.01 * jax.random.normal(key, x.shape), params)
@@ -49,18 +53,17 @@ def _step(optimizer: optax.GradientTransformation, params: Any) -> Callable[[], 
     held = [params, optimizer.init(params)]
     compiled = step_of(optimizer).lower(*held, grads).compile()
 
-    def step() -> None:
+    def step() -> Any:
         held[:] = compiled(*held, grads)
-        jax.block_until_ready(held)
+        return held
 
-    step()
     return step
 
 
-def _seconds(step: Callable[[], None]) -> float:
-    step()
+def _seconds(step: Callable[[], Any]) -> float:
+    jax.block_until_ready(step())
     start = time.perf_counter()
-    step()
+    jax.block_until_ready(step())
     return time.perf_counter() - start
 
 

@@ -23,6 +23,8 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Literal
 
+from optaxclip._programs import bind
+
 _fixed = functools.partial(dataclasses.field, metadata={"static": True})
 
 
@@ -150,7 +152,8 @@ class Convolution:
 
     def factors(self) -> Product:
         """As a product: the left factor is every patch that the positions see."""
-        options, kernel = dict(self.options), [self.shape[self.order.index(axis)] for axis in range(2, len(self.shape))]
+        options, shape = dict(self.options), tuple(self.shape[self.order.index(axis)] for axis in range(len(self.shape)))
+        kernel = shape[2:]
         channels, summed, *space = self.left.shape
         steps, strides = options["window_strides"], options["rhs_dilation"]
         positions = self.right.shape[2:]
@@ -170,7 +173,7 @@ class Convolution:
         left = patches.reshape(channels, summed, *kernel, *positions)
         sums = tuple(range(-len(positions) - 1, 0))  # the summed axis and the positions
         lefts, rights = (0, sums[0], *range(2, len(self.shape)), *sums[1:]), (1, *sums)
-        plain = Product(left, self.right, lefts, rights, self._plain_shape())
+        plain = Product(left, self.right, lefts, rights, shape)
         return plain.transposed(self.order)
 
     def multiply(self, weights: Array | None = None) -> Array:
@@ -194,9 +197,6 @@ class Convolution:
         """That of a multiple."""
         return dataclasses.replace(self, right=self.right * factor)
 
-    def _plain_shape(self) -> tuple[int, ...]:
-        return tuple(self.shape[self.order.index(axis)] for axis in range(len(self.shape)))
-
 
 Term = Product | Convolution
 
@@ -217,8 +217,7 @@ class Lazy:
 
     def is_short(self) -> bool:
         """Whether the factors are fewer numbers than the array."""
-        shapes = [jax.eval_shape(lambda term=term: term.factors()) for term in self.terms]
-        return sum(x.left.size + x.right.size for x in shapes) < math.prod(self.shape)
+        return sum(x.left.size + x.right.size for x in _outlines(self.terms)) < math.prod(self.shape)
 
     def is_chosen(self) -> bool:
         """Whether rows are added to it by their places: such terms cannot be stacked, only summed."""
@@ -260,11 +259,12 @@ def weighted_sum(gradient: Array | tuple[Term, ...], weights: Array) -> Array:
 
 
 def _is_factored(x: Any) -> bool:
-    return isinstance(x, Lazy) and bool(x.terms) and x.is_short() and _shapes_alike(x.terms)
+    return isinstance(x, Lazy) and bool(x.terms) and x.is_short() and _alike(_outlines(x.terms)) is not None
 
 
-def _shapes_alike(terms: Sequence[Term]) -> bool:
-    return _alike([jax.eval_shape(lambda term=term: term.factors()) for term in terms]) is not None
+def _outlines(terms: Sequence[Term]) -> list[Product]:
+    """The factors of terms as shapes."""
+    return [jax.eval_shape(lambda term=term: term.factors()) for term in terms]
 
 
 def _alike(terms: list[Product]) -> list[Product] | None:
@@ -379,10 +379,7 @@ def _parts(equation: Any, inputs: list[Any]) -> Sequence[Any]:
 
 
 def _bind(equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    parts = equation.primitive.get_bind_params(equation.params)
-    functions, options = parts if isinstance(parts, tuple) else ((), parts)  # by the version of JAX
-    out = equation.primitive.bind(*functions, *map(_array, inputs), **options)
-    return out if equation.primitive.multiple_results else [out]
+    return bind(equation, list(map(_array, inputs)))
 
 
 def _array(x: Any) -> Any:
@@ -523,7 +520,7 @@ def _add(inputs: list[Any], equation: Any) -> list[Any] | None:
     return [*a.terms, *b.terms] if both else None
 
 
-def _zeros(inputs: list[Any], equation: Any) -> list[Any] | None:
+def _broadcast(inputs: list[Any], equation: Any) -> list[Any] | None:
     x, shape = inputs[0], equation.outvars[0].aval.shape
     if isinstance(x, Lazy):
         new = [axis for axis in range(len(shape)) if axis not in equation.params["broadcast_dimensions"]]
@@ -599,7 +596,7 @@ _RULES: dict[str, Callable[[list[Any], Any], list[Any] | None]] = {
     "scatter-add": _add_rows,
     "add": _add,
     "add_any": _add,
-    "broadcast_in_dim": _zeros,
+    "broadcast_in_dim": _broadcast,
     "transpose": _transposed,
     "convert_element_type": _converted,
     "mul": _times,

@@ -11,6 +11,7 @@ from jax.experimental import checkify
 from jax.extend.core import Literal
 
 from optaxclip import _sharding, _validate, norms, scopes
+from optaxclip._programs import bind
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, patient
 from optaxclip.thresholds.fixed import as_threshold
@@ -254,11 +255,7 @@ def _keeping(update: Callable[..., Any], keep: Callable[[Array, Array], Array], 
         return v.val if isinstance(v, Literal) else values[v]
 
     for equation in program.eqns:
-        parts = equation.primitive.get_bind_params(equation.params)
-        functions, options = parts if isinstance(parts, tuple) else ((), parts)  # by the version of JAX
-        with equation.ctx.manager:
-            out = equation.primitive.bind(*functions, *map(read, equation.invars), **options)
-        for v, x in zip(equation.outvars, out if equation.primitive.multiple_results else [out], strict=True):
+        for v, x in zip(equation.outvars, bind(equation, list(map(read, equation.invars))), strict=True):
             values[v] = keep(x, olds[v]) if v in olds else x
     outs = list(map(read, program.outvars[: len(program.outvars) - len(old)]))
     kept = [read(v) if olds.get(v) is x else keep(read(v), x) for v, x in zip(news, old, strict=True)]

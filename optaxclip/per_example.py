@@ -254,9 +254,7 @@ class ClippedGrad:
             {'b': 'stored', 'w': 'factors'}
         """
         found = jax.eval_shape(lambda example: self._gradient(params, *example)[1], _first(batch))
-        paths = [
-            jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(params)
-        ]
+        paths = scopes.lay_out(scopes.leaf(), params).paths
         return {path: "factors" if isinstance(x, tuple) else "stored" for path, x in zip(paths, found, strict=True)}
 
     def _gradient(self, params: Any, *example: Any) -> Any:
@@ -378,7 +376,7 @@ class _Parts:
         if self.scope.axes is not None:  # a reading of many groups in a leaf is that of all devices, here of other examples
             _validate.not_mapped("scope", _sharding.manual_axes())
         names = [name for (name,) in state.reading.names]
-        engine = self.engine(self._limits(state, len(names)), names)
+        engine = self.engine(self._limits(state), names)
 
         def one(gradient: Any) -> tuple[Any, Reading, Array]:
             start: Any = engine.init(gradient)
@@ -413,8 +411,7 @@ class _Parts:
         """The state after a batch."""
         reading = reading._replace(measured=_sharding.gathered(reading.measured, self.axes))
         mask, counted = (_sharding.gathered(x, self.axes) for x in (mask, counted))
-        limits = self._limits(state, len(state.reading.names))
-        rules = state.rules
+        rules, limits = state.rules, self._limits(state)
         if self.rule and limits is not None:
             rules = self.rule.learn(reading.size_before, counted, limits, rules, Context(state.step))
         weights = counted / jnp.maximum(jnp.sum(counted), 1)
@@ -429,10 +426,11 @@ class _Parts:
         """Sums over the devices that have the batch between them."""
         return jax.lax.psum(tree, self.axes) if self.axes else tree
 
-    def _limits(self, state: Any, groups: int) -> Array | None:
+    def _limits(self, state: Any) -> Array | None:
+        """What the rule allows each group; None without a rule."""
         if not self.rule:
             return None
-        return jnp.broadcast_to(self.rule.limit(state.rules, Context(state.step)), (groups,))
+        return jnp.broadcast_to(self.rule.limit(state.rules, Context(state.step)), (len(state.reading.names),))
 
 
 def _mask(mask: Any, size: int, batch: Any) -> Array:

@@ -16,8 +16,6 @@ from run_example import help_of, in_process
 
 import optaxclip
 
-pytestmark = pytest.mark.xdist_group("compare_methods")  # its long runs are shared by its tests
-
 SOURCE = inspect.getsource(compare_methods)
 TRANSFORMS = [
     name

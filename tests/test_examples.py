@@ -10,8 +10,6 @@ import optax
 import pytest
 from run_example import EXAMPLES, as_script
 
-pytestmark = pytest.mark.xdist_group("examples")  # its long runs are shared by its tests
-
 ROWS = ["none", "leaf norm 1", "global norm 1", "value 5", "leaf norm 1, value 5", "adaptive 0.01", "adaptive 0.1"]
 ACCEPTED = {"leaf norm 1": (13, 18.5), "global norm 1": (15, 25), "value 5": (28, 90)}
 PNG = b"\x89PNG\r\n\x1a\n"

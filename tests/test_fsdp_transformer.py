@@ -14,8 +14,6 @@ from run_example import as_script, help_of, in_process
 
 from optaxclip import adagc
 
-pytestmark = pytest.mark.xdist_group("fsdp_transformer")  # its runs are shared by its tests
-
 STEPS, BAD = 120, 32  # with half of the gradient accumulated
 SMALL = {"WIDTH": 32, "BLOCKS": 1, "LENGTH": 32, "RATE": 1e-2, "CLIPS": {"adagc": partial(adagc, warmup=10)}}
 COMPILED, DONE = {}, []

@@ -13,8 +13,6 @@ from run_example import help_of, in_process
 
 import optaxclip
 
-pytestmark = pytest.mark.xdist_group("lstm_digits")  # its long runs are shared by its tests
-
 SUBSETS = {"nnx": ["none", "global norm 1", "Graves 1/32"], "linen": ["Graves 1/32"]}
 
 

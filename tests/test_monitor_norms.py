@@ -15,8 +15,6 @@ from test_docs import events
 import optaxclip
 from optaxclip import scopes
 
-pytestmark = pytest.mark.xdist_group("monitor_norms")  # its long runs are shared by its tests
-
 CLIPPED = {"value 1": "value_1", "leaf norm 2": "leaf_norm_2", "global norm 2": "global_norm_2"}
 LEAVES = ["hidden/bias", "hidden/kernel", "output/bias", "output/kernel"]
 ACCEPTED = {  # loss, and mean norm of both weights before and after clipping

@@ -19,8 +19,6 @@ from scipy.stats import binom, norm
 from optaxclip import per_example as clipping
 from optaxclip._types import Context
 
-pytestmark = pytest.mark.xdist_group("per_example_example")  # its long run is shared by its tests
-
 NAMES = ["none", "limit 1", "median"]
 NOISES = [0.5, 2.0, 16.0]
 

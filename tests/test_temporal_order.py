@@ -15,8 +15,6 @@ import temporal_order
 from flax import nnx
 from run_example import as_script
 
-pytestmark = pytest.mark.xdist_group("temporal_order")  # its long runs are shared by its tests
-
 KEYS = {"accuracy", "solved", "nonfinite", "largest_norm", "quartiles_norm", "clipped_share"}
 LABELS = {"rnn": ["1", "5", "none"], "lstm": ["0.25", "1", "none"]}
 CLASSES = {(0, 0): 0, (0, 1): 1, (1, 0): 2, (1, 1): 3}

@@ -94,11 +94,17 @@ def jointly(threshold: Any) -> Threshold:
     _validate.memoryless("threshold", rule)
 
     def limit(sizes: Array, state: Any, context: Context) -> Array:
-        blocks = [jnp.where(jnp.isfinite(block), block, 0) for block in context.blocks or (sizes,)]
-        axes = [_sharding.varying(block) or () for block in blocks]
-        tops = [_sharding.largest(jnp.max(block, initial=0), own) for block, own in zip(blocks, axes, strict=True)]
+        alike: dict[Any, list[Array]] = {}  # blocks by the axes along which they are split: two messages for each kind
+        for block in context.blocks or (sizes,):
+            alike.setdefault(_sharding.varying(block) or (), []).append(jnp.where(jnp.isfinite(block), block, 0))
+        tops = [
+            _sharding.largest(jnp.max(jnp.stack([jnp.max(block, initial=0) for block in blocks])), axes)
+            for axes, blocks in alike.items()
+        ]
         top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops)))  # only a scale
-        parts = [_sharding.total(jnp.sum(share(block, top) ** 2), own) for block, own in zip(blocks, axes, strict=True)]
+        parts = [
+            _sharding.total(sum(jnp.sum(share(block, top) ** 2) for block in blocks), axes) for axes, blocks in alike.items()
+        ]
         norm = jnp.sqrt(jnp.where(top > 0, sum(parts), 1))  # in tops
         return responses.rescale(sizes, top, rule.limit(top, state, context) / norm)
 
