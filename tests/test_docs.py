@@ -1,7 +1,13 @@
-"""Every Python block of every page of the documentation runs, in order; what the recipes for loggers write is what happened."""
+"""Every Python block of every page of the documentation runs, in order, and prints what the page says.
 
+What the recipes for loggers write is what happened; the pages of the API have each public name once.
+"""
+
+import contextlib
 import csv
 import functools
+import inspect
+import io
 import re
 import struct
 import textwrap
@@ -13,9 +19,12 @@ import pytest
 from tensorboardX.proto import event_pb2
 from wandb.proto import wandb_internal_pb2
 
+import optaxclip
+
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if "_build" not in page.parts)
-BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+GENERATED = {"_build", "gallery.md"}
+PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if not GENERATED & set(page.relative_to(DOCS).parts))
+BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$(?:\n\n\1```text\n(.*?)^\1```$)?", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,10 @@ def run(tmp_path_factory):
             for block in BLOCK.finditer(text):
                 lines_above = text.count("\n", 0, block.start(2))
                 code = "\n" * lines_above + textwrap.dedent(block.group(2))
-                exec(compile(code, DOCS / page, "exec"), names)  # noqa: S102 (our own file)
+                with contextlib.redirect_stdout(io.StringIO()) as printed:
+                    exec(compile(code, DOCS / page, "exec"), names)  # noqa: S102 (our own file)
+                if block.group(3) is not None:
+                    assert printed.getvalue() == re.sub(rf"^{block.group(1)}", "", block.group(3), flags=re.MULTILINE)
         return folder, names
 
     return run
@@ -54,7 +66,27 @@ def test_no_python_block_escapes(page):
 
 
 def test_there_are_pages():
-    assert "logging.md" in PAGES
+    assert {"logging.md", "concepts.md", "api/clip.md"} <= set(PAGES)
+
+
+def test_every_public_name_has_one_place_in_the_api():
+    documented = []
+    for page in (DOCS / "api").glob("*.md"):
+        module = "optaxclip"
+        for directive, name in re.findall(r"^\.\. (\w+):: ([\w.]+)$", page.read_text(), re.MULTILINE):
+            module = name if directive in ("automodule", "currentmodule") else module
+            if directive.startswith("auto"):
+                documented.append(name if directive == "automodule" else f"{module}.{name}")
+    assert len(set(documented)) == len(documented)
+    names = {name for name in vars(optaxclip) if not name.startswith("_")}
+    modules = {name for name in names if inspect.ismodule(getattr(optaxclip, name))}
+    assert {f"optaxclip.{name}" for name in names} <= set(documented)
+    for name in documented:  # exists, where the page says
+        functools.reduce(getattr, name.split(".")[1:], optaxclip)
+    for page in PAGES:  # what a page calls by module and name is documented
+        for module, name in re.findall(r"\b(\w+)\.([a-z]\w+)\b", " ".join(re.findall(r"`+[^`]+`+", (DOCS / page).read_text()))):
+            if module in modules and hasattr(getattr(optaxclip, module), name):
+                assert f"optaxclip.{module}.{name}" in documented or f"optaxclip.{name}" in documented, (page, module, name)
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +188,6 @@ def test_the_largest_layer_has_its_name(logged):
 
 def test_monitors_see_both_sides_of_the_clip(logged):
     seen = logged[1]["seen"]
-    text = (DOCS / "logging.md").read_text()
     for layer, before, after in ("encoder", 5, 0.5**0.5), ("head", 0.5, 0.5):
         assert seen[f"clip_0/size_before/{layer}"] == pytest.approx(before)
         assert seen[f"clip_2/size_before/{layer}"] == pytest.approx(after)
-        assert f"\n{layer:8} {before:.3f} -> {after:.3f}\n" in text
