@@ -1,29 +1,24 @@
 """The compiler's figures for one optimizer step on a chip or on many, ahead of time: no device is needed, a compiler is.
 
-Bytes are counted from the scheduled program: each operand that a kernel reads from main memory once, and
-each result that it writes once. Buffers that the compiler keeps on chip are free, and an asynchronous copy
-onto the chip counts as one read.
-
 The compiler for TPU is `libtpu`. That for NVIDIA needs no driver and little of CUDA: `jax-cuda12-plugin` and
-`jax-cuda12-pjrt` of the version of `jax`, installed with `--no-deps`, and `nvidia-cuda-nvcc-cu12`. Then
-`python -m benchmarks.ahead_of_time v5e h100` prints what a step of GPT-2 costs on one chip of these kinds.
+`jax-cuda12-pjrt` of the version of `jax`, installed with `--no-deps`, and `nvidia-cuda-nvcc-cu12`.
 """
 
-import argparse
 import math
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-import optaxclip
+from benchmarks import peers, trees
+from benchmarks.optimizers import METHODS, compiled_step, step
+from benchmarks.report import Row
+from benchmarks.traffic import messages, traffic
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -56,38 +51,14 @@ H100 = """
     block_dim_limit_z: 65535
   }
 """
-
-WIDTHS = {
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "s8": 1,
-    "u8": 1,
-    "pred": 1,
+MESH = "v5e:4x4"
+QUICK = ["none", "global norm", "global norm, skip NaN"]
+FIGURES = {
+    "units": "Bytes from and to main memory",
+    "temporary": "Temporary memory",
+    "kernels": "Kernels",
+    "messages": "Messages",
 }
-NO_KERNEL = {
-    "parameter",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "constant",
-    "after-all",
-    "copy-done",
-    "slice-done",
-    "async-done",
-    "all-reduce-done",
-    "all-gather-done",
-    "collective-permute-done",
-    "opt-barrier",
-}
-COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
 class Cost(NamedTuple):
@@ -102,16 +73,32 @@ class Cost(NamedTuple):
     messages: int
 
 
-def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257) -> dict[str, Any]:
-    """The parameters of GPT-2 as shapes: 124 million in 148 leaves."""
-    block = {
-        **{f"ln{i}_{name}": (width,) for i in (1, 2) for name in ("scale", "bias")},
-        **{"qkv": (width, 3 * width), "qkv_bias": (3 * width,), "out": (width, width), "out_bias": (width,)},
-        **{"up": (width, 4 * width), "up_bias": (4 * width,), "down": (4 * width, width), "down_bias": (width,)},
-    }
-    shapes = {"wte": (vocabulary, width), "wpe": (1024, width), "ln_scale": (width,), "ln_bias": (width,)}
-    tree = {**shapes, **{f"block{i}": block for i in range(layers)}}
-    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=lambda x: isinstance(x, tuple))
+def measure(rounds: int, quick: bool) -> Iterator[Row]:
+    """Rows for GPT-2 on one chip of each kind, and for Llama on a mesh; for one kind, one layer and three methods, to be quick.
+
+    Args:
+        rounds: not used, since compilers do not vary.
+        quick: whether to be.
+    """
+    del rounds
+    kinds = ["v5e", "v6e"] * peers.installed("TPU") + ["h100"] * peers.installed("H100")
+    model, methods = (trees.gpt2(1), QUICK) if quick else (trees.gpt2(), list(METHODS))
+    title, figures = trees.described("GPT-2", model), ["units", "temporary", "kernels"]
+    yield from _rows(title, methods, kinds[:1] if quick else kinds, figures, lambda o, kind: cost(o, model, kind))
+    if peers.installed("TPU") and not quick:
+        large, mesh = trees.llama(), mesh_of(MESH, chips=16)
+        title = f"{trees.described('TinyLlama', large)} split over 16 chips"
+        yield from _rows(title, methods, [MESH], [*figures, "messages"], lambda o, _: cost_on_mesh(o, large, mesh))
+
+
+def _rows(title: str, methods: list[str], kinds: list[str], figures: list[str], cost_of: Callable[..., Cost]) -> Iterator[Row]:
+    for method in methods:
+        for kind in kinds:
+            for library, optimizer in METHODS[method].optimizers.items():
+                found = cost_of(optimizer, kind)._asdict()
+                for figure in figures:
+                    limit = METHODS[method].units if figure == "units" else None
+                    yield Row(f"{FIGURES[figure]}, {title}", method, f"{kind} {library}", found[figure], limit=limit)
 
 
 def mesh_of(topology: str, **axes: int) -> Mesh:
@@ -135,11 +122,6 @@ def longest_split(shape: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec(*("chips" if axis == shape.index(max(shape)) else None for axis in range(len(shape))))
 
 
-def step_of(optimizer: optax.GradientTransformation) -> Any:
-    """`(params, state, grads) -> (params, state)`, jitted, with parameters and state donated."""
-    return jax.jit(_step(optimizer), donate_argnums=(0, 1))
-
-
 def cost(optimizer: optax.GradientTransformation, params: Any, kind: str = "v5e") -> Cost:
     """The cost of one step on one chip, with parameters and state donated.
 
@@ -152,7 +134,7 @@ def cost(optimizer: optax.GradientTransformation, params: Any, kind: str = "v5e"
         The cost, where one unit is the size of the parameters.
     """
     chip = SingleDeviceSharding(mesh_of(f"{kind}:1x1", chips=1).devices.item())
-    return _cost(step_of(optimizer), optimizer, params, lambda leaf: chip)
+    return _cost(compiled_step(optimizer), optimizer, params, lambda leaf: chip)
 
 
 def cost_on_mesh(
@@ -181,90 +163,21 @@ def cost_on_mesh(
     def spec(leaf: Any) -> PartitionSpec:
         return spec_of(leaf.shape) if leaf.shape in shapes else PartitionSpec()
 
-    step = step_of(optimizer)
+    program = compiled_step(optimizer)
     if mapped:
         own, state = (jax.tree.map(spec, tree) for tree in (params, jax.eval_shape(optimizer.init, params)))
-        parts = jax.shard_map(_step(optimizer), mesh=mesh, in_specs=(own, state, own), out_specs=(own, state))
-        step = jax.jit(parts, donate_argnums=(0, 1))
-    return _cost(step, optimizer, params, lambda leaf: NamedSharding(mesh, spec(leaf)))
+        parts = jax.shard_map(step(optimizer), mesh=mesh, in_specs=(own, state, own), out_specs=(own, state))
+        program = jax.jit(parts, donate_argnums=(0, 1))
+    return _cost(program, optimizer, params, lambda leaf: NamedSharding(mesh, spec(leaf)))
 
 
-def _step(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def _cost(step: Any, optimizer: optax.GradientTransformation, params: Any, sharding_of: Callable[[Any], Sharding]) -> Cost:
+def _cost(program: Any, optimizer: optax.GradientTransformation, params: Any, sharding_of: Callable[[Any], Sharding]) -> Cost:
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), tree)
 
-    compiled = step.lower(*map(placed, (params, jax.eval_shape(optimizer.init, params), params))).compile()
+    compiled = program.lower(*map(placed, (params, jax.eval_shape(optimizer.init, params), params))).compile()
     unit = sum(4 * math.prod(sharding_of(leaf).shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params))
     temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
-    program = compiled.as_text() or ""
-    moved = list(_traffic(program))
-    return Cost(sum(moved) / unit, temporary / unit, len(moved), len(COLLECTIVE.findall(program)))
-
-
-def _traffic(program: str) -> Iterator[int]:
-    """Bytes to and from main memory of each kernel in the program's entry computation."""
-    entry = program[program.index("\nENTRY ") :]
-    results: dict[str, str] = {}
-    for line in entry.splitlines():
-        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$", line)
-        if not match:
-            continue
-        name, result, operation, rest = match.groups()
-        results[name] = result
-        if operation in NO_KERNEL:
-            continue
-        operands = set(re.findall(r"%([\w.\-]+)", rest.split("), ")[0])) & results.keys()
-        if operation == "copy-start":
-            yield sum(map(_bytes, _arrays(result)[:2]))
-        elif operation == "slice-start":
-            part = _arrays(result)[1]
-            yield _bytes(re.sub(r"S\(\d+\)", "", part)) + _bytes(part)
-        else:
-            yield _bytes(result) + sum(_bytes(results[operand]) for operand in operands)
-
-
-def _arrays(text: str) -> list[str]:
-    return re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", text)
-
-
-def _bytes(text: str) -> int:
-    """Size of the arrays in `text` that live in main memory; `S(1)` and the like are on chip."""
-    off_chip = [array for array in _arrays(text) if not re.search(r"S\([1-9]\)", array)]
-    parsed = [array.split("{")[0].rstrip("]").split("[") for array in off_chip]
-    return sum(WIDTHS.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in parsed)
-
-
-def main() -> None:
-    """Prints the cost of a few optimizers on one chip of each kind."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="+", help="of chips: v5e, v5p, v6e, h100")
-    parser.add_argument("--layers", type=int, default=12, help="of GPT-2")
-    options = parser.parse_args()
-    adam, clip = optax.adam(1e-3), optaxclip.clip_by_global_norm(1.0)
-    theirs = optax.chain(optax.clip_by_global_norm(1.0), adam)
-    rows = {
-        "adam": adam,
-        "optax: clip_by_global_norm": theirs,
-        "clip_by_global_norm": optax.chain(clip, adam),
-        "adagc": optax.chain(optaxclip.adagc(), adam),
-        "adaptive_grad_clip": optax.chain(optaxclip.adaptive_grad_clip(0.01), adam),
-        "optax: apply_if_finite": optax.apply_if_finite(theirs, 10),
-        "skip_nonfinite": optaxclip.skip_nonfinite(optax.chain(clip, adam)),
-    }
-    print(f"{'':28}{'kind':>6}{'units':>8}{'temporary':>11}{'kernels':>9}")
-    for name, optimizer in rows.items():
-        for kind in options.kinds:
-            found = cost(optimizer, gpt2(options.layers), kind)
-            print(f"{name:28}{kind:>6}{found.units:8.3f}{found.temporary:11.3f}{found.kernels:9}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    text = compiled.as_text() or ""
+    moved = list(traffic(text))
+    return Cost(sum(moved) / unit, temporary / unit, len(moved), messages(text))

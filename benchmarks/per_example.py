@@ -1,15 +1,11 @@
 """What clipping each example costs over a plain batch gradient: memory, work and bytes by the compiler, and wall time.
 
-All rows of a model run in one process, in turn, as in `benchmarks.step_time`: `python -m benchmarks.per_example`.
-Of jax_privacy there are rows if it is installed. The compiler counts the body of a loop once, so where there is a loop, flops
-and bytes are left out.
+The compiler counts the body of a loop once, so where there is a loop, flops and bytes are left out.
 """
 
-import argparse
 import functools
 import importlib
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +14,9 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from benchmarks.step_time import timed
+from benchmarks import peers
+from benchmarks.report import Row
+from benchmarks.timing import spread, timed
 from optaxclip import per_example
 
 BATCH, MICROBATCH = 256, 32
@@ -107,7 +105,7 @@ def rows_of(model: Any) -> dict[str, Callable[..., Any]]:
         f"clipped_grad, microbatch {MICROBATCH}": per_example.clipped_grad(loss, 1.0, microbatch=MICROBATCH),
         "optax": stored,
     }
-    if importlib.util.find_spec("jax_privacy"):
+    if peers.installed("jax_privacy"):
         clipping = importlib.import_module("jax_privacy.clipping")
         for name, size in ("jax_privacy", None), (f"jax_privacy, microbatch {MICROBATCH}", MICROBATCH):
             options = {"batch_argnums": (1, 2), "keep_batch_dim": False, "microbatch_size": size}
@@ -115,34 +113,24 @@ def rows_of(model: Any) -> dict[str, Callable[..., Any]]:
     return rows
 
 
-def counted(compiled: Any) -> np.ndarray:
-    """Flops and bytes; NaN for a program with a loop."""
-    cost, loop = compiled.cost_analysis(), " while(" in compiled.as_text()
-    return np.array([cost["flops"], cost["bytes accessed"]]) * (np.nan if loop else 1)
-
-
-def main() -> None:
-    """Prints a table for each model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each row runs")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which tables")
-    options = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, optax {optax.__version__}, batches of {BATCH}")
-    if not importlib.util.find_spec("jax_privacy"):
-        print("no rows of jax_privacy, which is not installed")
-    for title in options.models:
+def measure(rounds: int, quick: bool) -> Iterator[Row]:
+    """Rows of a table for each model; for the recurrent one, which is fast in any way, to be quick."""
+    for title in ["LSTM"] if quick else MODELS:
         model, batch = MODELS[title]
         params: Any = model.init(jax.random.key(0), batch[0][0])
         compiled: dict[str, Any] = {name: jax.jit(row).lower(params, *batch).compile() for name, row in rows_of(model).items()}
-        times = timed({name: functools.partial(row, params, *batch) for name, row in compiled.items()}, options.rounds)
+        times = timed({name: functools.partial(row, params, *batch) for name, row in compiled.items()}, rounds)
         costs = {name: counted(row) for name, row in compiled.items()}
-        print(f"\n{title:30}{'temporary':>13}{'flops':>8}{'bytes':>8}{'time':>8}{'quartiles':>16}")
-        for name, row in compiled.items():
-            memory = row.memory_analysis().temp_size_in_bytes / 2**20
-            flops, moved = ("-" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in costs[name] / costs["plain"])
-            low, median, high = np.quantile(times[name], [0.25, 0.5, 0.75])
-            print(f"{name:30}{memory:9.1f} MiB{flops:>8}{moved:>8}{median:8.2f}{low:9.2f} to {high:.2f}")
+        table = f"Over a plain gradient, {title}, batches of {BATCH}"
+        for name in compiled:
+            for figure, value in costs[name].items():
+                if np.isfinite(ratio := value / costs["plain"][figure]):
+                    yield Row(table, name, figure, ratio)
+            yield Row(table, name, "time", *spread(times[name] / times["plain"]))
 
 
-if __name__ == "__main__":
-    main()
+def counted(compiled: Any) -> dict[str, float]:
+    """Temporary memory, flops and bytes; NaN for the last two of a program with a loop."""
+    cost, loop = compiled.cost_analysis(), " while(" in compiled.as_text()
+    flops, moved = np.array([cost["flops"], cost["bytes accessed"]]) * (np.nan if loop else 1)
+    return {"temporary memory": compiled.memory_analysis().temp_size_in_bytes, "flops": flops, "bytes": moved}

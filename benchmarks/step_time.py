@@ -1,86 +1,62 @@
-"""Wall time of an optimizer step on this machine's default device, as a ratio to the bare optimizer's.
+"""Wall time of an optimizer step on this machine's default device, as a ratio to the bare optimizer's of the same library."""
 
-All rows run in one process, in turn, so what disturbs one disturbs all; a step follows one of its own kind, as in
-training, because what others leave in caches and allocators is not its cost: `python -m benchmarks.step_time`.
-"""
-
-import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-import optaxclip
-from benchmarks.ahead_of_time import gpt2, step_of
-from optaxclip import thresholds
+from benchmarks import peers, trees
+from benchmarks.optimizers import FEW, METHODS, READS_AND_WRITES, compiled_step
+from benchmarks.report import Row
+from benchmarks.timing import spread, timed
 
-ADAM = optax.adam(1e-3)
-OPTAX_CLIP = optax.chain(optax.clip_by_global_norm(1.0), ADAM)
-CLIP = optax.chain(optaxclip.clip_by_global_norm(1.0), ADAM)
-ROWS = {
-    "adam": ADAM,
-    "optax: clip_by_global_norm": OPTAX_CLIP,
-    "clip_by_global_norm": CLIP,
-    "clip_by_norm": optax.chain(optaxclip.clip_by_norm(1.0), ADAM),
-    "autoclip": optax.chain(optaxclip.autoclip(), ADAM),
-    "adagc": optax.chain(optaxclip.adagc(), ADAM),
-    "optax: apply_if_finite": optax.apply_if_finite(OPTAX_CLIP, 10),
-    "skip_nonfinite": optaxclip.skip_nonfinite(CLIP),
-    "skip_spikes": optaxclip.skip_spikes(CLIP, thresholds.zscore(4.0)),
+# A CPU has a GPT-2 with two layers and 4000 words: each row holds parameters and moments of its own.
+TREES = {
+    "GPT-2": (lambda: trees.gpt2() if jax.default_backend() == "gpu" else trees.gpt2(2, vocabulary=4000), METHODS),
+    "ResNet-50": (trees.resnet50, METHODS),
+    "tiny leaves": (trees.tiny, FEW),
 }
+QUICK = {"GPT-2": (lambda: trees.gpt2(1, vocabulary=1000), FEW)}
 
 
-def ratios(rows: dict[str, optax.GradientTransformation], params: Any, rounds: int) -> dict[str, np.ndarray]:
-    """For each row `[rounds]`, the time of its step over that of the first row's in the same round."""
-    return timed({name: _step(optimizer, params) for name, optimizer in rows.items()}, rounds)
+def measure(rounds: int, quick: bool) -> Iterator[Row]:
+    """Rows of a table for each tree; for one small tree and a few methods, to be quick."""
+    for name, (make, methods) in (QUICK if quick else TREES).items():
+        yield from _rows(name, make(), list(methods), rounds)
 
 
-def timed(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """For each step `[rounds]`, its time over that of the first in the same round."""
-    times = np.array([[_seconds(step) for step in steps.values()] for _ in range(rounds)])
-    return dict(zip(steps, (times / times[:, :1]).T, strict=True))
+def _rows(name: str, tree: Any, methods: list[str], rounds: int) -> Iterator[Row]:
+    title = f"Step time over the bare optimizer's, {trees.described(name, tree)}"
+    times = timed(_steps(trees.noise(tree, 0.1), trees.noise(tree, 0.01), methods), rounds)
+    for (method, library), seconds in times.items():
+        bare = times["none", "Optax" if library == "optaxclip" else library]
+        limit = METHODS[method].units / READS_AND_WRITES
+        yield Row(title, method, library, *spread(seconds / bare), limit)
 
 
-def _step(optimizer: optax.GradientTransformation, params: Any) -> Callable[[], Any]:
-    """Runs one compiled step on parameters and state of its own, which are donated."""
-    key = jax.random.key(0)
-    grads = jax.tree.map(lambda x: 0.01 * jax.random.normal(key, x.shape), params)
-    params = jax.tree.map(lambda x: 0.1 * jax.random.normal(key, x.shape), params)
+def _steps(params: Any, grads: Any, methods: list[str]) -> dict[tuple[str, str], Callable[[], Any]]:
+    """By method and library, a step on parameters and state of its own."""
+    on_device = jax.tree.map(jnp.array, grads)
+    steps = {
+        (method, library): _step(optimizer, params, on_device)
+        for method in methods
+        for library, optimizer in METHODS[method].optimizers.items()
+    }
+    for library, make in ("torch", peers.torch_steps), ("Keras", peers.keras_steps):
+        if peers.installed(library):
+            steps |= {(method, library): step for method, step in make(params, grads, methods).items()}
+    return steps
+
+
+def _step(optimizer: optax.GradientTransformation, params: Any, grads: Any) -> Callable[[], Any]:
+    params = jax.tree.map(jnp.array, params)
     held = [params, optimizer.init(params)]
-    compiled = step_of(optimizer).lower(*held, grads).compile()
+    compiled = compiled_step(optimizer).lower(*held, grads).compile()
 
     def step() -> Any:
         held[:] = compiled(*held, grads)
         return held
 
     return step
-
-
-def _seconds(step: Callable[[], Any]) -> float:
-    jax.block_until_ready(step())
-    start = time.perf_counter()
-    jax.block_until_ready(step())
-    return time.perf_counter() - start
-
-
-def main() -> None:
-    """Prints a line per row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=41, help="how often each row runs")
-    parser.add_argument("--layers", type=int, default=2, help="of a GPT-2; its embedding has 4000 words here")
-    options = parser.parse_args()
-    params = gpt2(options.layers)
-    params["wte"] = jax.ShapeDtypeStruct((4000, 768), jnp.float32)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, optax {optax.__version__}")
-    print(f"{'row':30}{'median':>8}{'quartiles':>16}")
-    for name, values in ratios(ROWS, params, options.rounds).items():
-        low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-        print(f"{name:30}{median:8.2f}{low:9.2f} to {high:.2f}")
-
-
-if __name__ == "__main__":
-    main()

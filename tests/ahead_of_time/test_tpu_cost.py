@@ -4,7 +4,8 @@ import optax
 import pytest
 
 import optaxclip
-from benchmarks.ahead_of_time import cost, gpt2
+from benchmarks.ahead_of_time import cost
+from benchmarks.trees import gpt2
 from optaxclip import scopes, telemetry, thresholds
 
 PARAMS = gpt2()

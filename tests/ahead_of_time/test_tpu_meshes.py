@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from transforms import CASES, SCALERS
 
 import optaxclip
-from benchmarks.ahead_of_time import cost, cost_on_mesh, gpt2, longest_split, mesh_of
+from benchmarks.ahead_of_time import cost, cost_on_mesh, longest_split, mesh_of
+from benchmarks.trees import gpt2
 from optaxclip import norms, responses, scopes, skip_nonfinite, skip_spikes, thresholds
 
 TOPOLOGIES = ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"]

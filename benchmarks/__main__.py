@@ -1,0 +1,52 @@
+"""What clipping costs, beside Optax, PyTorch, Keras and jax_privacy, and beside the least it can cost.
+
+Times are ratios within one run, medians with quartiles. `docs/performance.md` derives the limits, and says what is shown.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks import ahead_of_time, compile_time, peers, per_example, step_time, sweep
+from benchmarks.picture import draw
+from benchmarks.report import save, tables
+
+BENCHMARKS = {  # and how often each row is measured, if not told otherwise: in full, and to be quick
+    "step_time": (step_time.measure, 31, 5),
+    "compile_time": (compile_time.measure, 3, 1),
+    "ahead_of_time": (ahead_of_time.measure, 1, 1),
+    "per_example": (per_example.measure, 5, 1),
+    "sweep": (sweep.measure, 3, 1),
+}
+
+
+def main() -> None:
+    """Prints tables, and saves them with JSON and pictures."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure, of {', '.join(BENCHMARKS)}; all")
+    parser.add_argument("--quick", action="store_true", help="small models, few rounds: a minute in all")
+    parser.add_argument("--rounds", type=int, help="how often each row is measured")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="where JSON, tables and pictures go")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(BENCHMARKS):
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    for peer, package in peers.PACKAGES.items():
+        if not peers.installed(peer):
+            print(f"no rows of {peer}: {package} is not installed")
+    for name in options.names or BENCHMARKS:
+        measure, full_rounds, quick_rounds = BENCHMARKS[name]
+        rounds, start = options.rounds or (quick_rounds if options.quick else full_rounds), time.perf_counter()
+        print(f"\n{name} ...", flush=True)
+        rows = list(measure(rounds, options.quick))
+        print(f"\n{tables(rows)}\n{name} took {time.perf_counter() - start:.0f} seconds", flush=True)
+        if rows:
+            save(options.out, name, rows, rounds)
+        if any(row.limit for row in rows):
+            draw(rows).savefig(options.out / f"{name}.png", dpi=150)
+    print(f"saved in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

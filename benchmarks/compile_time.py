@@ -1,0 +1,53 @@
+"""How long JAX takes to trace a step and XLA to compile it, as ratios to Optax's global norm with Adam on the same tree.
+
+Each is done in fresh caches, all in turn. Tracing is from the Python functions to a program for XLA, `init` included.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks import trees
+from benchmarks.optimizers import FEW, METHODS, compiled_step
+from benchmarks.report import Row
+from benchmarks.timing import interleaved, spread
+
+LEAVES = {10: list(METHODS), 200: list(METHODS), 2000: FEW}
+
+
+def measure(rounds: int, quick: bool) -> Iterator[Row]:
+    """Rows of two tables for each number of leaves; for a few methods and the first number, to be quick."""
+    for leaves, methods in ({10: FEW} if quick else LEAVES).items():
+        yield from _rows(trees.tiny(leaves), methods, rounds)
+
+
+def _rows(tree: Any, methods: list[str], rounds: int) -> Iterator[Row]:
+    measures = {
+        (method, library): _measure(optimizer, tree)
+        for method in methods
+        for library, optimizer in METHODS[method].optimizers.items()
+    }
+    next(iter(measures.values()))()  # what is done once in a process is no one's
+    times = interleaved(measures, rounds)
+    for i, what in enumerate(["Trace", "Compile"]):
+        title = f"{what} time over that of Optax's global norm, {len(jax.tree.leaves(tree))} leaves"
+        for (method, library), seconds in times.items():
+            yield Row(title, method, library, *spread(seconds[:, i] / times["global norm", "Optax"][:, i]))
+
+
+def _measure(optimizer: optax.GradientTransformation, tree: Any) -> Callable[[], np.ndarray]:
+    """Seconds to trace, and to compile."""
+
+    def measure() -> np.ndarray:
+        jax.clear_caches()
+        start = time.perf_counter()
+        lowered = compiled_step(optimizer).lower(tree, jax.eval_shape(optimizer.init, tree), tree)
+        traced = time.perf_counter()
+        lowered.compile()
+        return np.diff([start, traced, time.perf_counter()])
+
+    return measure
