@@ -107,7 +107,9 @@ def train(init: Any, apply: Any, clip: Any, data: Any, keys: Array, steps: int, 
         run, norms = jax.lax.scan(step, run, steps)
         return run, (jnp.mean(apply(run.params, x_test).argmax(-1) == y_test, keepdims=True), norms)
 
-    runs = jax.jit(jax.vmap(lambda key: TrainState.create(apply_fn=apply, params=init(key), tx=optimizer)))(keys)
+    # One after the other: under vmap the decompositions of two orthogonal initializers can wait for each other for ever on CPU.
+    start = partial(jax.lax.map, lambda key: TrainState.create(apply_fn=apply, params=init(key), tx=optimizer))
+    runs = jax.jit(start)(keys)
     chunk, records = jax.jit(jax.vmap(advance, (0, 0, None))), []
     for done in range(0, steps, CHUNK):
         runs, record = chunk(runs, keys, jnp.arange(done, min(done + CHUNK, steps)))

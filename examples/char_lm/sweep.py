@@ -4,6 +4,7 @@ The seeds of a cell are one vmapped program. The table is saved, and printed, af
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,14 @@ CHOSEN = flags.DEFINE_multi_enum("row", list(ROWS), list(ROWS), "Which rows; may
 def measure(config: FrozenConfigDict, steps: int, seeds: Array) -> dict[str, Any]:
     """Validation loss of each seed, and the share of its steps that were clipped."""
 
-    def run(seed: Array) -> tuple[Array, Array]:
-        state, _ = advance(config, steps, seed, start(config, seed))
+    def run(seed: Array, state: Any) -> tuple[Array, Array]:
+        state, _ = advance(config, steps, seed, state)
         metrics = telemetry.metrics(state.opt_state)
         return validate(config, state.params), metrics["clip/clipped_steps"] / metrics["clip/steps"]
 
-    losses, shares = jax.jit(jax.vmap(run))(seeds)
+    # One after the other: under vmap the decompositions of two orthogonal initializers can wait for each other for ever on CPU.
+    states = jax.jit(partial(jax.lax.map, partial(start, config)))(seeds)
+    losses, shares = jax.jit(jax.vmap(run))(seeds, states)
     return {"loss": np.where(np.isfinite(losses), losses, np.array(None)).tolist(), "clipped_share": shares.tolist()}
 
 
