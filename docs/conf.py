@@ -39,6 +39,8 @@ intersphinx_mapping = {  # without a network, names are looked up in the few lin
 
 html_theme = "furo"
 html_title = "optaxclip"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 LINK = re.compile(r"\[([^\]]+)\]\((https?://[^)\s]+)\)")

@@ -49,11 +49,11 @@ class Entry(NamedTuple):
 
 ENTRIES = {
     "Limits that are given": [
-        Entry("clip_by_value", "clip_by_value(0.3)", optaxclip.clip_by_value(0.3)),
-        Entry("clip_by_norm", "clip_by_norm(2.0)", optaxclip.clip_by_norm(2.0)),
-        Entry("clip_by_global_norm", "clip_by_global_norm(2.0)", optaxclip.clip_by_global_norm(2.0)),
-        Entry("clip_by_block_rms", "clip_by_block_rms(0.2)", optaxclip.clip_by_block_rms(0.2)),
-        Entry("adaptive_grad_clip", "adaptive_grad_clip(0.2)", optaxclip.adaptive_grad_clip(0.2)),
+        Entry("clip_by_value", "clip_by_value(1.0)", optaxclip.clip_by_value(1.0)),
+        Entry("clip_by_norm", "clip_by_norm(4.0)", optaxclip.clip_by_norm(4.0)),
+        Entry("clip_by_global_norm", "clip_by_global_norm(4.0)", optaxclip.clip_by_global_norm(4.0)),
+        Entry("clip_by_block_rms", "clip_by_block_rms(0.4)", optaxclip.clip_by_block_rms(0.4)),
+        Entry("adaptive_grad_clip", "adaptive_grad_clip(0.4)", optaxclip.adaptive_grad_clip(0.4)),
     ],
     "Limits that are learned": [
         Entry("autoclip", "autoclip(0.5)", optaxclip.autoclip(0.5)),
@@ -70,7 +70,7 @@ ENTRIES = {
         Entry("clippy", "clippy()", optaxclip.clippy(), 0.01, lambda clip, adam: optax.chain(adam, clip)),
         Entry("scale_by_stable_adam", "scale_by_stable_adam()", optaxclip.scale_by_stable_adam(), 1.0, lambda clip, _: clip),
         Entry("spectral_clip", "spectral_clip(1.0)", optaxclip.spectral_clip(1.0), 1.0, None),
-        Entry("carry", "carry(clip_by_global_norm(2.0))", optaxclip.carry(optaxclip.clip_by_global_norm(2.0))),
+        Entry("carry", "carry(clip_by_global_norm(4.0))", optaxclip.carry(optaxclip.clip_by_global_norm(4.0))),
     ],
 }
 ADAM = optax.adam(1e-3)
@@ -111,7 +111,7 @@ def history(entry: Entry) -> Any:
 
 def picture(entry: Entry) -> Figure:
     """Size, limit and size after clipping, at each step."""
-    figure = Figure((7.2, 2.6), layout="constrained")
+    figure = Figure((5.6, 2.4), layout="constrained")
     axes = plots.sizes(history(entry), ax=figure.subplots())
     axes.set(title="", ylabel="size")
     return figure
@@ -129,7 +129,7 @@ def page() -> str:
             text += [
                 f"\n### `{entry.name}`\n\n{before}\n\n![Size, limit and size after clipping](gallery/{entry.name}.svg)\n",
                 f"*`{entry.title}`. {cost_of}, state {remembered(entry)}.*\n\n"
-                f"{references or 'The classic.'} [`{entry.name}` in the API](api/methods.md).",
+                f"{references or 'The classic.'} API: {{func}}`optaxclip.{entry.name}`.",
             ]
     return "\n".join(text) + "\n"
 
@@ -153,7 +153,7 @@ def remembered(entry: Entry) -> str:
 
 def direction() -> Figure:
     """A gradient in the plane, clipped as a whole and by element."""
-    figure = Figure((7.2, 3.2), layout="constrained")
+    figure = Figure((5.6, 2.8), layout="constrained")
     gradient = jnp.array([3.0, 1.2])
     for axes, (title, clip) in zip(
         figure.subplots(1, 2, sharey=True),
@@ -177,7 +177,7 @@ def direction() -> Figure:
 
 def response_curves() -> Figure:
     """Size after against size before, at limit 1."""
-    figure = Figure((7.2, 3.2), layout="constrained")
+    figure = Figure((5.6, 2.8), layout="constrained")
     axes, size = figure.subplots(), jnp.linspace(0.005, 3, 600)
     named = ("rescale", "smooth", "zero", "normalize", "band", "automatic", "psac")
     for name, colour in zip(named, ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#555555"), strict=True):

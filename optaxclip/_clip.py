@@ -25,6 +25,7 @@ from optaxclip.thresholds import as_thresholds
 from optaxclip.thresholds.combine import observed, side_by_side
 
 POLICIES = ("propagate", "zero", "raise")
+CUTS = (responses.rescale, responses.clamp)  # a single number becomes the smaller of itself and its limit
 
 
 def clip(
@@ -120,7 +121,9 @@ def clip(
         states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
         if layout.axes is not None:  # sizes of parts of leaves are where the leaves are
             states = tuple(map(_placed, states, sizes))
-        return ClipState(jnp.zeros((), jnp.int32), states, _record(None, layout, sizes, sizes, sizes) if record else None)
+        nothing = [None] * layout.blocks
+        reading = _record(None, layout, sizes, sizes, sizes, nothing) if record else None
+        return ClipState(jnp.zeros((), jnp.int32), states, reading)
 
     def update(updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
@@ -133,13 +136,18 @@ def clip(
         names = layout.names_of_axes(axis_name)
         measure = functools.partial(measure_of(layout), params=weights, axis_names=names)
 
-        sizes = measure(layout.gradients if measured is None else layout.matching(measured))
+        source = layout.gradients if measured is None else layout.matching(measured)
+        sizes = measure(source)
         context = Context(state.step, blocks=() if isinstance(threshold, dict) else tuple(sizes))
         contexts = _contexts(rules, context, lambda: measure(layout.matching(params)))
         limits = list(map(_limit, rules, sizes, state.rules, contexts))
+        if layout.axes is None:
+            limits = [jnp.broadcast_to(limits[0], sizes[0].shape)]
         clipped, clipped_sizes = _respond(response, nonfinite, layout, sizes, limits)
         learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, sizes, clipped_sizes, state.rules, contexts))
-        reading = _record(state.reading, layout, sizes, clipped_sizes, limits) if record else None
+        alone = layout.is_of_elements and norm.magnitude is jnp.abs and response in CUTS and nonfinite != "zero"
+        numbers = source if alone else [None] * layout.blocks
+        reading = _record(state.reading, layout, sizes, clipped_sizes, limits, numbers) if record else None
         if nonfinite == "raise":
             _check_finite(layout, sizes)
         return layout.rebuild(clipped), ClipState(jnp.asarray(optax.safe_increment(state.step)), learned, reading)
@@ -171,47 +179,72 @@ def _contexts(rules: list[Threshold], context: Context, measure_params: Callable
 def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array:
     """LIMIT: what the sizes may be. A limit that is negative or NaN counts as 0, never as ascent."""
     limits = jnp.asarray(rule.limit(sizes, state, context), sizes.dtype)
-    return jnp.broadcast_to(jnp.where(limits >= 0, limits, 0), sizes.shape)
+    return jnp.where(limits >= 0, limits, 0)
 
 
 def _respond(
     response: Response, nonfinite: str, layout: Layout, sizes: list[Array], limits: list[Array]
 ) -> tuple[list[Array], list[Array]]:
     """RESPOND: the gradients clipped, in float32 or wider and returned in their own dtype; and the sizes clipped."""
-    wide = [norms.widen(gradient) for gradient in layout.gradients]
-    finite = [jnp.isfinite(size) for size in sizes]
     fill = 0.0 if nonfinite == "zero" else jnp.nan
     target = getattr(response, "target", None)
     if target is None:
 
-        def respond(gradient: Array, ok: Array, size: Array, limit: Array) -> Array:
-            return jnp.where(ok, response(gradient, size, limit), fill)
+        def respond(gradient: Array, size: Array, limit: Array) -> Array:
+            return jnp.where(jnp.isfinite(size), response(gradient, size, limit), fill)
 
-        clipped_sizes = list(map(respond, sizes, finite, sizes, limits))
-        clipped = map(respond, wide, *map(layout.per_leaf, (finite, sizes, limits)))
-    else:  # the direction is kept: factors for all groups at once, then each leaf is multiplied
-        clipped_sizes = [jnp.where(ok, target(*block), fill) for ok, *block in zip(finite, sizes, limits, strict=True)]
-        observed_sizes = [jnp.where(ok, size, 1) for ok, size in zip(finite, sizes, strict=True)]
-        factors = zip(*map(responses.factors, observed_sizes, clipped_sizes), strict=True)
-        clipped = map(responses.multiply, wide, *[layout.per_leaf(list(blocks)) for blocks in factors])
-    return [norms.cast_like(x, gradient) for x, gradient in zip(clipped, layout.gradients, strict=True)], clipped_sizes
+        clipped_sizes = list(map(respond, sizes, sizes, limits))
+        wide = map(norms.widen, layout.gradients)
+        clipped = map(respond, wide, *zip(*layout.per_leaf(sizes, limits), strict=True))
+        return [norms.cast_like(x, gradient) for x, gradient in zip(clipped, layout.gradients, strict=True)], clipped_sizes
+
+    # The direction is kept: factors for all groups at once, then each leaf is multiplied.
+    finite = [jnp.isfinite(size) for size in sizes]
+    clipped_sizes = [jnp.where(ok, target(*block), fill) for ok, *block in zip(finite, sizes, limits, strict=True)]
+    observed_sizes = [jnp.where(ok, size, 1) for ok, size in zip(finite, sizes, strict=True)]
+    factors = layout.per_leaf(*map(list, zip(*map(responses.factors, observed_sizes, clipped_sizes), strict=True)))
+    return list(map(_multiplied, layout.gradients, factors)), clipped_sizes
+
+
+@jax.jit
+def _multiplied(gradient: Array, factors: Any) -> Array:
+    """A leaf times both factors, in its own dtype. Compiled, so that equal leaves are traced once."""
+    return norms.cast_like(responses.multiply(norms.widen(gradient), *factors), gradient)
 
 
 def _record(
-    reading: Reading | None, layout: Layout, sizes: list[Array], clipped_sizes: list[Array], limits: list[Array]
+    reading: Reading | None,
+    layout: Layout,
+    sizes: list[Array],
+    clipped_sizes: list[Array],
+    limits: list[Array],
+    numbers: list[Any],
 ) -> Reading:
     """RECORD: a number per group, or per leaf where a leaf holds many groups; counts over all steps."""
     over = [jnp.isfinite(size) & (size > limit) for size, limit in zip(sizes, limits, strict=True)]
     if layout.axes is None:
         measured = jnp.stack([sizes[0], clipped_sizes[0], limits[0], over[0].astype(sizes[0].dtype)])
     else:
-        largest = [[jnp.max(block, initial=0) for block in blocks] for blocks in (sizes, clipped_sizes, limits)]
-        measured = _sharding.everywhere(jnp.array(largest), jnp.array([_share(block) for block in over]))
+        largest = list(map(_largest, sizes, clipped_sizes, limits, numbers))
+        measured = _sharding.everywhere(jnp.array(largest).reshape(-1, 3).T, jnp.array([_share(block) for block in over]))
     counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
     if reading is None:
         return Reading(measured, jnp.zeros_like(counted), tuple({name: None} for name in layout.names))
     _validate.same_blocks(measured.shape[1], reading.measured.shape[1])
     return reading._replace(measured=measured.astype(reading.measured.dtype), counted=reading.counted + counted)
+
+
+def _largest(size: Array, clipped_size: Array, limit: Array, numbers: Any) -> list[Array]:
+    """The largest of a block: its size, its size after clipping, its limit.
+
+    From the `numbers` themselves, if they are given and have one limit: XLA on CPU would store their magnitudes, and those
+    after clipping.
+    """
+    if numbers is None or limit.ndim or not size.size or jnp.iscomplexobj(numbers):
+        return [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
+    numbers = norms.widen(numbers)
+    top = jnp.maximum(jnp.max(numbers), -jnp.min(numbers))
+    return [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
 
 
 def _share(over: Array) -> Array:

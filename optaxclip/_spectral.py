@@ -1,6 +1,5 @@
 """Clipping in the basis of a matrix: its singular values are the numbers that are clipped."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,29 +27,28 @@ def on_spectra(
     Parameters are decomposed only if the clip uses them; otherwise it gets zeros of the right shapes.
     """
 
-    def spectra(tree: Any, values_of: Callable[[Array], Array]) -> Any:
+    def no_values(tree: Any) -> Any:
         layout = scopes.lay_out(scopes.leaf(), tree)
-        return layout.rebuild([values_of(_matrices(leaf)) for leaf in layout.gradients])
+        matrices = map(_matrices, layout.gradients)
+        return layout.rebuild([jnp.zeros((*x.shape[:-2], min(x.shape[-2:])), x.real.dtype) for x in matrices])
 
-    def no_values(x: Array) -> Array:
-        return jnp.zeros((*x.shape[:-2], min(x.shape[-2:])), x.real.dtype)
-
-    def values(x: Array) -> Array:
-        return _decompose(x)[1] if uses_params else no_values(x)
+    def values(tree: Any) -> Any:
+        layout = scopes.lay_out(scopes.leaf(), tree)
+        return layout.rebuild([s for _, s, _ in _decomposed(list(map(_matrices, layout.gradients)))])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
         layout = scopes.lay_out(scopes.leaf(), updates, params)
         matrices = list(map(_matrices, layout.gradients))
-        parts = list(map(_decompose, matrices))
-        weights = None if params is None else spectra(params, values)
+        parts = _decomposed(matrices)
+        weights = None if params is None else values(params) if uses_params else no_values(params)
         clipped, state = clip.update(layout.rebuild([part[1] for part in parts]), state, weights)
         new = [part[1] if s is None else s for part, s in zip(parts, layout.of(clipped), strict=True)]
         out = [_recompose(x, *part, s) for x, part, s in zip(matrices, parts, new, strict=True)]
         back = [norms.cast_like(x.reshape(jnp.shape(like)), like) for x, like in zip(out, layout.gradients, strict=True)]
         return layout.rebuild(back), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: clip.init(spectra(params, no_values)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: clip.init(no_values(params)), update)
 
 
 def on_whole_matrices(clip: optax.GradientTransformationExtraArgs, axis_name: Any) -> optax.GradientTransformationExtraArgs:
@@ -127,6 +125,17 @@ def _transposed(x: Array) -> Array:
 
 def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")  # on TPU the default is bfloat16
+
+
+def _decomposed(matrices: list[Array]) -> list[tuple[Array, Array, Array]]:
+    """`_decompose` of each, one after the other."""
+    parts = []
+    for x in matrices:
+        # On CPU two decompositions of batches at a time can wait for each other for ever, so each waits for the one before,
+        # by a zero that is made of it.
+        done = jnp.max(parts[-1][1], initial=0) > jnp.inf if parts else False
+        parts.append(_decompose(x + jax.lax.stop_gradient(jnp.asarray(done, x.dtype)) if parts else x))
+    return parts
 
 
 def _decompose(x: Array) -> tuple[Array, Array, Array]:

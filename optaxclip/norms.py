@@ -44,12 +44,12 @@ def l2() -> Norm:
 
 def l1() -> Norm:
     r"""Sum of magnitudes, :math:`\sum |x|`."""
-    return Norm(lambda m, axes: (_sum(m, axes),), _add, lambda total: total)
+    return _l1()
 
 
 def linf() -> Norm:
     r"""Largest magnitude, :math:`\max |x|`."""
-    return Norm(lambda m, axes: (_max(m, axes),), lambda moments, total, largest: largest(moments), lambda top: top)
+    return _linf()
 
 
 def lp(p: float) -> Norm:
@@ -97,29 +97,17 @@ def rms() -> Norm:
         >>> norms.measure(norms.rms(), [jnp.array([1.0, 7.0])])
         [Array([5.], dtype=float32)]
     """
-
-    def relative(squares: Norm) -> Norm:
-        def moments(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
-            sums = squares.moments(magnitudes, axes)
-            return *sums, jnp.full_like(sums[0], math.prod(magnitudes.shape[axis] for axis in axes))
-
-        def root(*sums_and_count: Array) -> Array:
-            *sums, count = sums_and_count
-            return squares.root(*(total / jnp.maximum(count, 1) for total in sums))
-
-        return squares._replace(moments=moments, root=root, quick=squares.quick and relative(squares.quick))
-
-    return relative(l2())
+    return _rms()
 
 
 def upper() -> Norm:
     r"""Largest positive value, :math:`\max(x, 0)`: a one-sided `linf`, for bounds that differ by sign."""
-    return linf()._replace(magnitude=lambda x: jnp.maximum(_ordered(x), 0))
+    return linf()._replace(magnitude=_above)
 
 
 def lower() -> Norm:
     r"""Largest negative value, :math:`\max(-x, 0)`: a one-sided `linf`, for bounds that differ by sign."""
-    return linf()._replace(magnitude=lambda x: jnp.maximum(-_ordered(x), 0))
+    return linf()._replace(magnitude=_below)
 
 
 def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
@@ -186,29 +174,47 @@ def measure(
                [7.]], dtype=float32)]
     """
     operands = list(zip(leaves, params, strict=True)) if norm.uses_params and params is not None else [(x,) for x in leaves]
-
-    def magnitudes(operand: tuple[ArrayLike, ...]) -> Array:
-        return norm.magnitude(*map(widen, operand))
-
     if axes is not None and not any(axes):
-        return list(map(magnitudes, operands))
+        return [norm.magnitude(*map(widen, operand)) for operand in operands]
     if axes is None and not leaves:
         return [jnp.zeros((0,))]
-
     parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
     split = _split(leaves, parts, axis_names)
+    groups = [[k] for k in range(len(leaves))] if groups is None else groups
+    if norm.magnitude is not jnp.abs:  # it may close over traced numbers, which the caches of what is compiled must not keep
+        operands = [(norm.magnitude(*map(widen, operand)),) for operand in operands]
+        norm = norm._replace(magnitude=_itself)
+    return _measured(norm, axes and tuple(axes), tuple(map(tuple, groups)), tuple(split), operands)
 
-    def sizes(norm: Norm, operands: Any) -> list[Array]:
-        moments = [norm.moments(magnitudes(operand), part) for operand, part in zip(operands, parts, strict=True)]
-        if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
-            vectors = [jnp.stack([value.reshape(()) for value in values]) for values in zip(*moments, strict=True)]
-            moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
-        return [norm.root(*values) for values in _joined_across(norm, moments, split if axes else [_union(split)])]
 
-    exact = functools.partial(sizes, norm)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _measured(
+    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], operands: Any
+) -> list[Array]:
+    exact = functools.partial(_sizes, norm, axes, groups, split)
     if norm.quick is None or any(split):
         return exact(operands)
-    return _quickly(functools.partial(sizes, norm.quick), exact, operands)
+    return _quickly(functools.partial(_sizes, norm.quick, axes, groups, split), exact, operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sizes(
+    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], operands: Any
+) -> list[Array]:
+    moments = [_moments(norm, part, *operand) for part, operand in zip(axes or [None] * len(operands), operands, strict=True)]
+    if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
+        vectors = [jnp.concatenate(values) for values in zip(*moments, strict=True)]
+        moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
+    return [norm.root(*values) for values in _joined_across(norm, moments, split if axes else [_union(split)])]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(norm: Norm, axes: Axes | None, *operand: ArrayLike) -> tuple[Array, ...]:
+    """Moments of one leaf, along axes or, as vectors `[1]`, of all of it. Compiled, so that equal leaves are traced once."""
+    magnitudes = norm.magnitude(*map(widen, operand))
+    if axes is not None:
+        return norm.moments(magnitudes, axes)
+    return tuple(value.reshape(1) for value in norm.moments(magnitudes, tuple(range(magnitudes.ndim))))
 
 
 def _split(leaves: Sequence[ArrayLike], parts: Sequence[Axes], axis_names: Sequence[Names | None] | None) -> list[Names]:
@@ -247,9 +253,9 @@ def _joined_across(norm: Norm, moments: list[tuple[Array, ...]], split: Sequence
     return joined
 
 
-def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Sequence[int]] | None) -> tuple[Array, ...]:
+def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tuple[Array, ...]:
     """Moments of groups `[groups]` from those of their leaves `[leaves]`."""
-    if groups is None or list(groups) == [[k] for k in range(len(moments[0]))]:
+    if groups == tuple((k,) for k in range(len(moments[0]))):
         return tuple(moments)
     absent = len(moments[0])  # position of a zero, which adds nothing
     members = np.full((len(groups), max(map(len, groups))), absent)
@@ -293,10 +299,37 @@ def cast_like(x: Array, like: ArrayLike) -> Array:
     return primitives.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
 
 
+# Norms are made once, so that equal ones are known by their equality, and a program that uses one is traced once.
+
+
+@functools.cache
+def _l1() -> Norm:
+    return Norm(lambda m, axes: (_sum(m, axes),), _add, lambda total: total)
+
+
+@functools.cache
+def _linf() -> Norm:
+    return Norm(lambda m, axes: (_max(m, axes),), lambda moments, total, largest: largest(moments), lambda top: top)
+
+
+@functools.cache
+def _rms() -> Norm:
+    def relative(squares: Norm) -> Norm:
+        def moments(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
+            sums = squares.moments(magnitudes, axes)
+            return *sums, jnp.full_like(sums[0], math.prod(magnitudes.shape[axis] for axis in axes))
+
+        def root(*sums_and_count: Array) -> Array:
+            *sums, count = sums_and_count
+            return squares.root(*(total / jnp.maximum(count, 1) for total in sums))
+
+        return squares._replace(moments=moments, root=root, quick=squares.quick and relative(squares.quick))
+
+    return relative(l2())
+
+
 @functools.cache
 def _l2() -> Norm:
-    """The norm `l2`, made once, so that it is known by its equality."""
-
     # Squares of floats span twice the exponents that floats have, so one sum cannot hold them all. Two can, where H
     # is half of the largest exponent (64 in float32):
     #   near = sum (x 2^(H-28))^2   finite for norms below 2^28 / up to there nothing above 2^(28-2H) is lost,
@@ -308,8 +341,8 @@ def _l2() -> Norm:
     def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
         half = jnp.finfo(magnitudes.dtype).maxexp // 2
         scaled = [jnp.minimum(magnitudes * 2.0**shift, 2.0**half) for shift in (half - 28, -(half + 1))]
-        near, far = (_sum(x**2, axes) for x in scaled)
-        return near, far
+        near, far = (x**2 for x in scaled)
+        return _sums(near, far, axes)
 
     def root(near: Array, far: Array) -> Array:
         half = jnp.finfo(near.dtype).maxexp // 2
@@ -321,6 +354,18 @@ def _l2() -> Norm:
     return Norm(moments, _add, root, quick=squares)
 
 
+def _itself(x: Array) -> Array:
+    return x
+
+
+def _above(x: Array) -> Array:
+    return jnp.maximum(_ordered(x), 0)
+
+
+def _below(x: Array) -> Array:
+    return jnp.maximum(-_ordered(x), 0)
+
+
 def _ordered(x: Array) -> Array:
     _validate.real(x.dtype)
     return x
@@ -328,6 +373,23 @@ def _ordered(x: Array) -> Array:
 
 def _sum(values: Array, axes: Axes) -> Array:
     return jnp.sum(values, axes, keepdims=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _sums(first: Array, second: Array, axes: Axes) -> tuple[Array, Array]:
+    """Two sums as one reduction, which on NVIDIA is fewer kernels; with derivatives, which JAX makes badly for such."""
+
+    def add(one: Any, other: Any) -> Any:
+        return one[0] + other[0], one[1] + other[1]
+
+    zero = jnp.zeros((), first.dtype)
+    one, other = jax.lax.reduce((first, second), (zero, zero), add, axes)
+    return jnp.expand_dims(one, axes), jnp.expand_dims(other, axes)
+
+
+@_sums.defjvp
+def _sums_jvp(axes: Axes, values: tuple[Array, Array], changes: tuple[Array, Array]) -> tuple[Any, Any]:
+    return _sums(*values, axes), tuple(_sum(change, axes) for change in changes)
 
 
 def _max(values: Array, axes: Axes) -> Array:

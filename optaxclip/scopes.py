@@ -131,15 +131,18 @@ class Layout(NamedTuple):
         """How many arrays of sizes there are."""
         return 1 if self.axes is None else len(self.axes)
 
-    def per_leaf(self, blocks: list[Array]) -> list[Array]:
-        """For each gradient its own entry of the blocks, which broadcasts against it."""
+    @property
+    def is_of_elements(self) -> bool:
+        """Whether each number is a group of its own."""
+        return self.axes is not None and not any(self.axes)
+
+    def per_leaf(self, *blocks: list[Array]) -> list[Any]:
+        """For each gradient its own entry of each of the blocks, together as they broadcast against it."""
         if self.axes is not None:
-            return blocks
+            return list(zip(*blocks, strict=True))
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
-        # A reduction, though of two equal numbers, because XLA on CPU compiles a kernel anew for every leaf that takes
-        # a slice directly, and one kernel for all leaves that take the result of a reduction.
-        twice = jnp.stack([blocks[0], blocks[0]], 1)
-        return [jnp.max(jax.lax.index_in_dim(twice, group_of[k], keepdims=False)) for k in range(len(self.gradients))]
+        columns = _columns(jnp.stack([block[0] for block in blocks]))
+        return [columns[group_of[k]] for k in range(len(self.gradients))]
 
     def of(self, tree: Any) -> list[Any]:
         """The leaves of a tree of this structure that stand where the gradients do."""
@@ -221,6 +224,22 @@ def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
     for k, i in enumerate(measured):
         groups.setdefault(names[i], []).append(k)
     return layout._replace(groups=list(groups.values()), names=list(groups))
+
+
+@jax.jit
+def _columns(matrix: Array) -> list[Array]:
+    """The columns of a matrix, one by one."""
+
+    # XLA on CPU compiles a kernel anew for every leaf that takes a slice directly, and one kernel for all equal leaves that
+    # take the result of a reduction, though of two equal numbers. On other platforms equal leaves with a slice share a kernel.
+    def reduced(matrix: Array) -> list[Array]:
+        twice = jnp.stack([matrix, matrix])
+        return [jnp.max(column, (0, 2)) for column in jax.lax.split(twice, [1] * matrix.shape[1], axis=2)]
+
+    def sliced(matrix: Array) -> list[Array]:
+        return [column[:, 0] for column in jax.lax.split(matrix, [1] * matrix.shape[1], axis=1)]
+
+    return jax.lax.platform_dependent(matrix, cpu=reduced, default=sliced)
 
 
 def _is_absent(leaf: Any) -> bool:

@@ -1,5 +1,6 @@
 """Every Python block of the README runs, in order, and what it says of the repository is so."""
 
+import json
 import re
 import types
 from pathlib import Path
@@ -36,3 +37,22 @@ def test_every_method_has_its_row():
 def test_linked_files_and_scripts_exist():
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"\./(scripts/[\w\-]+)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_what_it_costs_is_what_was_measured():
+    table = re.search(r"## What it costs\n.*?\n(\|.*?)\n\n", README, re.DOTALL).group(1).splitlines()
+    columns = [
+        ("ahead_of_time", "v5e optaxclip"),
+        ("ahead_of_time", "v5e Optax"),
+        ("step_time", "optaxclip"),
+        ("step_time", "Optax"),
+    ]
+    measured = {}
+    for name in {name for name, _ in columns}:
+        for row in json.loads((ROOT / "docs" / "measured" / f"{name}.json").read_text())["rows"]:
+            if row["table"].startswith(("Bytes from and to main memory, GPT-2", "Step time over the bare optimizer's, GPT-2")):
+                measured[row["method"], name, row["column"]] = f"{row['value']:.2f}"
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    assert len(lines) >= 6
+    for method, *cells in lines:
+        assert cells == [measured.get((method, *column), "") for column in columns], method
