@@ -4,6 +4,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from hypothesis import Phase, given, settings
@@ -269,3 +270,32 @@ def test_each_unit_is_rescued_by_itself():
     for way in "eager", "jit", "vmap":
         (sizes,) = WAYS[way](lambda leaves: norms.measure(norms.l2(), leaves, axes=[(0,)]))([leaf])
         np.testing.assert_allclose(sizes, [[5e20, 5, 5e-25]], rtol=1e-6)
+
+
+def test_equal_leaves_are_traced_once_and_so_are_equal_steps():
+    seen = []
+
+    def moments(magnitudes, axes):
+        seen.append(magnitudes.shape)
+        return (jnp.sum(magnitudes, axes, keepdims=True),)
+
+    norm = norms.l1()._replace(moments=moments)
+    clip = optaxclip.clip(1.0, norm=norm)
+    grads = [jnp.ones(3)] * 20 + [jnp.ones((2, 2))] * 20
+    state = clip.init(grads)
+    for _ in range(3):
+        _, state = clip.update(grads, state)
+    assert len(seen) == 2 and set(seen) == {(3,), (2, 2)}
+
+
+def test_norms_of_one_name_are_one():
+    for name in "l2", "l1", "linf", "rms", "upper", "lower":
+        assert getattr(norms, name)() == getattr(norms, name)(), name
+
+
+def test_a_norm_of_traced_numbers_is_not_kept():
+    params = jnp.ones(3)
+    with jax.checking_leaks():
+        optimizer = optax.inject_hyperparams(optaxclip.clippy)(relative=optax.linear_schedule(0.1, 0.2, 10))
+        updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates, 0.1, rtol=1e-5)

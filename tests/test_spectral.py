@@ -8,6 +8,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import Literal
 from precision import float64
 
 import optaxclip
@@ -182,3 +183,17 @@ def test_it_stands_in_a_chain_with_empty_and_odd_leaves():
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     assert largest(updates["w"]) <= 0.1 * (1 + 1e-6) and largest(updates["half"].astype(jnp.float32)) <= 0.1 * 1.008
+
+
+def test_matrices_are_decomposed_one_after_the_other():
+    clip = optaxclip.spectral_clip(1.0)
+    grads = [jnp.ones((2, 3)), jnp.ones((3, 2)), jnp.ones((4, 2, 2))]
+    program = jax.make_jaxpr(lambda grads: clip.update(grads, clip.init(grads))[0])(grads)
+    made_of, found = {}, []  # of each variable, the decompositions that it is made of
+    for equation in program.jaxpr.eqns:
+        before = {i for x in equation.invars if not isinstance(x, Literal) for i in made_of.get(x, ())}
+        if equation.primitive.name == "svd" or "svd" in str(equation.params.get("jaxpr", "")):
+            found.append(before)
+            before = before | {len(found) - 1}
+        made_of.update(dict.fromkeys(equation.outvars, before))
+    assert found == [set(), {0}, {0, 1}]
