@@ -145,6 +145,7 @@ def clip(
             limits = [jnp.broadcast_to(limits[0], sizes[0].shape)]
         clipped, clipped_sizes = _respond(response, nonfinite, layout, sizes, limits)
         learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, sizes, clipped_sizes, state.rules, contexts))
+        # Of numbers that are cut one by one, the largest tells all that is recorded but the share.
         alone = layout.is_of_elements and norm.magnitude is jnp.abs and response in CUTS and nonfinite != "zero"
         numbers = source if alone else [None] * layout.blocks
         reading = _record(state.reading, layout, sizes, clipped_sizes, limits, numbers) if record else None

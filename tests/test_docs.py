@@ -8,6 +8,7 @@ import csv
 import functools
 import inspect
 import io
+import json
 import re
 import struct
 import textwrap
@@ -20,7 +21,9 @@ from tensorboardX.proto import event_pb2
 from wandb.proto import wandb_internal_pb2
 
 import optaxclip
+from docs import gallery
 
+README = (Path(__file__).parents[1] / "README.md").read_text()
 DOCS = Path(__file__).parents[1] / "docs"
 GENERATED = {"_build", "gallery.md"}
 PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if not GENERATED & set(page.relative_to(DOCS).parts))
@@ -67,6 +70,16 @@ def test_no_python_block_escapes(page):
 
 def test_there_are_pages():
     assert {"logging.md", "concepts.md", "api/clip.md"} <= set(PAGES)
+
+
+def test_the_gallery_has_every_method_with_what_its_docstring_says():
+    entries = sum(gallery.ENTRIES.values(), [])
+    assert {entry.name for entry in entries} == set(re.findall(r"^\| `(\w+)\(", README, re.MULTILINE))
+    for entry in entries:
+        before, references = gallery.parts(inspect.getdoc(getattr(optaxclip, entry.name)))
+        assert "$" in before and not re.search(r":math:|Args:|^\.\. ", before, re.MULTILINE), entry.name
+        assert entry.name in ("clip_by_norm",) or re.search(r"\d{4}|Levanter", references), entry.name
+        assert entry.chain is None or entry.name in json.loads(gallery.COSTS.read_text()), entry.name
 
 
 def test_every_public_name_has_one_place_in_the_api():
