@@ -227,7 +227,8 @@ def _record(
         measured = jnp.stack([sizes[0], clipped_sizes[0], limits[0], over[0].astype(sizes[0].dtype)])
     else:
         largest = list(map(_largest, sizes, clipped_sizes, limits, numbers))
-        measured = _sharding.everywhere(jnp.array(largest).reshape(-1, 3).T, jnp.array([_share(block) for block in over]))
+        largest = jnp.array([[of_block[k] for of_block in largest] for k in range(3)])
+        measured = _sharding.everywhere(largest, jnp.array([_share(block) for block in over]))
     counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
     if reading is None:
         return Reading(measured, jnp.zeros_like(counted), tuple({name: None} for name in layout.names))
@@ -244,7 +245,7 @@ def _largest(size: Array, clipped_size: Array, limit: Array, numbers: Any) -> li
     if numbers is None or limit.ndim or not size.size or jnp.iscomplexobj(numbers):
         return [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
     numbers = norms.widen(numbers)
-    top = jnp.maximum(jnp.max(numbers), -jnp.min(numbers))
+    top = jnp.maximum(jnp.max(numbers), jnp.max(-numbers))
     return [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
 
 

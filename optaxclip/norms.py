@@ -187,7 +187,7 @@ def measure(
     return _measured(norm, axes and tuple(axes), tuple(map(tuple, groups)), tuple(split), operands)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _measured(
     norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], operands: Any
 ) -> list[Array]:
@@ -197,7 +197,7 @@ def _measured(
     return _quickly(functools.partial(_sizes, norm.quick, axes, groups, split), exact, operands)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _sizes(
     norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], operands: Any
 ) -> list[Array]:
@@ -208,7 +208,7 @@ def _sizes(
     return [norm.root(*values) for values in _joined_across(norm, moments, split if axes else [_union(split)])]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _moments(norm: Norm, axes: Axes | None, *operand: ArrayLike) -> tuple[Array, ...]:
     """Moments of one leaf, along axes or, as vectors `[1]`, of all of it. Compiled, so that equal leaves are traced once."""
     magnitudes = norm.magnitude(*map(widen, operand))
@@ -341,9 +341,8 @@ def _l2() -> Norm:
     def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
         half = jnp.finfo(magnitudes.dtype).maxexp // 2
         scaled = [jnp.minimum(magnitudes * 2.0**shift, 2.0**half) for shift in (half - 28, -(half + 1))]
-        near, far = (x**2 for x in scaled)
-        # As one reduction it is fewer kernels on NVIDIA; but of parts of leaves, XLA joins only messages of plain sums.
-        return _sums(near, far, axes) if len(axes) == magnitudes.ndim else (_sum(near, axes), _sum(far, axes))
+        near, far = (_sum(x**2, axes) for x in scaled)
+        return near, far
 
     def root(near: Array, far: Array) -> Array:
         half = jnp.finfo(near.dtype).maxexp // 2
@@ -374,23 +373,6 @@ def _ordered(x: Array) -> Array:
 
 def _sum(values: Array, axes: Axes) -> Array:
     return jnp.sum(values, axes, keepdims=True)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _sums(first: Array, second: Array, axes: Axes) -> tuple[Array, Array]:
-    """Two sums as one reduction; with derivatives, which JAX makes badly for such."""
-
-    def add(one: Any, other: Any) -> Any:
-        return one[0] + other[0], one[1] + other[1]
-
-    zero = jnp.zeros((), first.dtype)
-    one, other = jax.lax.reduce((first, second), (zero, zero), add, axes)
-    return jnp.expand_dims(one, axes), jnp.expand_dims(other, axes)
-
-
-@_sums.defjvp
-def _sums_jvp(axes: Axes, values: tuple[Array, Array], changes: tuple[Array, Array]) -> tuple[Any, Any]:
-    return _sums(*values, axes), tuple(_sum(change, axes) for change in changes)
 
 
 def _max(values: Array, axes: Axes) -> Array:
