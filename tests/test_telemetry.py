@@ -281,11 +281,3 @@ def test_a_memory_is_a_rule_without_a_limit():
         thresholds.remember(0)
     with pytest.raises(TypeError, match="window must be an integer, got 2.5"):
         telemetry.monitor(history=2.5)
-
-
-@pytest.mark.parametrize("limit", [0.5, 5.0])
-def test_what_is_recorded_of_numbers_needs_no_other_array_of_floats(limit):
-    gradient = jnp.ones((1000, 1000))
-    clip = optaxclip.clip_by_value(limit)
-    compiled = jax.jit(clip.update).lower(gradient, clip.init(gradient)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * gradient.nbytes
