@@ -12,9 +12,9 @@ import numpy as np
 import optax
 
 from benchmarks import trees
-from benchmarks.optimizers import FEW, METHODS, compiled_step
+from benchmarks.optimizers import FEW, METHODS, chosen, compiled_step
 from benchmarks.report import Row
-from benchmarks.timing import interleaved, spread
+from benchmarks.timing import cold, spread
 
 LEAVES = {10: list(METHODS), 200: list(METHODS), 2000: FEW}
 
@@ -26,13 +26,7 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
 
 
 def _rows(tree: Any, methods: list[str], rounds: int) -> Iterator[Row]:
-    measures = {
-        (method, library): _measure(optimizer, tree)
-        for method in methods
-        for library, optimizer in METHODS[method].optimizers.items()
-    }
-    next(iter(measures.values()))()  # what is done once in a process is no one's
-    times = interleaved(measures, rounds)
+    times = cold({row: _measure(optimizer, tree) for row, optimizer in chosen(methods).items()}, rounds)
     for i, what in enumerate(["Trace", "Compile"]):
         title = f"{what} time over that of Optax's global norm, {len(jax.tree.leaves(tree))} leaves"
         for (method, library), seconds in times.items():
@@ -43,7 +37,6 @@ def _measure(optimizer: optax.GradientTransformation, tree: Any) -> Callable[[],
     """Seconds to trace, and to compile."""
 
     def measure() -> np.ndarray:
-        jax.clear_caches()
         start = time.perf_counter()
         lowered = compiled_step(optimizer).lower(tree, jax.eval_shape(optimizer.init, tree), tree)
         traced = time.perf_counter()

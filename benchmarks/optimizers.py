@@ -1,6 +1,6 @@
 """The optimizers that are measured: Adam with each clip of this library, and with its peer in Optax."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +56,11 @@ METHODS = {
     "global norm, skip spikes": Method(1, {"optaxclip": optaxclip.skip_spikes(OURS, thresholds.zscore(4.0))}),
 }
 FEW = ["none", "value", "global norm", "adagc", "global norm, skip NaN"]  # where all take too long
+
+
+def chosen(methods: Iterable[str]) -> dict[tuple[str, str], optax.GradientTransformation]:
+    """By method and library, the optimizers of these methods."""
+    return {(name, library): optimizer for name in methods for library, optimizer in METHODS[name].optimizers.items()}
 
 
 def step(optimizer: optax.GradientTransformation) -> Callable[..., Any]:

@@ -79,10 +79,10 @@ def text_batch(length: int, symbols: int) -> tuple[Array, Array]:
 
 
 MODELS = {
-    "MLP": (MLP(), image_batch(784)),
-    "LSTM": (LSTM(), text_batch(64, 100)),
-    "CNN": (CNN(), image_batch(28, 28, 1)),
-    "transformer": (Transformer(), text_batch(64, 1000)),
+    "MLP": (MLP(), lambda: image_batch(784)),
+    "LSTM": (LSTM(), lambda: text_batch(64, 100)),
+    "CNN": (CNN(), lambda: image_batch(28, 28, 1)),
+    "transformer": (Transformer(), lambda: text_batch(64, 1000)),
 }
 
 
@@ -116,7 +116,8 @@ def rows_of(model: Any) -> dict[str, Callable[..., Any]]:
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
     """Rows of a table for each model; for the recurrent one, which is fast in any way, to be quick."""
     for title in ["LSTM"] if quick else MODELS:
-        model, batch = MODELS[title]
+        model, make_batch = MODELS[title]
+        batch = make_batch()
         params: Any = model.init(jax.random.key(0), batch[0][0])
         compiled: dict[str, Any] = {name: jax.jit(row).lower(params, *batch).compile() for name, row in rows_of(model).items()}
         times = timed({name: functools.partial(row, params, *batch) for name, row in compiled.items()}, rounds)

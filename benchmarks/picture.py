@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.report import Row, unique
+
 MARKERS, COLORS = "osD^vP", ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 
 
-def draw(rows: Sequence[Any]) -> Figure:
+def draw(rows: Sequence[Row]) -> Figure:
     """A panel for each table, below one another, so that it is legible on a phone as well."""
-    titles = list(dict.fromkeys(row.table for row in rows if row.limit is not None))
-    styles = _styles(list(dict.fromkeys(row.column for row in rows)))
+    titles = unique(row.table for row in rows if row.limit is not None)
+    styles = _styles(unique(row.column for row in rows))
     panels = [[row for row in rows if row.table == title] for title in titles]
     heights = [len({row.method for row in panel}) + 2 for panel in panels]
     figure = Figure((6.4, 0.42 * sum(heights) + 0.8), layout="constrained")
@@ -29,13 +31,13 @@ def draw(rows: Sequence[Any]) -> Figure:
 def _styles(columns: list[str]) -> dict[str, tuple[str, str]]:
     """Marker and colour of each column. A library, the last word of a column, has a colour; the chip before it a marker."""
     chip, library = ({column: column.rpartition(" ")[part] for column in columns} for part in (0, 2))
-    chips, libraries = (list(dict.fromkeys(of.values())) for of in (chip, library))
+    chips, libraries = unique(chip.values()), unique(library.values())
     markers = {c: chips.index(chip[c]) if len(chips) > 1 else libraries.index(library[c]) for c in columns}
     return {c: (MARKERS[markers[c]], COLORS[libraries.index(library[c])]) for c in columns}
 
 
-def _panel(ax: Any, rows: Sequence[Any], styles: dict[str, tuple[str, str]]) -> None:
-    methods, columns = (list(dict.fromkeys(getattr(row, what) for row in rows)) for what in ("method", "column"))
+def _panel(ax: Any, rows: Sequence[Row], styles: dict[str, tuple[str, str]]) -> None:
+    methods, columns = unique(row.method for row in rows), unique(row.column for row in rows)
     for at, column in enumerate(columns):
         own = [row for row in rows if row.column == column]
         values = np.array([[row.value if edge is None else edge for edge in (row.low, row.value, row.high)] for row in own])

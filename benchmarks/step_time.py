@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import peers, trees
-from benchmarks.optimizers import FEW, METHODS, READS_AND_WRITES, compiled_step
+from benchmarks.optimizers import FEW, METHODS, READS_AND_WRITES, chosen, compiled_step
 from benchmarks.report import Row
 from benchmarks.timing import spread, timed
 
@@ -39,11 +39,7 @@ def _rows(name: str, tree: Any, methods: list[str], rounds: int) -> Iterator[Row
 def _steps(params: Any, grads: Any, methods: list[str]) -> dict[tuple[str, str], Callable[[], Any]]:
     """By method and library, a step on parameters and state of its own."""
     on_device = jax.tree.map(jnp.array, grads)
-    steps = {
-        (method, library): _step(optimizer, params, on_device)
-        for method in methods
-        for library, optimizer in METHODS[method].optimizers.items()
-    }
+    steps = {row: _step(optimizer, params, on_device) for row, optimizer in chosen(methods).items()}
     for library, make in ("torch", peers.torch_steps), ("Keras", peers.keras_steps):
         if peers.installed(library):
             steps |= {(method, library): step for method, step in make(params, grads, methods).items()}

@@ -16,7 +16,7 @@ from jax import Array
 
 import optaxclip
 from benchmarks.report import Row
-from benchmarks.timing import interleaved, spread
+from benchmarks.timing import cold, spread
 
 THRESHOLDS = np.geomspace(0.01, 100, 16).astype(np.float32)
 STEPS, BATCH, WIDTH = 300, 32, 25
@@ -29,8 +29,7 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
     measures = {
         (way, library): _measure(start, clip, thresholds) for way, start in WAYS.items() for library, clip in CLIPS.items()
     }
-    next(iter(measures.values()))()  # what is done once in a process is no one's
-    times = interleaved(measures, rounds)
+    times = cold(measures, rounds)
     reference = times[next(iter(times))]
     for i, what in enumerate(["with compilation", "without"]):
         title = f"Time of a sweep over {len(thresholds)} thresholds, {what}, over the first line's"
@@ -82,7 +81,6 @@ def _measure(start: Callable[..., Any], clip: Any, thresholds: Array) -> Callabl
     """Seconds with compilation, and without."""
 
     def measure() -> np.ndarray:
-        jax.clear_caches()
         sweep, times = start(clip, thresholds), [time.perf_counter()]
         for _ in range(2):
             jax.block_until_ready(sweep())

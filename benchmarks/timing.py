@@ -33,6 +33,17 @@ def interleaved(measures: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[
     return dict(zip(measures, np.moveaxis(np.array(values), 0, 1), strict=True))
 
 
+def cold(measures: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, np.ndarray]:
+    """The same, each in fresh caches. What is done once in a process is no one's, so the first is called before all."""
+
+    def fresh(measure: Callable[[], Any]) -> Any:
+        jax.clear_caches()
+        return measure()
+
+    fresh(next(iter(measures.values())))
+    return interleaved({key: lambda measure=measure: fresh(measure) for key, measure in measures.items()}, rounds)
+
+
 def spread(values: np.ndarray) -> Spread:
     """Of values over rounds."""
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()

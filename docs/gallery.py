@@ -33,44 +33,49 @@ class Entry(NamedTuple):
     """One method as it is shown.
 
     Attributes:
-        name: of the function.
-        title: the call.
-        clip: what it returns.
+        call: as it is written, but for the name of the library.
         scale: what the stream is multiplied by.
         chain: the optimizer that it makes with Adam; None: not measured.
     """
 
-    name: str
-    title: str
-    clip: optax.GradientTransformation
+    call: str
     scale: float = 1.0
     chain: Callable[..., optax.GradientTransformation] | None = lambda clip, adam: optax.chain(clip, adam)
+
+    @property
+    def name(self) -> str:
+        """Of the function."""
+        return self.call.partition("(")[0]
+
+    def clip(self) -> optax.GradientTransformation:
+        """What the call returns."""
+        return eval(self.call, dict(vars(optaxclip)))
 
 
 ENTRIES = {
     "Limits that are given": [
-        Entry("clip_by_value", "clip_by_value(1.0)", optaxclip.clip_by_value(1.0)),
-        Entry("clip_by_norm", "clip_by_norm(4.0)", optaxclip.clip_by_norm(4.0)),
-        Entry("clip_by_global_norm", "clip_by_global_norm(4.0)", optaxclip.clip_by_global_norm(4.0)),
-        Entry("clip_by_block_rms", "clip_by_block_rms(0.4)", optaxclip.clip_by_block_rms(0.4)),
-        Entry("adaptive_grad_clip", "adaptive_grad_clip(0.4)", optaxclip.adaptive_grad_clip(0.4)),
+        Entry("clip_by_value(1.0)"),
+        Entry("clip_by_norm(4.0)"),
+        Entry("clip_by_global_norm(4.0)"),
+        Entry("clip_by_block_rms(0.4)"),
+        Entry("adaptive_grad_clip(0.4)"),
     ],
     "Limits that are learned": [
-        Entry("autoclip", "autoclip(0.5)", optaxclip.autoclip(0.5)),
-        Entry("quantile_clip", "quantile_clip(0.9)", optaxclip.quantile_clip(0.9)),
-        Entry("zclip", "zclip()", optaxclip.zclip()),
-        Entry("adagc", "adagc()", optaxclip.adagc()),
-        Entry("history_clip", "history_clip()", optaxclip.history_clip()),
-        Entry("log_norm_clip", "log_norm_clip()", optaxclip.log_norm_clip()),
-        Entry("growth_clip", "growth_clip()", optaxclip.growth_clip()),
-        Entry("spam_clip", "spam_clip(50.0)", optaxclip.spam_clip(50.0)),
-        Entry("stabilize_gradient", "stabilize_gradient()", optaxclip.stabilize_gradient()),
+        Entry("autoclip(0.5)"),
+        Entry("quantile_clip(0.9)"),
+        Entry("zclip()"),
+        Entry("adagc()"),
+        Entry("history_clip()"),
+        Entry("log_norm_clip()"),
+        Entry("growth_clip()"),
+        Entry("spam_clip(50.0)"),
+        Entry("stabilize_gradient()"),
     ],
     "Other things than gradients, or otherwise": [
-        Entry("clippy", "clippy()", optaxclip.clippy(), 0.01, lambda clip, adam: optax.chain(adam, clip)),
-        Entry("scale_by_stable_adam", "scale_by_stable_adam()", optaxclip.scale_by_stable_adam(), 1.0, lambda clip, _: clip),
-        Entry("spectral_clip", "spectral_clip(1.0)", optaxclip.spectral_clip(1.0), 1.0, None),
-        Entry("carry", "carry(clip_by_global_norm(4.0))", optaxclip.carry(optaxclip.clip_by_global_norm(4.0))),
+        Entry("clippy()", scale=0.01, chain=lambda clip, adam: optax.chain(adam, clip)),
+        Entry("scale_by_stable_adam()", chain=lambda clip, _: clip),
+        Entry("spectral_clip(1.0)", chain=None),
+        Entry("carry(clip_by_global_norm(4.0))"),
     ],
 }
 ADAM = optax.adam(1e-3)
@@ -99,14 +104,14 @@ def stream() -> np.ndarray:
 
 def history(entry: Entry) -> Any:
     """What `telemetry.metrics` says of each step of the stream."""
-    params = jnp.array(np.random.default_rng(1).normal(size=SHAPE))
+    clip, params = entry.clip(), jnp.array(np.random.default_rng(1).normal(size=SHAPE))
 
     def step(state: Any, gradient: jax.Array) -> tuple[Any, Any]:
-        _, state = entry.clip.update(gradient, state, params)
+        _, state = clip.update(gradient, state, params)
         return state, telemetry.metrics(state)
 
     gradients = jnp.array(entry.scale * stream(), jnp.float32)
-    return jax.device_get(jax.jit(lambda: jax.lax.scan(step, entry.clip.init(params), gradients)[1])())
+    return jax.device_get(jax.jit(lambda: jax.lax.scan(step, clip.init(params), gradients)[1])())
 
 
 def picture(entry: Entry) -> Figure:
@@ -128,7 +133,7 @@ def page() -> str:
             cost_of = f"Cost {costs[entry.name]:.2f}" if entry.chain else "Cost: a singular value decomposition of each matrix"
             text += [
                 f"\n### `{entry.name}`\n\n{before}\n\n![Size, limit and size after clipping](gallery/{entry.name}.svg)\n",
-                f"*`{entry.title}`. {cost_of}, state {remembered(entry)}.*\n\n"
+                f"*`{entry.call}`. {cost_of}, state {remembered(entry)}.*\n\n"
                 f"{references or 'The classic.'} API: {{func}}`optaxclip.{entry.name}`.",
             ]
     return "\n".join(text) + "\n"
@@ -146,7 +151,7 @@ def parts(doc: str) -> tuple[str, str]:
 def remembered(entry: Entry) -> str:
     """How large the state is for GPT-2."""
     params = gpt2()
-    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(entry.clip.init, params)))
+    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(entry.clip().init, params)))
     share = count / sum(x.size for x in jax.tree.leaves(params))
     return f"{share:.1f} times the parameters" if share > 0.05 else f"{count} numbers"
 
@@ -196,7 +201,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def measure() -> dict[str, float]:
     """What a step costs on TPU v5e with each method, for GPT-2, in units of its parameters."""
-    optimizers = {entry.name: entry.chain(entry.clip, ADAM) for entry in sum(ENTRIES.values(), []) if entry.chain}
+    optimizers = {entry.name: entry.chain(entry.clip(), ADAM) for entry in sum(ENTRIES.values(), []) if entry.chain}
     peers = {"adam": ADAM, "optax": optax.chain(optax.clip_by_global_norm(1.0), ADAM)}
     return {name: round(cost(optimizer, gpt2(), "v5e").units, 3) for name, optimizer in tqdm({**peers, **optimizers}.items())}
 

@@ -121,8 +121,7 @@ def clip(
         states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
         if layout.axes is not None:  # sizes of parts of leaves are where the leaves are
             states = tuple(map(_placed, states, sizes))
-        nothing = [None] * layout.blocks
-        reading = _record(None, layout, sizes, sizes, sizes, nothing) if record else None
+        reading = _record(None, layout, sizes, sizes, sizes) if record else None
         return ClipState(jnp.zeros((), jnp.int32), states, reading)
 
     def update(updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -147,7 +146,7 @@ def clip(
         learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, sizes, clipped_sizes, state.rules, contexts))
         # Of numbers that are cut one by one, the largest tells all that is recorded but the share.
         alone = layout.is_of_elements and norm.magnitude is jnp.abs and response in CUTS and nonfinite != "zero"
-        numbers = source if alone else [None] * layout.blocks
+        numbers = source if alone else None
         reading = _record(state.reading, layout, sizes, clipped_sizes, limits, numbers) if record else None
         if nonfinite == "raise":
             _check_finite(layout, sizes)
@@ -219,14 +218,14 @@ def _record(
     sizes: list[Array],
     clipped_sizes: list[Array],
     limits: list[Array],
-    numbers: list[Any],
+    numbers: list[Any] | None = None,
 ) -> Reading:
     """RECORD: a number per group, or per leaf where a leaf holds many groups; counts over all steps."""
     over = [jnp.isfinite(size) & (size > limit) for size, limit in zip(sizes, limits, strict=True)]
     if layout.axes is None:
         measured = jnp.stack([sizes[0], clipped_sizes[0], limits[0], over[0].astype(sizes[0].dtype)])
     else:
-        largest = list(map(_largest, sizes, clipped_sizes, limits, numbers))
+        largest = list(map(_largest, sizes, clipped_sizes, limits, numbers or [None] * len(sizes)))
         largest = jnp.array([[of_block[k] for of_block in largest] for k in range(3)])
         measured = _sharding.everywhere(largest, jnp.array([_share(block) for block in over]))
     counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)

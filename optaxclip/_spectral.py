@@ -131,10 +131,11 @@ def _decomposed(matrices: list[Array]) -> list[tuple[Array, Array, Array]]:
     """`_decompose` of each, one after the other."""
     parts = []
     for x in matrices:
-        # On CPU two decompositions of batches at a time can wait for each other for ever, so each waits for the one before,
-        # by a zero that is made of it.
-        done = jnp.max(parts[-1][1], initial=0) > jnp.inf if parts else False
-        parts.append(_decompose(x + jax.lax.stop_gradient(jnp.asarray(done, x.dtype)) if parts else x))
+        if parts:
+            # On CPU two decompositions of batches at a time can wait for each other for ever. So each waits for the one
+            # before, by a zero that is made of it.
+            x = x + (jnp.max(parts[-1][1], initial=0) > jnp.inf).astype(x.dtype)
+        parts.append(_decompose(x))
     return parts
 
 

@@ -173,35 +173,38 @@ def measure(
         [Array([[3.],
                [7.]], dtype=float32)]
     """
-    operands = list(zip(leaves, params, strict=True)) if norm.uses_params and params is not None else [(x,) for x in leaves]
-    if axes is not None and not any(axes):
+
+    def magnitudes() -> list[Array]:
+        operands = zip(leaves, params, strict=True) if norm.uses_params and params is not None else zip(leaves, strict=True)
         return [norm.magnitude(*map(widen, operand)) for operand in operands]
+
+    if axes is not None and not any(axes):
+        return magnitudes()
     if axes is None and not leaves:
         return [jnp.zeros((0,))]
     parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
     split = _split(leaves, parts, axis_names)
     groups = [[k] for k in range(len(leaves))] if groups is None else groups
     if norm.magnitude is not jnp.abs:  # it may close over traced numbers, which the caches of what is compiled must not keep
-        operands = [(norm.magnitude(*map(widen, operand)),) for operand in operands]
-        norm = norm._replace(magnitude=_itself)
-    return _measured(norm, axes and tuple(axes), tuple(map(tuple, groups)), tuple(split), operands)
+        leaves, norm = magnitudes(), norm._replace(magnitude=_itself)
+    return _measured(norm, axes and tuple(axes), tuple(map(tuple, groups)), tuple(split), list(leaves))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _measured(
-    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], operands: Any
+    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
 ) -> list[Array]:
     exact = functools.partial(_sizes, norm, axes, groups, split)
     if norm.quick is None or any(split):
-        return exact(operands)
-    return _quickly(functools.partial(_sizes, norm.quick, axes, groups, split), exact, operands)
+        return exact(leaves)
+    return _quickly(functools.partial(_sizes, norm.quick, axes, groups, split), exact, leaves)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _sizes(
-    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], operands: Any
+    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
 ) -> list[Array]:
-    moments = [_moments(norm, part, *operand) for part, operand in zip(axes or [None] * len(operands), operands, strict=True)]
+    moments = [_moments(norm, part, leaf) for part, leaf in zip(axes or [None] * len(leaves), leaves, strict=True)]
     if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
         vectors = [jnp.concatenate(values) for values in zip(*moments, strict=True)]
         moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
@@ -209,9 +212,9 @@ def _sizes(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _moments(norm: Norm, axes: Axes | None, *operand: ArrayLike) -> tuple[Array, ...]:
+def _moments(norm: Norm, axes: Axes | None, leaf: ArrayLike) -> tuple[Array, ...]:
     """Moments of one leaf, along axes or, as vectors `[1]`, of all of it. Compiled, so that equal leaves are traced once."""
-    magnitudes = norm.magnitude(*map(widen, operand))
+    magnitudes = norm.magnitude(widen(leaf))
     if axes is not None:
         return norm.moments(magnitudes, axes)
     return tuple(value.reshape(1) for value in norm.moments(magnitudes, tuple(range(magnitudes.ndim))))

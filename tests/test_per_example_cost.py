@@ -2,17 +2,18 @@
 
 import jax
 
-from benchmarks.per_example import MODELS, rows_of
+from benchmarks.per_example import MODELS, counted, rows_of
 
 
 def figures(title):
     """Of a plain step, of ours, and of gradients that are stored for each example: flops, and bytes of temporary memory."""
-    model, batch = MODELS[title]
+    model, make_batch = MODELS[title]
+    batch = make_batch()
     params = jax.eval_shape(model.init, jax.random.key(0), batch[0][0])
     found, rows = [], rows_of(model)
     for name in "plain", "clipped_grad", "optax":
-        compiled = jax.jit(rows[name]).lower(params, *batch).compile()
-        found.append((compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes))
+        figures = counted(jax.jit(rows[name]).lower(params, *batch).compile())
+        found.append((figures["flops"], figures["temporary memory"]))
     return found
 
 

@@ -946,16 +946,18 @@ def privacy_clipped_grad(there, here):
     "`per_example.clipped_grad(loss, 0.5)(params, x, y)[1]`",
     "Same: the mean, which is the default here. A fixed number to divide by is a factor on the sum",
 )
-def privacy_normalize_by(there, here):
-    same_tree(*both(there, here))
-
-
 @line(
     "`jax_privacy.clipped_grad(batch_loss, l2_clip_norm=0.5, batch_argnums=(1, 2))(params, x, y)`",
     '`per_example.clipped_grad(batch_loss, 0.5, reduce="sum", keep_batch_axis=True)(params, x, y)[1]`',
     "Same: the loss gets batches of one. That is the default there, and not here",
 )
-def privacy_batch_of_one(there, here):
+@line(
+    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), keep_batch_dim=False, microbatch_size=2)(params, "
+    "x, y)`",
+    '`per_example.clipped_grad(loss, 0.5, reduce="sum", microbatch=2)(params, x, y)[1]`',
+    "Same. It is seldom needed here, where no gradient of an example is stored for most layers",
+)
+def privacy_the_same(there, here):
     same_tree(*both(there, here))
 
 
@@ -971,16 +973,6 @@ def privacy_norms(there, here):
     values = there.replace("return_grad_norms", "return_values").replace("grad_norms", "values")
     found, seen = both(values, here.removesuffix(".sizes[:, 0]"))
     same([found], [seen.losses])
-
-
-@line(
-    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), keep_batch_dim=False, microbatch_size=2)(params, "
-    "x, y)`",
-    '`per_example.clipped_grad(loss, 0.5, reduce="sum", microbatch=2)(params, x, y)[1]`',
-    "Same. It is seldom needed here, where no gradient of an example is stored for most layers",
-)
-def privacy_microbatch(there, here):
-    same_tree(*both(there, here))
 
 
 @line(
