@@ -199,16 +199,25 @@ def _respond(
         return [norms.cast_like(x, gradient) for x, gradient in zip(clipped, layout.gradients, strict=True)], clipped_sizes
 
     # The direction is kept: factors for all groups at once, then each leaf is multiplied.
-    finite = [jnp.isfinite(size) for size in sizes]
-    clipped_sizes = [jnp.where(ok, target(*block), fill) for ok, *block in zip(finite, sizes, limits, strict=True)]
-    observed_sizes = [jnp.where(ok, size, 1) for ok, size in zip(finite, sizes, strict=True)]
-    factors = layout.per_leaf(*map(list, zip(*map(responses.factors, observed_sizes, clipped_sizes), strict=True)))
-    return list(map(_multiplied, layout.gradients, factors)), clipped_sizes
+    changes = [_change(size, target(size, limit), fill) for size, limit in zip(sizes, limits, strict=True)]
+    clipped_sizes, *factors = ([change[k] for change in changes] for k in range(3))
+    return list(map(_multiplied, layout.gradients, layout.per_leaf(*factors))), clipped_sizes
+
+
+# Compiled, so that blocks and leaves that are equal are traced once.
+
+
+@jax.jit
+def _change(size: Array, wanted: Array, fill: float) -> tuple[Array, Array, Array]:
+    """The size that there will be, `fill` where the size is not finite, and two factors that make it so."""
+    finite = jnp.isfinite(size)
+    clipped_size = jnp.where(finite, wanted, fill)
+    return clipped_size, *responses.factors(jnp.where(finite, size, 1), clipped_size)
 
 
 @jax.jit
 def _multiplied(gradient: Array, factors: Any) -> Array:
-    """A leaf times both factors, in its own dtype. Compiled, so that equal leaves are traced once."""
+    """A leaf times both factors, in its own dtype."""
     return norms.cast_like(responses.multiply(norms.widen(gradient), *factors), gradient)
 
 
@@ -221,13 +230,12 @@ def _record(
     numbers: list[Any] | None = None,
 ) -> Reading:
     """RECORD: a number per group, or per leaf where a leaf holds many groups; counts over all steps."""
-    over = [jnp.isfinite(size) & (size > limit) for size, limit in zip(sizes, limits, strict=True)]
     if layout.axes is None:
-        measured = jnp.stack([sizes[0], clipped_sizes[0], limits[0], over[0].astype(sizes[0].dtype)])
+        over = _is_over(sizes[0], limits[0])
+        measured = jnp.stack([sizes[0], clipped_sizes[0], limits[0], over.astype(sizes[0].dtype)])
     else:
-        largest = list(map(_largest, sizes, clipped_sizes, limits, numbers or [None] * len(sizes)))
-        largest = jnp.array([[of_block[k] for of_block in largest] for k in range(3)])
-        measured = _sharding.everywhere(largest, jnp.array([_share(block) for block in over]))
+        blocks = list(map(_read, sizes, clipped_sizes, limits, numbers or [None] * len(sizes)))
+        measured = _sharding.everywhere(jnp.stack(blocks, 1) if blocks else jnp.zeros((4, 0)))
     counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
     if reading is None:
         return Reading(measured, jnp.zeros_like(counted), tuple({name: None} for name in layout.names))
@@ -235,22 +243,26 @@ def _record(
     return reading._replace(measured=measured.astype(reading.measured.dtype), counted=reading.counted + counted)
 
 
-def _largest(size: Array, clipped_size: Array, limit: Array, numbers: Any) -> list[Array]:
-    """The largest of a block: its size, its size after clipping, its limit.
+@jax.jit
+def _read(size: Array, clipped_size: Array, limit: Array, numbers: Any) -> Array:
+    """Of a block `[4]`: the largest size, the largest after clipping, the largest limit, and the share of what is over it.
 
     From the `numbers` themselves, if they are given and have one limit: XLA on CPU would store their magnitudes, and those
     after clipping.
     """
-    if numbers is None or limit.ndim or not size.size or jnp.iscomplexobj(numbers):
-        return [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
-    numbers = norms.widen(numbers)
-    top = jnp.maximum(jnp.max(numbers), jnp.max(-numbers))
-    return [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
-
-
-def _share(over: Array) -> Array:
     # Through int8, because XLA adds converted booleans one by one on CPU.
-    return over.astype(jnp.int8).sum(dtype=jnp.float32) / max(over.size, 1)
+    share = _is_over(size, limit).astype(jnp.int8).sum(dtype=jnp.float32) / max(size.size, 1)
+    if numbers is None or limit.ndim or not size.size or jnp.iscomplexobj(numbers):
+        largest = [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
+    else:
+        numbers = norms.widen(numbers)
+        top = jnp.maximum(jnp.max(numbers), jnp.max(-numbers))
+        largest = [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
+    return jnp.stack([*largest, share])
+
+
+def _is_over(size: Array, limit: Array) -> Array:
+    return jnp.isfinite(size) & (size > limit)
 
 
 def _check_finite(layout: Layout, sizes: list[Array]) -> None:

@@ -137,14 +137,14 @@ def largest(tree: Any, axes: Names) -> Any:
     return jax.tree.map(lambda x: _largest(x, axes), tree) if axes else tree
 
 
-def everywhere(tops: Array, shares: Array) -> Array:
-    """Maxima `[n, leaves]` and mean shares `[leaves]` of parts, made those of the whole mesh, and stacked `[n + 1, leaves]`."""
+def everywhere(parts: Array) -> Array:
+    """Of parts `[4, leaves]`, three maxima and a mean share, made those of the whole mesh."""
     axes = manual_axes()
-    if axes:
-        # Collectives take only what varies along all of their axes, and adding such a zero makes it so.
-        zero = sum(jax.lax.axis_index(axis) * 0.0 for axis in axes)
-        tops, shares = jax.lax.pmax(tops + zero, axes), jax.lax.pmean(shares + zero, axes)
-    return jnp.concatenate([tops, shares[None]])
+    if not axes:
+        return parts
+    # Collectives take only what varies along all of their axes, and adding such a zero makes it so.
+    parts = parts + sum(jax.lax.axis_index(axis) * 0.0 for axis in axes)
+    return jnp.concatenate([jax.lax.pmax(parts[:3], axes), jax.lax.pmean(parts[3:], axes)])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -12,14 +12,13 @@ of the sizes of its parts, and derivatives are finite, at zero too.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.extend.core import primitives
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _sharding, _validate
 from optaxclip._numerics import share
@@ -187,6 +186,8 @@ def measure(
     groups = [[k] for k in range(len(leaves))] if groups is None else groups
     if norm.magnitude is not jnp.abs:  # it may close over traced numbers, which the caches of what is compiled must not keep
         leaves, norm = magnitudes(), norm._replace(magnitude=_itself)
+    if axes is None:
+        leaves = _alike(leaves)
     return _measured(norm, axes and tuple(axes), tuple(map(tuple, groups)), tuple(split), list(leaves))
 
 
@@ -197,7 +198,10 @@ def _measured(
     exact = functools.partial(_sizes, norm, axes, groups, split)
     if norm.quick is None or any(split):
         return exact(leaves)
-    return _quickly(functools.partial(_sizes, norm.quick, axes, groups, split), exact, leaves)
+    quick = functools.partial(_quickly, norm.quick, axes, groups, split)
+    # Accelerators are waiting for the leaves whatever is computed from them, and a branch would cost more than it saves.
+    # A CPU makes plain sums of squares several times faster than any others, and a branch that is not taken is free.
+    return jax.lax.platform_dependent(leaves, cpu=quick, default=exact)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
@@ -272,20 +276,37 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tup
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
 
 
-def _quickly(quick: Callable[[Any], list[Array]], exact: Callable[[Any], list[Array]], operands: Any) -> list[Array]:
-    """`exact(operands)`, or on CPU `quick(operands)`, if all sizes are such that it is exact as well.
+def _quickly(
+    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
+) -> list[Array]:
+    """Sizes by plain sums of squares; if these are not exact for all, those that are not by leaves scaled as in `l2`."""
+    sizes = _sizes(norm, axes, groups, split, leaves)
+    # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
+    exact = [(size > 2.0**-30) & (size < jnp.inf) for size in sizes]
 
-    Accelerators are waiting for the operands whatever is computed from them, and a branch would cost more than it saves.
-    A CPU makes plain sums of squares several times faster than any others, and a branch that is not taken is free.
-    """
+    def scaled(far: list[Array], far_sizes: list[Array], leaves: list[ArrayLike]) -> list[Array]:
+        magnitudes = [_magnitudes_by(norm, own, leaf) for own, leaf in zip(far, leaves, strict=True)]
+        measured = _sizes(norm._replace(magnitude=_itself), axes, groups, split, magnitudes)
+        return [size / _scale(own, size.dtype) for own, size in zip(far_sizes, measured, strict=True)]
 
-    def if_enough(operands: Any) -> list[Array]:
-        sizes = quick(operands)
-        # Squares of what is a 2^-30th of these sizes are floats, and what is less adds nothing.
-        enough = jnp.array([jnp.all((size > 2.0**-30) & (size < jnp.inf)) for size in sizes]).all()
-        return jax.lax.cond(enough, lambda _: sizes, exact, operands)
+    def others(leaves: list[ArrayLike]) -> list[Array]:
+        far = [size == jnp.inf for size in sizes]
+        if axes is not None:
+            right = scaled(far, far, leaves)
+        else:  # all leaves by one scale and then by the other, in turn and not side by side: there is one program for both
+            [(by_near, by_far)] = jax.lax.map(lambda far: scaled([far] * len(leaves), [far], leaves), jnp.array([False, True]))
+            right = [jnp.where(far[0], by_far, by_near)]
+        return list(map(jnp.where, exact, sizes, right))
 
-    return jax.lax.platform_dependent(operands, cpu=if_enough, default=exact)
+    return jax.lax.cond(jnp.array(list(map(jnp.all, exact))).all(), lambda _: sizes, others, leaves)
+
+
+def _alike(leaves: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
+    """Leaves that are measured together, all in float64 if some are: what they are scaled by depends on the precision."""
+    widest = jnp.finfo(jnp.promote_types(jnp.result_type(*leaves), jnp.float32)).dtype
+    if widest == jnp.float32:
+        return leaves
+    return [jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), widest)) for leaf in leaves]
 
 
 def widen(x: ArrayLike) -> Array:
@@ -341,20 +362,38 @@ def _l2() -> Norm:
     # 2^-20 of its square: the two ranges overlap by enough, and both sums are made in one pass over the array.
     # The caps square to infinity like what is above them. They keep derivatives finite, and they keep the compiler
     # from pulling the scales out of the squares, where x^2 is infinite and the scale squared is 0.
-    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
-        half = jnp.finfo(magnitudes.dtype).maxexp // 2
-        scaled = [jnp.minimum(magnitudes * 2.0**shift, 2.0**half) for shift in (half - 28, -(half + 1))]
-        near, far = (_sum(x**2, axes) for x in scaled)
-        return near, far
+    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
+        return tuple(_sum(_scaled(magnitudes, scale) ** 2, axes) for scale in _scales(magnitudes.dtype))
 
     def root(near: Array, far: Array) -> Array:
-        half = jnp.finfo(near.dtype).maxexp // 2
         enough = jnp.isfinite(near)
-        unit = jnp.where(enough, 2.0 ** -(half - 28), 2.0 ** (half + 1)).astype(near.dtype)
+        unit = jnp.where(enough, *(1 / scale for scale in _scales(near.dtype))).astype(near.dtype)
         return _root(jnp.where(enough, near, far), 2) * unit
 
     squares = Norm(lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2))
     return Norm(moments, _add, root, quick=squares)
+
+
+def _scales(dtype: DTypeLike) -> tuple[float, float]:
+    """Of `near` and of `far`."""
+    half = jnp.finfo(dtype).maxexp // 2
+    return 2.0 ** (half - 28), 2.0 ** -(half + 1)
+
+
+def _scale(far: Array, dtype: DTypeLike) -> Array:
+    """One of the two."""
+    near_and_far = _scales(dtype)
+    return jnp.where(far, *near_and_far[::-1]).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _magnitudes_by(norm: Norm, far: Array, leaf: ArrayLike) -> Array:
+    magnitudes = norm.magnitude(widen(leaf))
+    return _scaled(magnitudes, _scale(far, magnitudes.dtype))
+
+
+def _scaled(magnitudes: Array, scale: ArrayLike) -> Array:
+    return jnp.minimum(magnitudes * scale, 2.0 ** (jnp.finfo(magnitudes.dtype).maxexp // 2))
 
 
 def _itself(x: Array) -> Array:

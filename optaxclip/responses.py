@@ -147,8 +147,10 @@ def _first_factor(size: Array, target: Array) -> tuple[Array, Array]:
     positive = jnp.where(changed & (size > 0), size, 1)
     ratio = target / positive
     far = (target > 0) & ((ratio < 2.0**-64) | (ratio > 2.0**64))
-    first = jnp.where(far, jnp.sqrt(target) / jnp.sqrt(positive), 1)
-    return jnp.where(changed, first, 0), positive * first
+    # A quotient at the end: XLA on CPU would compute anything cheaper than that anew in the kernel of every leaf.
+    root = jnp.where(far, jnp.sqrt(positive), 1)
+    first = jnp.where(changed, jnp.where(far, jnp.sqrt(target), 1), 0) / root
+    return first, positive * jnp.where(changed, first, 1)
 
 
 def multiply(gradient: Array, first: Array, second: Array) -> Array:

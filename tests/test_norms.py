@@ -14,9 +14,17 @@ from precision import float64
 import optaxclip
 from optaxclip import norms
 
-NORMS = {"l2": norms.l2(), "l1": norms.l1(), "linf": norms.linf(), "lp": norms.lp(3), "fractional": norms.lp(1.5)}
+NORMS = {
+    "l2": norms.l2(),
+    "l2 of accelerators": norms.l2()._replace(quick=None),
+    "l1": norms.l1(),
+    "linf": norms.linf(),
+    "lp": norms.lp(3),
+    "fractional": norms.lp(1.5),
+}
 REFERENCES = {
     "l2": reference.l2,
+    "l2 of accelerators": reference.l2,
     "l1": reference.l1,
     "linf": reference.linf,
     "lp": reference.lp(3),
@@ -127,6 +135,25 @@ def test_sizes_of_float64_are_right_where_powers_overflow_or_underflow(scale):
             assert floats(WAYS[way](all_sizes)(leaves)) == pytest.approx(true_sizes(leaves), rel=1e-12)
 
 
+@pytest.mark.parametrize("first, second", [(3.0, 4.0), (3e-25, 4e-25), (3e20, 4e20), (1.0, 1e100)])
+def test_precisions_may_be_mixed(first, second):
+    with float64():
+        leaves = [jnp.array([first], jnp.float32), jnp.array([second], jnp.float64)]
+        assert floats(all_sizes(leaves)) == pytest.approx(true_sizes(leaves), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["eager", "jit"])
+@pytest.mark.parametrize("norm", [norms.l2(), norms.rms()])
+def test_sizes_of_all_magnitudes_may_be_measured_at_once(norm, way):
+    tops = np.float32([1e-30, 1e-25, 1e-10, 1, 2.0**27, 2.0**28, 1e12, 1e18, 1e20, 1e37])
+    rows = np.outer(tops, np.float32([3, 4]))
+    expected = np.linalg.norm(np.float64(rows), axis=1) / (1 if norm == norms.l2() else 2**0.5)
+    by_row = WAYS[way](lambda x: norms.measure(norm, [x], axes=[(1,)]))(jnp.asarray(rows))
+    by_leaf = WAYS[way](lambda *x: norms.measure(norm, x))(*map(jnp.asarray, rows))
+    np.testing.assert_allclose(by_row[0][:, 0], expected, rtol=2e-6)
+    np.testing.assert_allclose(by_leaf[0], expected, rtol=2e-6)
+
+
 def test_the_joint_size_of_many_bfloat16_leaves_is_not_rounded():
     many = [jnp.ones((), jnp.bfloat16)] * 600  # a sum in bfloat16 stays at 256
     assert float(size(norms.l2(), many)) == pytest.approx(math.sqrt(600), rel=1e-6)
@@ -211,7 +238,12 @@ def test_parts_of_any_shape_add_up():
 
 def analytic(x):
     l2, l3, l15 = (np.sum(np.abs(x) ** p) ** (1 / p) for p in (2, 3, 1.5))
-    powers = {"l2": x / l2, "lp": (np.abs(x) / l3) ** 2 * np.sign(x), "fractional": (np.abs(x) / l15) ** 0.5 * np.sign(x)}
+    powers = {
+        "l2": x / l2,
+        "l2 of accelerators": x / l2,
+        "lp": (np.abs(x) / l3) ** 2 * np.sign(x),
+        "fractional": (np.abs(x) / l15) ** 0.5 * np.sign(x),
+    }
     return {**powers, "l1": np.sign(x), "linf": np.sign(x) * (np.abs(x) == np.abs(x).max())}
 
 
