@@ -283,19 +283,20 @@ def _quickly(
     sizes = _sizes(norm, axes, groups, split, leaves)
     # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
     exact = [(size > 2.0**-30) & (size < jnp.inf) for size in sizes]
+    far = [size == jnp.inf for size in sizes]
 
-    def scaled(far: list[Array], far_sizes: list[Array], leaves: list[ArrayLike]) -> list[Array]:
-        magnitudes = [_magnitudes_by(norm, own, leaf) for own, leaf in zip(far, leaves, strict=True)]
+    def scaled(far: list[Array], leaves: list[ArrayLike]) -> list[Array]:
+        own = far if axes is not None else far * len(leaves)
+        magnitudes = list(map(functools.partial(_magnitudes_by, norm), own, leaves))
         measured = _sizes(norm._replace(magnitude=_itself), axes, groups, split, magnitudes)
-        return [size / _scale(own, size.dtype) for own, size in zip(far_sizes, measured, strict=True)]
+        return [size / _scale(block, size.dtype) for size, block in zip(measured, far, strict=True)]
 
     def others(leaves: list[ArrayLike]) -> list[Array]:
-        far = [size == jnp.inf for size in sizes]
-        if axes is not None:
-            right = scaled(far, far, leaves)
-        else:  # all leaves by one scale and then by the other, in turn and not side by side: there is one program for both
-            [(by_near, by_far)] = jax.lax.map(lambda far: scaled([far] * len(leaves), [far], leaves), jnp.array([False, True]))
-            right = [jnp.where(far[0], by_far, by_near)]
+        if axes is not None or len(groups) == 1:
+            right = scaled(far, leaves)
+        else:  # by both scales, since XLA compiles a kernel for each leaf that takes its own from a vector
+            by_near, by_far = (scaled([jnp.array(either)], leaves) for either in (False, True))
+            right = list(map(jnp.where, far, by_far, by_near))
         return list(map(jnp.where, exact, sizes, right))
 
     return jax.lax.cond(jnp.array(list(map(jnp.all, exact))).all(), lambda _: sizes, others, leaves)
