@@ -4,6 +4,7 @@ All that is compared runs in one process, in turn, so what disturbs one disturbs
 training, because what others leave in caches and allocators is not its cost.
 """
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -38,6 +39,7 @@ def cold(measures: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, np
 
     def fresh(measure: Callable[[], Any]) -> Any:
         jax.clear_caches()
+        gc.collect()  # what others left is not to be collected at this one's expense
         return measure()
 
     fresh(next(iter(measures.values())))
