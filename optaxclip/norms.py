@@ -279,24 +279,24 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tup
 def _quickly(
     norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
 ) -> list[Array]:
-    """Sizes by plain sums of squares; if these are not exact for all, those that are not by leaves scaled as in `l2`."""
+    """Sizes by a norm that is `quick`; where these are not exact, by leaves scaled as in `l2`."""
     sizes = _sizes(norm, axes, groups, split, leaves)
     # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
     exact = [(size > 2.0**-30) & (size < jnp.inf) for size in sizes]
     far = [size == jnp.inf for size in sizes]
 
-    def scaled(far: list[Array], leaves: list[ArrayLike]) -> list[Array]:
-        own = far if axes is not None else far * len(leaves)
-        magnitudes = list(map(functools.partial(_magnitudes_by, norm), own, leaves))
+    def scaled(by_far: list[Array], leaves: list[ArrayLike]) -> list[Array]:
+        of_leaves = by_far if axes is not None else by_far * len(leaves)
+        magnitudes = list(map(functools.partial(_magnitudes_by, norm), of_leaves, leaves))
         measured = _sizes(norm._replace(magnitude=_itself), axes, groups, split, magnitudes)
-        return [size / _scale(block, size.dtype) for size, block in zip(measured, far, strict=True)]
+        return [size / _scale(block, size.dtype) for size, block in zip(measured, by_far, strict=True)]
 
     def others(leaves: list[ArrayLike]) -> list[Array]:
         if axes is not None or len(groups) == 1:
             right = scaled(far, leaves)
         else:  # by both scales, since XLA compiles a kernel for each leaf that takes its own from a vector
-            by_near, by_far = (scaled([jnp.array(either)], leaves) for either in (False, True))
-            right = list(map(jnp.where, far, by_far, by_near))
+            near, beyond = (scaled([jnp.array(either)], leaves) for either in (False, True))
+            right = list(map(jnp.where, far, beyond, near))
         return list(map(jnp.where, exact, sizes, right))
 
     return jax.lax.cond(jnp.array(list(map(jnp.all, exact))).all(), lambda _: sizes, others, leaves)

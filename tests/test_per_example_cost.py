@@ -12,8 +12,8 @@ def figures(title):
     params = jax.eval_shape(model.init, jax.random.key(0), batch[0][0])
     found, rows = [], rows_of(model)
     for name in "plain", "clipped_grad", "optax":
-        figures = counted(jax.jit(rows[name]).lower(params, *batch).compile())
-        found.append((figures["flops"], figures["temporary memory"]))
+        cost = counted(jax.jit(rows[name]).lower(params, *batch).compile())
+        found.append((cost["flops"], cost["temporary memory"]))
     return found
 
 
