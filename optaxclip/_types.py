@@ -56,8 +56,8 @@ class Norm(NamedTuple):
         join: `(moments, total, largest) -> moments` of a whole from those of its parts. `total(x)` and `largest(x)` are the
             sum and the maximum over the parts, of every array in a tree `x`. Zeros add nothing.
         root: `(*moments) -> sizes`.
-        quick: the same for sizes from 2^-30 to the root of the largest float, by a computation that is quicker on CPU,
-            and infinite above. Where a size is outside, it measures scaled leaves: `size(c x) = |c| size(x)` must hold.
+        quick: the same by fewer operations, for where float64 is at hand. In float64 it is right for all numbers in float32, in
+            float32 for sizes from 2^-30 to the root of the largest float, and infinite above.
         magnitude: how large one element is: real, not negative, and NaN for NaN.
         uses_params: whether `magnitude` is `(element, parameter) -> magnitude`.
     """

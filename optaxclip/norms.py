@@ -12,6 +12,7 @@ of the sizes of its parts, and derivatives are finite, at zero too.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from optaxclip import _sharding, _validate
 from optaxclip._numerics import share
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
+
+_float64: Any = getattr(jax, "enable_x64", None)  # before JAX 0.8 a program without float64 cannot have a part with it
+LARGE = 2**14  # numbers in a leaf, from where it matters on a CPU that sums in float32 take half the time
 
 
 def l2() -> Norm:
@@ -196,32 +200,69 @@ def _measured(
     norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
 ) -> list[Array]:
     exact = functools.partial(_sizes, norm, axes, groups, split)
-    if norm.quick is None or any(split):
+    if norm.quick is None or _float64 is None or any(split) or _widest(leaves) == jnp.float64:
         return exact(leaves)
-    quick = functools.partial(_quickly, norm.quick, axes, groups, split)
-    # Accelerators are waiting for the leaves whatever is computed from them, and a branch would cost more than it saves.
-    # A CPU makes plain sums of squares several times faster than any others, and a branch that is not taken is free.
-    return jax.lax.platform_dependent(leaves, cpu=quick, default=exact)
+    in_float64 = functools.partial(_in_float64, norm.quick, axes, groups, split)
+    in_float32 = functools.partial(_in_float32, norm.quick, axes, groups, split)
+    on_cpu = in_float32 if any(jnp.size(leaf) > LARGE for leaf in leaves) else in_float64
+
+    # Float64 holds the squares of all numbers in float32. A GPU waits for the leaves, whatever it computes from them. A CPU
+    # takes twice as long for sums in float64, so where leaves are large it tries float32 first; a branch that is not taken is
+    # free there. A TPU has no float64. Derivatives are always those of `exact`: where float64 is switched off, JAX cannot
+    # differentiate what is computed in it.
+    @jax.custom_jvp
+    def measured(leaves: list[ArrayLike]) -> list[Array]:
+        return jax.lax.platform_dependent(leaves, cpu=on_cpu, cuda=in_float64, rocm=in_float64, default=exact)
+
+    measured.defjvp(functools.partial(jax.jvp, exact))
+    return measured(leaves)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 5), inline=True)
 def _sizes(
-    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
+    norm: Norm,
+    axes: Sequence[Axes] | None,
+    groups: Sequence[Axes],
+    split: Sequence[Names],
+    leaves: list[ArrayLike],
+    least: DTypeLike = jnp.float32,
 ) -> list[Array]:
-    moments = [_moments(norm, part, leaf) for part, leaf in zip(axes or [None] * len(leaves), leaves, strict=True)]
+    """Sizes, in the precision of the leaves or the `least`, whichever is wider."""
+    parts = axes or [None] * len(leaves)
+    moments = [_moments(norm, part, leaf, least) for part, leaf in zip(parts, leaves, strict=True)]
     if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
         vectors = [jnp.concatenate(values) for values in zip(*moments, strict=True)]
         moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
     return [norm.root(*values) for values in _joined_across(norm, moments, split if axes else [_union(split)])]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _moments(norm: Norm, axes: Axes | None, leaf: ArrayLike) -> tuple[Array, ...]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
+def _moments(norm: Norm, axes: Axes | None, leaf: ArrayLike, least: DTypeLike) -> tuple[Array, ...]:
     """Moments of one leaf, along axes or, as vectors `[1]`, of all of it. Compiled, so that equal leaves are traced once."""
     magnitudes = norm.magnitude(widen(leaf))
+    magnitudes = magnitudes.astype(jnp.promote_types(magnitudes.dtype, least))
     if axes is not None:
         return norm.moments(magnitudes, axes)
     return tuple(value.reshape(1) for value in norm.moments(magnitudes, tuple(range(magnitudes.ndim))))
+
+
+def _in_float64(
+    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
+) -> list[Array]:
+    """Sizes by a norm that is `quick`."""
+    with _float64(True):
+        return [size.astype(jnp.float32) for size in _sizes(norm, axes, groups, split, leaves, jnp.float64)]
+
+
+def _in_float32(
+    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
+) -> list[Array]:
+    """The same where float32 is exact, which is seen afterwards; else in float64."""
+    sizes = _sizes(norm, axes, groups, split, leaves)
+    # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
+    exact = [(size == jax.lax.clamp(2.0**-30, size, jnp.finfo(size.dtype).max)).all() for size in sizes]
+    in_float64 = functools.partial(_in_float64, norm, axes, groups, split)
+    return jax.lax.cond(jnp.array(exact).all(), lambda _: sizes, in_float64, leaves)
 
 
 def _split(leaves: Sequence[ArrayLike], parts: Sequence[Axes], axis_names: Sequence[Names | None] | None) -> list[Names]:
@@ -276,35 +317,14 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tup
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
 
 
-def _quickly(
-    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
-) -> list[Array]:
-    """Sizes by a norm that is `quick`; where these are not exact, by leaves scaled as in `l2`."""
-    sizes = _sizes(norm, axes, groups, split, leaves)
-    # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
-    exact = [(size > 2.0**-30) & (size < jnp.inf) for size in sizes]
-    far = [size == jnp.inf for size in sizes]
-
-    def scaled(by_far: list[Array], leaves: list[ArrayLike]) -> list[Array]:
-        of_leaves = by_far if axes is not None else by_far * len(leaves)
-        magnitudes = list(map(functools.partial(_magnitudes_by, norm), of_leaves, leaves))
-        measured = _sizes(norm._replace(magnitude=_itself), axes, groups, split, magnitudes)
-        return [size / _scale(block, size.dtype) for size, block in zip(measured, by_far, strict=True)]
-
-    def others(leaves: list[ArrayLike]) -> list[Array]:
-        if axes is not None or len(groups) == 1:
-            right = scaled(far, leaves)
-        else:  # by both scales, since XLA compiles a kernel for each leaf that takes its own from a vector
-            near, beyond = (scaled([jnp.array(either)], leaves) for either in (False, True))
-            right = list(map(jnp.where, far, beyond, near))
-        return list(map(jnp.where, exact, sizes, right))
-
-    return jax.lax.cond(jnp.array(list(map(jnp.all, exact))).all(), lambda _: sizes, others, leaves)
+def _widest(leaves: Sequence[ArrayLike]) -> DTypeLike:
+    """The real type that all of them can be measured in."""
+    return jnp.finfo(jnp.promote_types(jnp.result_type(*leaves), jnp.float32)).dtype
 
 
 def _alike(leaves: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
     """Leaves that are measured together, all in float64 if some are: what they are scaled by depends on the precision."""
-    widest = jnp.finfo(jnp.promote_types(jnp.result_type(*leaves), jnp.float32)).dtype
+    widest = _widest(leaves)
     if widest == jnp.float32:
         return leaves
     return [jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), widest)) for leaf in leaves]
@@ -363,38 +383,21 @@ def _l2() -> Norm:
     # 2^-20 of its square: the two ranges overlap by enough, and both sums are made in one pass over the array.
     # The caps square to infinity like what is above them. They keep derivatives finite, and they keep the compiler
     # from pulling the scales out of the squares, where x^2 is infinite and the scale squared is 0.
+    def scales(dtype: DTypeLike) -> tuple[float, float]:
+        half = jnp.finfo(dtype).maxexp // 2
+        return 2.0 ** (half - 28), 2.0 ** -(half + 1)
+
     def moments(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
-        return tuple(_sum(_scaled(magnitudes, scale) ** 2, axes) for scale in _scales(magnitudes.dtype))
+        cap = 2.0 ** (jnp.finfo(magnitudes.dtype).maxexp // 2)
+        return tuple(_sum(jnp.minimum(magnitudes * scale, cap) ** 2, axes) for scale in scales(magnitudes.dtype))
 
     def root(near: Array, far: Array) -> Array:
         enough = jnp.isfinite(near)
-        unit = jnp.where(enough, *(1 / scale for scale in _scales(near.dtype))).astype(near.dtype)
+        unit = jnp.where(enough, *(1 / scale for scale in scales(near.dtype))).astype(near.dtype)
         return _root(jnp.where(enough, near, far), 2) * unit
 
     squares = Norm(lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2))
     return Norm(moments, _add, root, quick=squares)
-
-
-def _scales(dtype: DTypeLike) -> tuple[float, float]:
-    """Of `near` and of `far`."""
-    half = jnp.finfo(dtype).maxexp // 2
-    return 2.0 ** (half - 28), 2.0 ** -(half + 1)
-
-
-def _scale(far: Array, dtype: DTypeLike) -> Array:
-    """One of the two."""
-    near_and_far = _scales(dtype)
-    return jnp.where(far, *near_and_far[::-1]).astype(dtype)
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _magnitudes_by(norm: Norm, far: Array, leaf: ArrayLike) -> Array:
-    magnitudes = norm.magnitude(widen(leaf))
-    return _scaled(magnitudes, _scale(far, magnitudes.dtype))
-
-
-def _scaled(magnitudes: Array, scale: ArrayLike) -> Array:
-    return jnp.minimum(magnitudes * scale, 2.0 ** (jnp.finfo(magnitudes.dtype).maxexp // 2))
 
 
 def _itself(x: Array) -> Array:
@@ -422,10 +425,17 @@ def _max(values: Array, axes: Axes) -> Array:
     return jnp.max(values, axes, keepdims=True, initial=0)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _root(total: Array, p: float) -> Array:
     """The p-th root, with derivative 0 at 0 instead of infinity."""
-    positive = jnp.where(total > 0, total, 1)
-    return jnp.where(total > 0, jnp.sqrt(positive) if p == 2 else positive ** (1 / p), total)
+    return jnp.sqrt(total) if p == 2 else total ** (1 / p)
+
+
+@_root.defjvp
+def _root_jvp(p: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (total,), (change,) = primals, tangents
+    root, positive = _root(total, p), total > 0
+    return root, jnp.where(positive, change * (root / jnp.where(positive, total, 1) / p), 0)
 
 
 def _add(moments: Moments, total: Join, largest: Join) -> Moments:

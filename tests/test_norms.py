@@ -25,6 +25,7 @@ NORMS = {
 REFERENCES = {
     "l2": reference.l2,
     "l2 of accelerators": reference.l2,
+    "l2 of large leaves": reference.l2,
     "l1": reference.l1,
     "linf": reference.linf,
     "lp": reference.lp(3),
@@ -49,6 +50,15 @@ def size(norm, leaves):
     return norms.measure(norm, leaves, groups=[list(range(len(leaves)))])[0][0]
 
 
+def enlarged(leaf):
+    """With so many zeros that a CPU measures it in float32 first."""
+    return jnp.append(jnp.ravel(leaf), jnp.zeros(norms.LARGE, jnp.result_type(leaf)))
+
+
+SIZES = {name: functools.partial(size, norm) for name, norm in NORMS.items()}
+SIZES |= {"l2 of large leaves": lambda leaves: size(norms.l2(), list(map(enlarged, leaves)))}
+
+
 def recorded_sizes(norm, leaves):
     clip = optaxclip.clip(jnp.inf, norm=norm)
     return clip.update(leaves, clip.init(leaves))[1].reading.size_before
@@ -59,7 +69,7 @@ def floats(sizes):
 
 
 def all_sizes(leaves):
-    sizes = {name: size(norm, leaves) for name, norm in NORMS.items()}
+    sizes = {name: measured(leaves) for name, measured in SIZES.items()}
     return {**sizes, "rms": recorded_sizes(norms.rms(), leaves)[0]}
 
 
@@ -148,10 +158,31 @@ def test_sizes_of_all_magnitudes_may_be_measured_at_once(norm, way):
     tops = np.float32([1e-30, 1e-25, 1e-10, 1, 2.0**27, 2.0**28, 1e12, 1e18, 1e20, 1e37])
     rows = np.outer(tops, np.float32([3, 4]))
     expected = np.linalg.norm(np.float64(rows), axis=1) / (1 if norm == norms.l2() else 2**0.5)
-    by_row = WAYS[way](lambda x: norms.measure(norm, [x], axes=[(1,)]))(jnp.asarray(rows))
-    by_leaf = WAYS[way](lambda *x: norms.measure(norm, x))(*map(jnp.asarray, rows))
-    np.testing.assert_allclose(by_row[0][:, 0], expected, rtol=2e-6)
-    np.testing.assert_allclose(by_leaf[0], expected, rtol=2e-6)
+    by_row = WAYS[way](lambda x: norms.measure(norm, [x], axes=[(1,)]))
+    by_leaf = WAYS[way](lambda x: norms.measure(norm, list(x)))
+    np.testing.assert_allclose(by_row(jnp.asarray(rows))[0][:, 0], expected, rtol=2e-6)
+    np.testing.assert_allclose(by_leaf(jnp.asarray(rows))[0], expected, rtol=2e-6)
+    large = jax.vmap(enlarged)(rows[1:])
+    expected = expected[1:] * (1 if norm == norms.l2() else (2 / large.shape[1]) ** 0.5)
+    np.testing.assert_allclose(by_row(large)[0][:, 0], expected, rtol=2e-6)
+    np.testing.assert_allclose(by_leaf(large)[0], expected, rtol=2e-6)
+
+
+def test_large_leaves_may_be_joined_with_small_ones():
+    for first, second in (3.0, 4.0), (3e20, 4e20), (3e-25, 4e-25), (3.0, 1e-30), (3e20, 0.0), (0.0, 4e-25):
+        leaves = [enlarged(jnp.array([first])), jnp.array([second]), jnp.array([5.0])]
+        for groups in [[0, 1], [2]], [[2], [1, 0]]:
+            by_name = dict(zip(map(len, groups), norms.measure(norms.l2(), leaves, groups=groups)[0], strict=True))
+            assert floats(by_name) == pytest.approx({1: 5, 2: np.hypot(first, second)}, rel=1e-6)
+
+
+def test_only_large_leaves_are_measured_in_two_ways():
+    def branches(leaves):
+        return str(jax.make_jaxpr(lambda leaves: norms.measure(norms.l2(), leaves))(leaves)).count("cond[")
+
+    small, large = [jnp.ones(3)] * 2, [jnp.ones(norms.LARGE + 1)] * 2
+    assert branches(small + large) == branches(large)
+    assert branches(large) - branches(small) == hasattr(jax, "enable_x64")  # by the version of JAX: without it there is one way
 
 
 def test_the_joint_size_of_many_bfloat16_leaves_is_not_rounded():
@@ -215,7 +246,8 @@ def test_the_size_of_a_whole_is_that_of_its_parts_for_any_partition(values, orde
     groups = [order[i:j] for i, j in zip(cuts, cuts[1:], strict=False)]
     parts = measured_by_all([np.float32([x]) for x in values], groups)
     wholes = {name: size(NORMS[name], [sizes]) for name, sizes in parts.items()}
-    for name, norm in REFERENCES.items() - {("rms", reference.rms)}:
+    for name in NORMS:
+        norm = REFERENCES[name]
         np.testing.assert_allclose(parts[name], [norm([values[k] for k in group]) for group in groups], rtol=3e-6)
         np.testing.assert_allclose(wholes[name], norm(values), rtol=3e-6)
 
@@ -241,6 +273,7 @@ def analytic(x):
     powers = {
         "l2": x / l2,
         "l2 of accelerators": x / l2,
+        "l2 of large leaves": x / l2,
         "lp": (np.abs(x) / l3) ** 2 * np.sign(x),
         "fractional": (np.abs(x) / l15) ** 0.5 * np.sign(x),
     }
@@ -251,7 +284,7 @@ def analytic(x):
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30, 2.0**27])
 def test_derivatives_are_those_of_the_formulas(scale, way):
     x = np.array([3.0, -4.0, 12.0])
-    slopes = WAYS[way](lambda x: {name: jax.grad(lambda x, norm=norm: size(norm, [x]))(x) for name, norm in NORMS.items()})
+    slopes = WAYS[way](lambda x: {name: jax.grad(lambda x, f=f: f([x]))(x) for name, f in SIZES.items()})
     for name, slope in slopes(jnp.float32(scale * x)).items():
         np.testing.assert_allclose(slope, analytic(x)[name], rtol=3e-6, err_msg=name)
 
@@ -264,11 +297,11 @@ def test_the_derivative_of_a_complex_size_points_along_it():
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64, jnp.float16])
 def test_derivatives_at_zero_are_finite(dtype, way):
-    slopes = WAYS[way](lambda x: {name: jax.grad(lambda x, norm=norm: size(norm, [x]))(x) for name, norm in NORMS.items()})
+    slopes = WAYS[way](lambda x: {name: jax.grad(lambda x, f=f: f([x]))(x) for name, f in SIZES.items()})
     for name, slope in slopes(jnp.zeros(3, dtype)).items():
         assert np.isfinite(slope).all(), name
     partly = slopes(jnp.array([0, 2, 0], dtype))
-    assert {name: np.isfinite(slope).all() and slope[1] == 1 for name, slope in partly.items()} == dict.fromkeys(NORMS, True)
+    assert {name: np.isfinite(slope).all() and slope[1] == 1 for name, slope in partly.items()} == dict.fromkeys(SIZES, True)
 
 
 def test_whole_powers_are_the_norms_of_that_name():
@@ -298,10 +331,11 @@ def test_axes_measure_along_them_and_keep_their_place():
 
 
 def test_each_unit_is_rescued_by_itself():
-    leaf = jnp.float32([[3e20, 3, 3e-25], [4e20, 4, 4e-25]])
-    for way in "eager", "jit", "vmap":
-        (sizes,) = WAYS[way](lambda leaves: norms.measure(norms.l2(), leaves, axes=[(0,)]))([leaf])
-        np.testing.assert_allclose(sizes, [[5e20, 5, 5e-25]], rtol=1e-6)
+    small = jnp.float32([[3e20, 3, 3e-25], [4e20, 4, 4e-25]])
+    for leaf in small, jnp.pad(small, ((0, norms.LARGE), (0, 0))):
+        for way in "eager", "jit", "vmap":
+            (sizes,) = WAYS[way](lambda leaves: norms.measure(norms.l2(), leaves, axes=[(0,)]))([leaf])
+            np.testing.assert_allclose(sizes, [[5e20, 5, 5e-25]], rtol=1e-6)
 
 
 def test_equal_leaves_are_traced_once_and_so_are_equal_steps():
