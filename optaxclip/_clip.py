@@ -201,7 +201,8 @@ def _respond(
     # The direction is kept: factors for all groups at once, then each leaf is multiplied.
     changes = [_change(size, target(size, limit), fill) for size, limit in zip(sizes, limits, strict=True)]
     clipped_sizes, *factors = ([change[k] for change in changes] for k in range(3))
-    return list(map(_multiplied, layout.gradients, layout.per_leaf(*factors))), clipped_sizes
+    multiplied = functools.partial(_multiplied, nonfinite == "zero")
+    return list(map(multiplied, layout.gradients, layout.per_leaf(*factors))), clipped_sizes
 
 
 # Compiled, so that blocks and leaves that are equal are traced once.
@@ -215,10 +216,12 @@ def _change(size: Array, wanted: Array, fill: float) -> tuple[Array, Array, Arra
     return clipped_size, *responses.factors(jnp.where(finite, size, 1), clipped_size)
 
 
-@jax.jit
-def _multiplied(gradient: Array, factors: Any) -> Array:
-    """A leaf times both factors, in its own dtype."""
-    return norms.cast_like(responses.multiply(norms.widen(gradient), *factors), gradient)
+@functools.partial(jax.jit, static_argnums=0)
+def _multiplied(zero: bool, gradient: Array, factors: Any) -> Array:
+    """A leaf times both factors, in its own dtype; where the second is 0 it may be `zero` even from infinity and NaN."""
+    wide = norms.widen(gradient)
+    wide = jnp.where(factors[1] == 0, 0, wide) if zero else wide
+    return norms.cast_like(responses.multiply(wide, *factors), gradient)
 
 
 def _record(

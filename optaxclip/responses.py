@@ -144,15 +144,14 @@ def _factors_jvp(
 def _first_factor(size: Array, target: Array) -> tuple[Array, Array]:
     """The first factor, and what the target is to be divided by for the second."""
     changed = target != size
-    positive = jnp.where(changed & (size > 0), size, 1)
-    ratio = target / positive
-    far = (target > 0) & ((ratio < 2.0**-64) | (ratio > 2.0**64))
+    positive = jnp.where(changed, size, 1)
+    near = jax.lax.clamp(positive * 2.0**-64, target, positive * 2.0**64)
+    far = changed & (target > 0) & (target != near)
     # A quotient at the end: XLA on CPU would compute anything cheaper than that anew in the kernel of every leaf.
-    root = jnp.where(far, jnp.sqrt(positive), 1)
-    first = jnp.where(changed, jnp.where(far, jnp.sqrt(target), 1), 0) / root
+    first = jnp.where(far, jnp.sqrt(target), changed) / jnp.where(far, jnp.sqrt(positive), 1)
     return first, positive * jnp.where(changed, first, 1)
 
 
 def multiply(gradient: Array, first: Array, second: Array) -> Array:
-    """`gradient` times both factors: the same bits where the first is 0; zero, even from infinity, where the second is."""
-    return jnp.where(first == 0, gradient, jnp.where(second == 0, 0, gradient * first * second))
+    """`gradient` times both factors, or the same bits where the first is 0."""
+    return jnp.where(first == 0, gradient, gradient * first * second)

@@ -1,5 +1,6 @@
 """Which numbers share one size: `tree > group > leaf > unit > element`."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -229,17 +230,24 @@ def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
 @jax.jit
 def _columns(matrix: Array) -> list[Array]:
     """The columns of a matrix, one by one."""
+    count = matrix.shape[1]
 
-    # XLA on CPU compiles a kernel anew for every leaf that takes a slice directly, and one kernel for all equal leaves that
-    # take the result of a reduction, though of two equal numbers. On other platforms equal leaves with a slice share a kernel.
+    # XLA on CPU compiles a kernel anew for every leaf that takes a slice of its own, and one kernel for all equal leaves that
+    # take the result of a reduction, though of two equal numbers. In two steps there are as many slices as two times the root.
+    # On other platforms equal leaves with a slice share a kernel.
     def reduced(matrix: Array) -> list[Array]:
-        twice = jnp.stack([matrix, matrix])
-        return [jnp.max(column, (0, 2)) for column in jax.lax.split(twice, [1] * matrix.shape[1], axis=2)]
+        rows = math.isqrt(count - 1) + 1
+        square = jnp.pad(matrix, ((0, 0), (0, -count % rows))).reshape(len(matrix), rows, -1)
+        return [column for row in parts(square) for column in parts(row)][:count]
+
+    def parts(x: Array) -> list[Array]:
+        twice = jnp.stack([x, x])
+        return [jnp.max(part, (0, 2)) for part in jax.lax.split(twice, [1] * x.shape[1], axis=2)]
 
     def sliced(matrix: Array) -> list[Array]:
-        return [column[:, 0] for column in jax.lax.split(matrix, [1] * matrix.shape[1], axis=1)]
+        return [column[:, 0] for column in jax.lax.split(matrix, [1] * count, axis=1)]
 
-    return jax.lax.platform_dependent(matrix, cpu=reduced, default=sliced)
+    return sliced(matrix) if count < 2 else jax.lax.platform_dependent(matrix, cpu=reduced, default=sliced)
 
 
 def _is_absent(leaf: Any) -> bool:

@@ -1,4 +1,5 @@
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -293,3 +294,14 @@ def test_stacked_layers_are_clipped_as_if_they_were_apart(method, grain):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), apart(updates, 1), expected)
     clipped = [np.mean(np.abs(x) < np.abs(y)) for x, y in zip(*map(jax.tree.leaves, (updates, grads)), strict=True)]
     assert 0.1 < np.mean(clipped) < 0.95  # some are, some are not
+
+
+def test_many_leaves_share_the_kernels_that_take_their_factors():
+    def slices(leaves):
+        clip = optaxclip.clip_by_norm(1.0)
+        grads = [jnp.ones(3)] * leaves
+        program = jax.jit(clip.update).lower(grads, clip.init(grads)).compile().as_text()
+        return len(set(re.findall(r"slice=\{[^}]*\}", program)))
+
+    assert slices(100) <= 2 * 10 + 2  # of the root of their number in each of two steps, and two factors
+    assert slices(101) <= 2 * 11 + 2
