@@ -239,8 +239,7 @@ def _sizes(
 @functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
 def _moments(norm: Norm, axes: Axes | None, leaf: ArrayLike, least: DTypeLike) -> tuple[Array, ...]:
     """Moments of one leaf, along axes or, as vectors `[1]`, of all of it. Compiled, so that equal leaves are traced once."""
-    magnitudes = norm.magnitude(widen(leaf))
-    magnitudes = magnitudes.astype(jnp.promote_types(magnitudes.dtype, least))
+    magnitudes = norm.magnitude(widen(leaf, least))
     if axes is not None:
         return norm.moments(magnitudes, axes)
     return tuple(value.reshape(1) for value in norm.moments(magnitudes, tuple(range(magnitudes.ndim))))
@@ -327,12 +326,12 @@ def _alike(leaves: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
     widest = _widest(leaves)
     if widest == jnp.float32:
         return leaves
-    return [jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), widest)) for leaf in leaves]
+    return [widen(leaf, widest) for leaf in leaves]
 
 
-def widen(x: ArrayLike) -> Array:
-    """`x` in float32 or wider, complex if it is."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+def widen(x: ArrayLike, least: DTypeLike = jnp.float32) -> Array:
+    """`x` in the `least` precision or wider, complex if it is."""
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), least))
 
 
 def cast_like(x: Array, like: ArrayLike) -> Array:

@@ -32,10 +32,8 @@ FIXED = [
 @pytest.mark.parametrize("where", ["jit", "shard_map"])
 def test_a_tree_is_measured_with_one_message(where, i):
     optimizer = skip_nonfinite(optax.chain((FIXED + ADAPTIVE)[i], optax.adam(1e-3)))
-    grads = {f"{name}{k}": jnp.ones((8, 3)) for name in "ab" for k in range(5)} | {
-        "a_whole": jnp.ones(3),
-        "b_large": jnp.ones((8, 4096)),
-    }
+    grads = {f"{name}{k}": jnp.ones((8, 3)) for name in "ab" for k in range(5)}
+    grads |= {"a_whole": jnp.ones(3), "b_large": jnp.ones((8, 4096))}
     specs = {name: P() if name == "a_whole" else P("x") for name in grads}
     devices = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 
