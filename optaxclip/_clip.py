@@ -19,6 +19,7 @@ from jax import Array
 from jax.experimental import checkify
 
 from optaxclip import _sharding, _validate, norms, responses, scopes
+from optaxclip._packing import Packing, packing_of
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope, Threshold
 from optaxclip.scopes import Layout
 from optaxclip.thresholds import as_thresholds
@@ -121,7 +122,9 @@ def clip(
         states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
         if layout.axes is not None:  # sizes of parts of leaves are where the leaves are
             states = tuple(map(_placed, states, sizes))
-        reading = _record(None, layout, sizes, sizes, sizes) if record else None
+        packing = packing_of(sizes)
+        packed = packing.pack(sizes)
+        reading = _record(None, layout, packing, packed, packed, packed) if record else None
         return ClipState(jnp.zeros((), jnp.int32), states, reading)
 
     def update(updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -136,20 +139,29 @@ def clip(
         measure = functools.partial(measure_of(layout), params=weights, axis_names=names)
 
         source = layout.gradients if measured is None else layout.matching(measured)
-        sizes = measure(source)
+        blocks = measure(source)
+        packing = packing_of(blocks)
+        sizes = packing.pack(blocks)
         context = Context(state.step, blocks=() if isinstance(threshold, dict) else tuple(sizes))
-        contexts = _contexts(rules, context, lambda: measure(layout.matching(params)))
-        limits = list(map(_limit, rules, sizes, state.rules, contexts))
-        if layout.axes is None:
-            limits = [jnp.broadcast_to(limits[0], sizes[0].shape)]
-        clipped, clipped_sizes = _respond(response, nonfinite, layout, sizes, limits)
-        learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, sizes, clipped_sizes, state.rules, contexts))
+        learned = state.rules
+        if context.blocks and not jax.tree.leaves(learned):  # a rule without memory that all share is one function of a size
+            contexts = _contexts(rules, context, lambda: packing.pack(measure(layout.matching(params))))
+            limits = list(map(_limit, rules, sizes, state.rules, contexts))
+        else:
+            contexts = _contexts(rules, context, lambda: measure(layout.matching(params)))
+            limits = packing.pack(list(map(_limit, rules, blocks, state.rules, contexts)))
+        if layout.axes is None or packing.joined:
+            limits[0] = jnp.broadcast_to(limits[0], sizes[0].shape)
+        clipped, clipped_sizes = _respond(response, nonfinite, layout, packing, sizes, limits)
+        if jax.tree.leaves(learned):
+            (after,) = packing.unpack(clipped_sizes)
+            learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, blocks, after, learned, contexts))
         # Of numbers that are cut one by one, the largest tells all that is recorded but the share.
         alone = layout.is_of_elements and norm.magnitude is jnp.abs and response in CUTS and nonfinite != "zero"
         numbers = source if alone else None
-        reading = _record(state.reading, layout, sizes, clipped_sizes, limits, numbers) if record else None
+        reading = _record(state.reading, layout, packing, sizes, clipped_sizes, limits, numbers) if record else None
         if nonfinite == "raise":
-            _check_finite(layout, sizes)
+            _check_finite(layout, blocks)
         return layout.rebuild(clipped), ClipState(jnp.asarray(optax.safe_increment(state.step)), learned, reading)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -183,7 +195,7 @@ def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array
 
 
 def _respond(
-    response: Response, nonfinite: str, layout: Layout, sizes: list[Array], limits: list[Array]
+    response: Response, nonfinite: str, layout: Layout, packing: Packing, sizes: list[Array], limits: list[Array]
 ) -> tuple[list[Array], list[Array]]:
     """RESPOND: the gradients clipped, in float32 or wider and returned in their own dtype; and the sizes clipped."""
     fill = 0.0 if nonfinite == "zero" else jnp.nan
@@ -193,27 +205,32 @@ def _respond(
         def respond(gradient: Array, size: Array, limit: Array) -> Array:
             return jnp.where(jnp.isfinite(size), response(gradient, size, limit), fill)
 
-        clipped_sizes = list(map(respond, sizes, sizes, limits))
+        sizes, limits = packing.unpack(sizes, limits)  # it need not be one function of single numbers
+        clipped_sizes = packing.pack(list(map(respond, sizes, sizes, limits)))
         wide = map(norms.widen, layout.gradients)
         clipped = map(respond, wide, *zip(*layout.per_leaf(sizes, limits), strict=True))
         return [norms.cast_like(x, gradient) for x, gradient in zip(clipped, layout.gradients, strict=True)], clipped_sizes
 
     # The direction is kept: factors for all groups at once, then each leaf is multiplied.
-    changes = [_change(size, target(size, limit), fill) for size, limit in zip(sizes, limits, strict=True)]
+    zero = nonfinite == "zero"
+    changes = [_change(zero, size, target(size, limit)) for size, limit in zip(sizes, limits, strict=True)]
     clipped_sizes, *factors = ([change[k] for change in changes] for k in range(3))
-    multiplied = functools.partial(_multiplied, nonfinite == "zero")
-    return list(map(multiplied, layout.gradients, layout.per_leaf(*factors))), clipped_sizes
+    multiplied = functools.partial(_multiplied, zero)
+    return list(map(multiplied, layout.gradients, layout.per_leaf(*packing.unpack(*factors)))), clipped_sizes
 
 
 # Compiled, so that blocks and leaves that are equal are traced once.
 
 
-@jax.jit
-def _change(size: Array, wanted: Array, fill: float) -> tuple[Array, Array, Array]:
-    """The size that there will be, `fill` where the size is not finite, and two factors that make it so."""
-    finite = jnp.isfinite(size)
-    clipped_size = jnp.where(finite, wanted, fill)
-    return clipped_size, *responses.factors(jnp.where(finite, size, 1), clipped_size)
+@functools.partial(jax.jit, static_argnums=0)
+def _change(zero: bool, size: Array, wanted: Array) -> tuple[Array, ...]:
+    """The size that there will be, NaN or `zero` where the size is not finite, and two factors that make it so."""
+    shape, finite = size.shape, jnp.isfinite(size)
+    clipped_size = jnp.where(finite, wanted, 0 if zero else jnp.nan)
+    size = jnp.where(finite, size, 1) if zero else size
+    if size.size == 1:  # XLA on CPU would take the number out of its array in the kernel of every leaf
+        size, clipped_size = size.reshape(()), clipped_size.reshape(())
+    return tuple(x.reshape(shape) for x in (clipped_size, *responses.factors(size, clipped_size)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -227,18 +244,25 @@ def _multiplied(zero: bool, gradient: Array, factors: Any) -> Array:
 def _record(
     reading: Reading | None,
     layout: Layout,
+    packing: Packing,
     sizes: list[Array],
     clipped_sizes: list[Array],
     limits: list[Array],
     numbers: list[Any] | None = None,
 ) -> Reading:
     """RECORD: a number per group, or per leaf where a leaf holds many groups; counts over all steps."""
-    if layout.axes is None:
-        over = _is_over(sizes[0], limits[0])
-        measured = jnp.stack([sizes[0], clipped_sizes[0], limits[0], over.astype(sizes[0].dtype)])
-    else:
-        blocks = list(map(_read, sizes, clipped_sizes, limits, numbers or [None] * len(sizes)))
-        measured = _sharding.everywhere(jnp.stack(blocks, 1) if blocks else jnp.zeros((4, 0)))
+    blocks = list(zip(sizes, clipped_sizes, limits, strict=True))
+    parts = []
+    if layout.axes is None or packing.joined:
+        size, clipped_size, limit = blocks.pop(0)
+        parts = [jnp.stack([size, clipped_size, limit, _is_over(size, limit).astype(size.dtype)])]
+    own = [numbers[k] for k in packing.others] if numbers else [None] * len(blocks)
+    parts += [_read(*block, of_block)[:, None] for block, of_block in zip(blocks, own, strict=True)]
+    measured = jnp.concatenate(parts, 1) if parts else jnp.zeros((4, 0))
+    if packing.joined:
+        measured = measured[:, packing.order]
+    if layout.axes is not None:
+        measured = _sharding.everywhere(measured)
     counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
     if reading is None:
         return Reading(measured, jnp.zeros_like(counted), tuple({name: None} for name in layout.names))

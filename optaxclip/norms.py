@@ -23,6 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _sharding, _validate
 from optaxclip._numerics import share
+from optaxclip._packing import packing_of
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
 
@@ -233,7 +234,11 @@ def _sizes(
     if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
         vectors = [jnp.concatenate(values) for values in zip(*moments, strict=True)]
         moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
-    return [norm.root(*values) for values in _joined_across(norm, moments, split if axes else [_union(split)])]
+    columns = list(map(list, zip(*_joined_across(norm, moments, split if axes else [_union(split)]), strict=True)))
+    if len(columns) == 1:
+        return list(map(norm.root, *columns))
+    packing = packing_of(columns[0])  # a root of several moments is many operations
+    return packing.unpack(list(map(norm.root, *map(packing.pack, columns))))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
@@ -302,18 +307,25 @@ def _joined_across(norm: Norm, moments: list[tuple[Array, ...]], split: Sequence
 
 def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tuple[Array, ...]:
     """Moments of groups `[groups]` from those of their leaves `[leaves]`."""
-    if groups == tuple((k,) for k in range(len(moments[0]))):
+    count = len(moments[0])
+    if groups == tuple((k,) for k in range(count)):
         return tuple(moments)
-    absent = len(moments[0])  # position of a zero, which adds nothing
-    members = np.full((len(groups), max(map(len, groups))), absent)
-    for i, group in enumerate(groups):
-        members[i, : len(group)] = group
 
     def over_members(function: Callable[..., Array]) -> Join:
         return lambda tree: jax.tree.map(lambda x: function(x, 1, keepdims=True), tree)
 
-    members = tuple(jnp.take(jnp.append(values, 0), members, mode="clip") for values in moments)
+    # Of two moments, which are for TPU, XLA there would add the numbers up one by one if it saw where they come from.
+    whole = len(moments) == 1 and groups == (tuple(range(count)),)
+    members = tuple(values[None] if whole else _members(values, groups) for values in moments)
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
+
+
+def _members(values: Array, groups: Sequence[Axes]) -> Array:
+    """Of each group its own values, and zeros, which add nothing: `[groups, most]`."""
+    places = np.full((len(groups), max(map(len, groups))), len(values))
+    for i, group in enumerate(groups):
+        places[i, : len(group)] = group
+    return jnp.take(jnp.append(values, 0), places, mode="clip")
 
 
 def _widest(leaves: Sequence[ArrayLike]) -> DTypeLike:
@@ -395,7 +407,10 @@ def _l2() -> Norm:
         unit = jnp.where(enough, *(1 / scale for scale in scales(near.dtype))).astype(near.dtype)
         return _root(jnp.where(enough, near, far), 2) * unit
 
-    squares = Norm(lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2))
+    def signed(x: Array) -> Array:
+        return jnp.abs(x) if jnp.iscomplexobj(x) else x  # a square needs no more
+
+    squares = Norm(lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2), magnitude=signed)
     return Norm(moments, _add, root, quick=squares)
 
 

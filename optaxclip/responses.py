@@ -143,13 +143,11 @@ def _factors_jvp(
 
 def _first_factor(size: Array, target: Array) -> tuple[Array, Array]:
     """The first factor, and what the target is to be divided by for the second."""
-    changed = target != size
-    positive = jnp.where(changed, size, 1)
-    near = jax.lax.clamp(positive * 2.0**-64, target, positive * 2.0**64)
-    far = changed & (target > 0) & (target != near)
+    positive = jnp.maximum(size, jnp.finfo(size.dtype).tiny)
+    far = (target > 0) & (target != jax.lax.clamp(positive * 2.0**-64, target, positive * 2.0**64))
     # A quotient at the end: XLA on CPU would compute anything cheaper than that anew in the kernel of every leaf.
-    first = jnp.where(far, jnp.sqrt(target), changed) / jnp.where(far, jnp.sqrt(positive), 1)
-    return first, positive * jnp.where(changed, first, 1)
+    first = jnp.where(far, jnp.sqrt(target), target != size) / jnp.where(far, jnp.sqrt(positive), 1)
+    return first, positive * jnp.where(first == 0, 1, first)
 
 
 def multiply(gradient: Array, first: Array, second: Array) -> Array:

@@ -1,6 +1,5 @@
 """Which numbers share one size: `tree > group > leaf > unit > element`."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import optax
 from jax import Array
 
 from optaxclip import _validate
+from optaxclip._packing import columns
 from optaxclip._sharding import Names, is_names, names_of
 from optaxclip._types import Axes, Scope
 
@@ -141,9 +141,11 @@ class Layout(NamedTuple):
         """For each gradient its own entry of each of the blocks, together as they broadcast against it."""
         if self.axes is not None:
             return list(zip(*blocks, strict=True))
+        if len(self.groups) == 1:
+            return [[block[0][0] for block in blocks]] * len(self.gradients)
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
-        columns = _columns(jnp.stack([block[0] for block in blocks]))
-        return [columns[group_of[k]] for k in range(len(self.gradients))]
+        own = columns(jnp.stack([block[0] for block in blocks]))
+        return [own[group_of[k]] for k in range(len(self.gradients))]
 
     def of(self, tree: Any) -> list[Any]:
         """The leaves of a tree of this structure that stand where the gradients do."""
@@ -225,29 +227,6 @@ def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
     for k, i in enumerate(measured):
         groups.setdefault(names[i], []).append(k)
     return layout._replace(groups=list(groups.values()), names=list(groups))
-
-
-@jax.jit
-def _columns(matrix: Array) -> list[Array]:
-    """The columns of a matrix, one by one."""
-    count = matrix.shape[1]
-
-    # XLA on CPU compiles a kernel anew for every leaf that takes a slice of its own, and one kernel for all equal leaves that
-    # take the result of a reduction, though of two equal numbers. In two steps there are as many slices as two times the root.
-    # On other platforms equal leaves with a slice share a kernel.
-    def reduced(matrix: Array) -> list[Array]:
-        rows = math.isqrt(count - 1) + 1
-        square = jnp.pad(matrix, ((0, 0), (0, -count % rows))).reshape(len(matrix), rows, -1)
-        return [column for row in parts(square) for column in parts(row)][:count]
-
-    def parts(x: Array) -> list[Array]:
-        twice = jnp.stack([x, x])
-        return [jnp.max(part, (0, 2)) for part in jax.lax.split(twice, [1] * x.shape[1], axis=2)]
-
-    def sliced(matrix: Array) -> list[Array]:
-        return [column[:, 0] for column in jax.lax.split(matrix, [1] * count, axis=1)]
-
-    return sliced(matrix) if count < 2 else jax.lax.platform_dependent(matrix, cpu=reduced, default=sliced)
 
 
 def _is_absent(leaf: Any) -> bool:

@@ -12,7 +12,7 @@ import optaxclip
 PACKAGE = Path(optaxclip.__file__).parent
 # Each module may import only modules of earlier levels, and its own package.
 LEVELS = [
-    {"_types", "_validate", "_numerics", "_sharding", "_programs", "_factored", "responses"},
+    {"_types", "_validate", "_numerics", "_sharding", "_packing", "_programs", "_factored", "responses"},
     {"norms", "scopes", "thresholds", *(f"thresholds.{name}" for name in ("_blocks", "fixed", "combine", "moments", "ranks"))},
     {"_clip", "_carry", "_guard", "_precondition", "_spectral"},
     {"telemetry", "_backward", "per_example", "testing"},

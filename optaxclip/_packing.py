@@ -1,0 +1,79 @@
+"""Blocks of one number each, joined to a vector: on a chip, an operation on one number costs as much as on a thousand."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optaxclip import _sharding
+
+
+class Packing(NamedTuple):
+    """Which of several blocks are joined: packed, there is first a vector of those, and then the others.
+
+    Attributes:
+        shapes: of the blocks.
+        joined: positions of those of one number, the same on all devices; none where there are not several.
+        others: positions of the rest.
+    """
+
+    shapes: list[tuple[int, ...]]
+    joined: list[int]
+    others: list[int]
+
+    @property
+    def order(self) -> np.ndarray:
+        """Of each block, its place in what is packed, each number of the vector by itself."""
+        return np.argsort([*self.joined, *self.others])
+
+    def pack(self, blocks: Sequence[Array]) -> list[Array]:
+        """The same numbers in fewer blocks."""
+        vector = [jnp.concatenate([blocks[k].reshape(1) for k in self.joined])] if self.joined else []
+        return vector + [blocks[k] for k in self.others]
+
+    def unpack(self, *packed: list[Array]) -> list[list[Array]]:
+        """Each list of packed blocks as it was."""
+        if not self.joined:
+            return list(packed)
+        of_joined = zip(*columns(jnp.stack([blocks[0] for blocks in packed])), strict=True)
+        unpacked = []
+        for blocks, numbers in zip(packed, of_joined, strict=True):
+            found = dict(zip(self.others, blocks[1:], strict=True))
+            found |= {k: number.reshape(self.shapes[k]) for k, number in zip(self.joined, numbers, strict=True)}
+            unpacked.append([found[k] for k in range(len(self.shapes))])
+        return unpacked
+
+
+def packing_of(blocks: Sequence[Array]) -> Packing:
+    """How these blocks, and others of their shapes, are packed."""
+    single = [k for k, block in enumerate(blocks) if block.size == 1 and not _sharding.varying(block)]
+    alike = [k for k in single if blocks[k].dtype == blocks[single[0]].dtype]
+    joined = alike if len(alike) > 1 else []
+    return Packing([block.shape for block in blocks], joined, sorted(set(range(len(blocks))) - set(joined)))
+
+
+@jax.jit
+def columns(matrix: Array) -> list[Array]:
+    """The columns of a matrix, one by one."""
+    count = matrix.shape[1]
+
+    # XLA on CPU compiles a kernel anew for every leaf that takes a slice of its own, and one kernel for all equal leaves that
+    # take the result of a reduction, though of two equal numbers. In two steps there are as many slices as two times the root.
+    # On other platforms equal leaves with a slice share a kernel.
+    def reduced(matrix: Array) -> list[Array]:
+        rows = math.isqrt(count - 1) + 1
+        square = jnp.pad(matrix, ((0, 0), (0, -count % rows))).reshape(len(matrix), rows, -1)
+        return [column for row in parts(square) for column in parts(row)][:count]
+
+    def parts(x: Array) -> list[Array]:
+        twice = jnp.stack([x, x])
+        return [jnp.max(part, (0, 2)) for part in jax.lax.split(twice, [1] * x.shape[1], axis=2)]
+
+    def sliced(matrix: Array) -> list[Array]:
+        return [column[:, 0] for column in jax.lax.split(matrix, [1] * count, axis=1)]
+
+    return sliced(matrix) if count < 2 else jax.lax.platform_dependent(matrix, cpu=reduced, default=sliced)

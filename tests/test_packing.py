@@ -1,0 +1,98 @@
+"""Blocks of one number go through the engine as one vector, and come out as if each had gone alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import optaxclip
+from optaxclip import norms, responses, scopes, telemetry, thresholds
+from optaxclip._packing import packing_of
+
+BIASES = {
+    "small": jnp.array([0.1, -0.2]),
+    "large": jnp.array([30.0, 40.0]),
+    "zero": jnp.zeros(3),
+    "infinite": jnp.array([jnp.inf, 1.0]),
+    "huge": jnp.array([3e38, 1e38]),
+    "half": jnp.array([3.0, 4.0], jnp.bfloat16),
+    "complex": jnp.array([3.0 + 4.0j]),
+}
+GRADS = {"kernel": jnp.arange(6.0).reshape(2, 3), **BIASES, "other": jnp.ones((4, 2)), "scalar": jnp.array(-7.0)}
+PARAMS = jax.tree.map(lambda x: jnp.full_like(x, 2), GRADS)
+MESH = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+RULES = {
+    "constant": 1.0,
+    "relative": thresholds.relative(0.5, floor=1e-3),
+    "schedule": lambda step: 2.0 - step,
+    "learned": thresholds.ema(1.5, decay=0.5),
+    "by name": {name: 0.5 + k for k, name in enumerate(sorted(GRADS))},
+}
+
+
+def run(clip, grads, params):
+    state = clip.init(params)
+    for scale in 1.0, 2.0, 0.5:
+        updates, state = clip.update(jax.tree.map(lambda x, scale=scale: (scale * x).astype(x.dtype), grads), state, params)
+    return updates, state
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+@pytest.mark.parametrize("response", [responses.rescale, responses.smooth, responses.clamp], ids=lambda r: r.__name__)
+@pytest.mark.parametrize("rule", RULES)
+def test_each_leaf_is_clipped_as_it_would_be_alone(rule, response, nonfinite):
+    def clip_of(names):
+        threshold = RULES[rule]
+        own = {name: threshold[name] for name in names} if isinstance(threshold, dict) else threshold
+        return optaxclip.clip(own, scope=scopes.unit(), response=response, nonfinite=nonfinite)
+
+    updates, state = jax.jit(lambda: run(clip_of(GRADS), GRADS, PARAMS))()
+    for k, name in enumerate(sorted(GRADS)):
+        alone, alone_state = jax.jit(lambda n=name: run(clip_of([n]), {n: GRADS[n]}, {n: PARAMS[n]}))()
+        np.testing.assert_allclose(updates[name], alone[name], rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(state.reading.measured[:, k], alone_state.reading.measured[:, 0], rtol=1e-6, err_msg=name)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), state.rules[k], alone_state.rules[0])
+        assert updates[name].dtype == GRADS[name].dtype and updates[name].shape == GRADS[name].shape
+
+
+def test_numbers_of_one_precision_are_joined_in_their_order_and_come_back():
+    blocks = [jnp.ones((1, 2)), jnp.full((1, 1), 3.0), jnp.array(4.0), jnp.ones(1, jnp.bfloat16), jnp.full(1, 5.0)]
+    packing = packing_of(blocks)
+    packed = packing.pack(blocks)
+    assert (packing.joined, packing.others) == ([1, 2, 4], [0, 3])
+    np.testing.assert_array_equal(packed[0], [3, 4, 5])
+    np.testing.assert_array_equal(packing.order, [3, 0, 1, 4, 2])
+    (unpacked,) = packing.unpack(packed)
+    assert [block.shape for block in unpacked] == [block.shape for block in blocks]
+    jax.tree.map(np.testing.assert_array_equal, unpacked, blocks)
+
+
+def test_one_such_number_stays_where_it_is():
+    blocks = [jnp.ones((1, 2)), jnp.ones((1, 1))]
+    packing = packing_of(blocks)
+    assert packing.pack(blocks) == blocks and packing.unpack(blocks) == [blocks] and not packing.joined
+
+
+def test_what_differs_between_devices_is_not_joined_with_what_does_not():
+    clip = optaxclip.clip(1.0, scope=scopes.unit(), axis_name={"own": (), "a": (), "b": ()})
+    grads = {"own": jnp.arange(8.0), "a": jnp.array([3.0, 4.0]), "b": jnp.array([5.0])}
+    specs = {"own": P("x"), "a": P(), "b": P()}
+
+    def step(grads):
+        return clip.update(grads, clip.init(grads))[0]
+
+    mapped = jax.shard_map(step, mesh=MESH, in_specs=(specs,), out_specs=specs)
+    updates = jax.jit(mapped)(grads)  # JAX refuses these specs if `a` and `b` are of one vector with `own`
+    np.testing.assert_allclose(updates["own"], np.minimum(grads["own"], 1))
+    np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
+
+
+def test_a_vector_of_sizes_leaves_the_names_of_a_reading_in_their_order():
+    clip = optaxclip.clip(100.0, scope=scopes.unit(), norm=norms.l1())
+    units = jnp.array([[1.0, 0.5], [0.0, 0.5]])
+    grads = {"a": jnp.array([1.0]), "b": 2 * units, "c": jnp.array([3.0]), "d": 4 * units}
+    reading = clip.update(grads, clip.init(grads))[1].reading
+    sizes = dict(zip(telemetry.group_names(reading), reading.size_before.tolist(), strict=True))
+    assert sizes == {"a": 1, "b": 2, "c": 3, "d": 4}
