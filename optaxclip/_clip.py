@@ -225,12 +225,10 @@ def _respond(
 @functools.partial(jax.jit, static_argnums=0)
 def _change(zero: bool, size: Array, wanted: Array) -> tuple[Array, ...]:
     """The size that there will be, NaN or `zero` where the size is not finite, and two factors that make it so."""
-    shape, finite = size.shape, jnp.isfinite(size)
+    finite = jnp.isfinite(size)
     clipped_size = jnp.where(finite, wanted, 0 if zero else jnp.nan)
     size = jnp.where(finite, size, 1) if zero else size
-    if size.size == 1:  # XLA on CPU would take the number out of its array in the kernel of every leaf
-        size, clipped_size = size.reshape(()), clipped_size.reshape(())
-    return tuple(x.reshape(shape) for x in (clipped_size, *responses.factors(size, clipped_size)))
+    return clipped_size, *responses.factors(size, clipped_size)
 
 
 @functools.partial(jax.jit, static_argnums=0)

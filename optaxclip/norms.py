@@ -307,25 +307,19 @@ def _joined_across(norm: Norm, moments: list[tuple[Array, ...]], split: Sequence
 
 def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tuple[Array, ...]:
     """Moments of groups `[groups]` from those of their leaves `[leaves]`."""
-    count = len(moments[0])
-    if groups == tuple((k,) for k in range(count)):
+    if groups == tuple((k,) for k in range(len(moments[0]))):
         return tuple(moments)
+
+    absent = len(moments[0])  # position of a zero, which adds nothing
+    members = np.full((len(groups), max(map(len, groups))), absent)
+    for i, group in enumerate(groups):
+        members[i, : len(group)] = group
 
     def over_members(function: Callable[..., Array]) -> Join:
         return lambda tree: jax.tree.map(lambda x: function(x, 1, keepdims=True), tree)
 
-    # Of two moments, which are for TPU, XLA there would add the numbers up one by one if it saw where they come from.
-    whole = len(moments) == 1 and groups == (tuple(range(count)),)
-    members = tuple(values[None] if whole else _members(values, groups) for values in moments)
+    members = tuple(jnp.take(jnp.append(values, 0), members, mode="clip") for values in moments)
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
-
-
-def _members(values: Array, groups: Sequence[Axes]) -> Array:
-    """Of each group its own values, and zeros, which add nothing: `[groups, most]`."""
-    places = np.full((len(groups), max(map(len, groups))), len(values))
-    for i, group in enumerate(groups):
-        places[i, : len(group)] = group
-    return jnp.take(jnp.append(values, 0), places, mode="clip")
 
 
 def _widest(leaves: Sequence[ArrayLike]) -> DTypeLike:

@@ -142,7 +142,7 @@ class Layout(NamedTuple):
         if self.axes is not None:
             return list(zip(*blocks, strict=True))
         if len(self.groups) == 1:
-            return [[block[0][0] for block in blocks]] * len(self.gradients)
+            return [[block[0].reshape(()) for block in blocks]] * len(self.gradients)
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
         own = columns(jnp.stack([block[0] for block in blocks]))
         return [own[group_of[k]] for k in range(len(self.gradients))]
