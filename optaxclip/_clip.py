@@ -281,7 +281,7 @@ def _read(size: Array, clipped_size: Array, limit: Array, numbers: Any) -> Array
         largest = [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
     else:
         numbers = norms.widen(numbers)
-        top = jnp.maximum(jnp.max(numbers), jnp.max(-numbers))
+        top = jnp.max(jnp.maximum(numbers, -numbers))
         largest = [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
     return jnp.stack([*largest, share])
 
