@@ -330,7 +330,7 @@ def test_axes_measure_along_them_and_keep_their_place():
             np.testing.assert_allclose(np.squeeze(sizes, axes), expected, rtol=2e-6, err_msg=f"{name} {axes}")
 
 
-def test_each_unit_is_rescued_by_itself():
+def test_a_unit_is_measured_right_beside_others_of_any_size():
     small = jnp.float32([[3e20, 3, 3e-25], [4e20, 4, 4e-25]])
     for leaf in small, jnp.pad(small, ((0, norms.LARGE), (0, 0))):
         for way in "eager", "jit", "vmap":
