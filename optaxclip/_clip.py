@@ -109,6 +109,7 @@ def clip(
     _validate.part("norm", norm, Norm, "norms.l2()")
     _validate.function("response", response, "responses.rescale")
     _validate.option("nonfinite", nonfinite, POLICIES)
+    _validate.option("record", record, (True, False))
 
     def measure_of(layout: Layout) -> Callable[..., list[Array]]:
         return functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups)

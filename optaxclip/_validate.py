@@ -36,6 +36,19 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, e
         raise ValueError(f"{name} must be in {bounds}, got {value}; pass a number inside")
 
 
+def returned(name: str, value: Any) -> None:
+    """Refuses what a function of the step returned, if it is no number.
+
+    Raises:
+        TypeError: `value` is something else, such as a rule: then the function makes rules, and was not called.
+    """
+    if not isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Real):
+        raise TypeError(
+            f"{name} must return a number for each step, got {value!r}; pass a schedule such as "
+            "optax.linear_schedule(1.0, 0.1, 1000), or a rule that was made, such as thresholds.ema(2.0)"
+        )
+
+
 def count(name: str, value: Any, *, low: int = 1, high: int | None = None) -> None:
     """Refuses all but an integer of at least `low`, and at most `high` if that is given.
 

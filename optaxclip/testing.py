@@ -53,10 +53,13 @@ def check_threshold(rule: Threshold, *, stream: Sequence[float] = STREAM) -> Non
         _check_states(rule, jnp.ones(shape))
     run, sizes, scales = jax.jit(functools.partial(_limits_of, rule)), jnp.asarray(stream), jnp.array([1.0, 1e-3, 7.0])
     together = run(sizes[:, None] * scales)
-    _say_unless(
-        bool((together >= 0).all()),
-        f"a limit must be at least 0, and inf where nothing is to be clipped, but limits were {np.ravel(together).tolist()}",
-    )
+    for step, limits in enumerate(together):
+        seen = f"before anything was learned {limits}" if step == 0 else f"{limits} after the sizes {list(stream[:step])}"
+        _say_unless(
+            bool((limits >= 0).all()),
+            f"a limit must be at least 0, and inf where nothing is to be clipped, but limits were {seen}; "
+            "return jnp.inf where nothing is known",
+        )
     for i, scale in enumerate(scales):
         _say_unless_close(
             together[:, i],
@@ -211,10 +214,11 @@ def _check_states(rule: Threshold, sizes: Any) -> None:
         f"limits must broadcast against the sizes, {sizes.shape}, but are {limits.shape}; return one each, or one for all",
     )
     learned = rule.learn(sizes, jnp.minimum(sizes, limits), state, context)
+    alike = [(path, np.shape(x)) for path, x in _leaves(learned)] == [(path, np.shape(x)) for path, x in _leaves(state)]
     _say_unless(
         _described(learned) == _described(state),
         f"learn must return a state as init does, {_described(state)}, but returned {_described(learned)}; "
-        "keep every dtype with .astype",
+        + ("keep every dtype with .astype" if alike else "keep the structure and every shape"),
     )
 
 
@@ -267,14 +271,18 @@ def _normal_tree() -> dict[str, Any]:
 
 def _described(tree: Any) -> list[tuple[str, str]]:
     return [
-        (jax.tree_util.keystr(path), jnp.asarray(x).aval.str_short() + ("~" if jnp.asarray(x).weak_type else ""))
+        (_name(path), jnp.asarray(x).aval.str_short() + ("~" if jnp.asarray(x).weak_type else ""))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     ]
 
 
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "all of it"
+
+
 def _leaves(*trees: Any) -> list[tuple[Any, ...]]:
     """For each leaf its path, and what the trees have there."""
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees[0])]
+    paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees[0])]
     return list(zip(paths, *(jax.tree.leaves(tree) for tree in trees), strict=True))
 
 

@@ -61,8 +61,12 @@ def limit(sizes, state, context):
     return state
 
 
+def grow(sizes, clipped_sizes, state, context):
+    return jnp.concatenate([state, sizes[None]])
+
+
 BROKEN_RULES = {
-    "every array of the state must end in the shape of the sizes, .*3.*, but .* is .*zeros_like": Threshold(
+    "every array of the state must end in the shape of the sizes, .*3.*, but all of it is \\(\\).*zeros_like": Threshold(
         lambda sizes: jnp.zeros(()), limit, keep
     ),
     "init must use only shape and dtype of the sizes, but .* depends on them": Threshold(lambda sizes: sizes, limit, keep),
@@ -72,8 +76,14 @@ BROKEN_RULES = {
     "learn must return a state as init does, .*float32.*, but returned .*int32.*astype": Threshold(
         jnp.ones_like, limit, lambda sizes, clipped, state, context: jnp.ones_like(state, jnp.int32)
     ),
-    "a limit must be at least 0, and inf where nothing is to be clipped, but limits were .*-1": Threshold(
-        jnp.ones_like, lambda sizes, state, context: -state, keep
+    "learn must return a state as init does, .*, but returned .*keep the structure and every shape": Threshold(
+        lambda sizes: jnp.ones((5, *sizes.shape)), lambda sizes, state, context: state[0], grow
+    ),
+    "a limit must be at least 0, and inf .*, but limits were before anything was learned .*nan.*; return jnp.inf": Threshold(
+        lambda sizes: sizes * jnp.nan, limit, keep
+    ),
+    "a limit must be at least 0, and inf .*, but limits were .*-1.* after the sizes .*1.0, 3.0.*; return jnp.inf": Threshold(
+        jnp.ones_like, lambda sizes, state, context: jnp.where(context.step < 2, state, -state), keep
     ),
     "groups must not know of each other, but the limit of one was .* alone and .* beside others; .*elementwise": Threshold(
         jnp.ones_like, limit, lambda sizes, clipped, state, context: state + sizes.sum(0)

@@ -42,6 +42,15 @@ REFUSALS = {
             "or try several at once with jax.vmap",
         ),
     ],
+    "returned": [
+        (
+            ("schedule", "a"),
+            {},
+            TypeError,
+            "schedule must return a number for each step, got 'a'; pass a schedule such as "
+            "optax.linear_schedule(1.0, 0.1, 1000), or a rule that was made, such as thresholds.ema(2.0)",
+        ),
+    ],
     "count": [
         (("n", 1.0), {}, TypeError, "n must be an integer, got 1.0 (float); pass a count such as 1"),
         (("n", True), {}, TypeError, "n must be an integer, got True (bool); pass a count such as 1"),
@@ -269,6 +278,7 @@ REFUSALS = {
 }
 ACCEPTED = {
     "number": [(("c", x), {}) for x in (0, 1.0, math.inf, np.float32(1), np.int64(1), np.array(1), jnp.array(1.0))],
+    "returned": [(("s", x), {}) for x in (1, 1.0, np.float32(1), np.ones(()), jnp.ones(()))],
     "count": [
         (("n", 1), {}),
         (("n", np.int32(1)), {}),
@@ -395,6 +405,17 @@ def test_both_bounds_are_checked():
         optaxclip.clip_by_value()
 
 
+@pytest.mark.parametrize("returned", ["a", None, [1.0], optaxclip.thresholds.constant(1.0)])
+def test_a_schedule_returns_numbers(returned):
+    clip = optaxclip.clip(lambda step: returned)
+    state = clip.init(jnp.ones(3))
+    words = f"schedule must return a number for each step, got {returned!r}; pass a schedule such as "
+    with pytest.raises(TypeError, match="^" + re.escape(words)):
+        clip.update(jnp.ones(3), state)
+    with pytest.raises(TypeError, match="^" + re.escape(words)):
+        jax.jit(clip.update)(jnp.ones(3), state)
+
+
 def test_three_bounds_are_one_too_many():
     with pytest.raises(TypeError, match="limit"):
         optaxclip.clip_by_value(1.0, 2.0, low=-1.0)
@@ -435,6 +456,11 @@ def test_bounds_that_differ_by_sign_refuse_complex_updates():
             lambda: optaxclip.clip(1.0, nonfinite="skip"),
             ValueError,
             "nonfinite must be one of 'propagate', 'zero', 'raise', got 'skip'; choose one of these",
+        ),
+        (
+            lambda: optaxclip.clip(1.0, record="no"),
+            ValueError,
+            "record must be one of True, False, got 'no'; choose one of these",
         ),
         (lambda: norms.lp(0.5), ValueError, "p must be in [1, inf], got 0.5; pass a number inside"),
         (lambda: norms.lp(math.nan), ValueError, "p must be in [1, inf], got nan; pass a number inside"),

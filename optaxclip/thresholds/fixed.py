@@ -34,7 +34,7 @@ def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
         schedule: `step -> limit`; a limit that is negative or NaN counts as 0.
 
     Raises:
-        TypeError: `schedule` is not a function.
+        TypeError: `schedule` is not a function, or what it returns is no number.
 
     Example:
         >>> import jax.numpy as jnp, optax, optaxclip
@@ -49,7 +49,13 @@ def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
         [0.75 1.  ]
     """
     _validate.function("schedule", schedule, "optax.linear_schedule(1.0, 0.1, 1000)")
-    return _memoryless(lambda sizes, context: jnp.asarray(schedule(context.step), sizes.dtype))
+
+    def limit(sizes: Array, context: Context) -> Array:
+        value = schedule(context.step)
+        _validate.returned("schedule", value)
+        return jnp.asarray(value, sizes.dtype)
+
+    return _memoryless(limit)
 
 
 def relative(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
