@@ -152,8 +152,8 @@ def absolute(name: str, norm: Any) -> None:
         raise TypeError(f"{name} must not be relative to parameters, got {norm!r}; pass one such as norms.l2()")
 
 
-def option(name: str, value: Any, options: Iterable[str]) -> None:
-    """Refuses all but one of the words in `options`.
+def option(name: str, value: Any, options: Iterable[str | bool]) -> None:
+    """Refuses all but one of the `options`.
 
     Raises:
         ValueError: `value` is another one.
