@@ -214,7 +214,7 @@ def _check_states(rule: Threshold, sizes: Any) -> None:
         f"limits must broadcast against the sizes, {sizes.shape}, but are {limits.shape}; return one each, or one for all",
     )
     learned = rule.learn(sizes, jnp.minimum(sizes, limits), state, context)
-    alike = [(path, np.shape(x)) for path, x in _leaves(learned)] == [(path, np.shape(x)) for path, x in _leaves(state)]
+    alike = jax.tree.map(np.shape, learned) == jax.tree.map(np.shape, state)
     _say_unless(
         _described(learned) == _described(state),
         f"learn must return a state as init does, {_described(state)}, but returned {_described(learned)}; "
