@@ -235,10 +235,11 @@ def _sizes(
         vectors = [jnp.concatenate(values) for values in zip(*moments, strict=True)]
         moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
     columns = list(map(list, zip(*_joined_across(norm, moments, split if axes else [_union(split)]), strict=True)))
+    root = jax.jit(norm.root, inline=True)  # of equal blocks it is traced once
     if len(columns) == 1:
-        return list(map(norm.root, *columns))
+        return list(map(root, *columns))
     packing = packing_of(columns[0])  # a root of several moments is many operations
-    return packing.unpack(list(map(norm.root, *map(packing.pack, columns))))[0]
+    return packing.unpack(list(map(root, *map(packing.pack, columns))))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
