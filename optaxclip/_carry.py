@@ -68,6 +68,7 @@ def carry(clip: optax.GradientTransformation, *, decay: ArrayLike = 1.0) -> opta
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, CarryState]:
         if state is None:  # one step outside of any loop
             state = init(updates if params is None else params)
+        _validate.state(state, CarryState)
         layout = scopes.lay_out(scopes.leaf(), updates, params)
         carried, treedef = jax.tree.flatten(state.carried)
         _validate.same_blocks(len(layout.gradients), len(carried))

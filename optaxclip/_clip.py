@@ -107,7 +107,7 @@ def clip(
     threshold = as_thresholds(threshold)
     _validate.part("scope", scope, Scope, "scopes.tree()")
     _validate.part("norm", norm, Norm, "norms.l2()")
-    _validate.function("response", response, "responses.rescale")
+    _validate.function("response", response, "responses.rescale", takes=3)
     _validate.option("nonfinite", nonfinite, POLICIES)
     _validate.option("record", record, (True, False))
 
@@ -132,9 +132,12 @@ def clip(
         del extra_args
         if state is None:  # one step outside of any loop
             state = init(updates if params is None else params)
+        _validate.state(state, ClipState)
         layout = scopes.lay_out(scope, updates, params)
         rules = _rules(threshold, layout)
         _validate.same_blocks(len(rules), len(state.rules))
+        if state.reading is not None:
+            _validate.same_blocks(len(layout.names), state.reading.measured.shape[1])
         weights = layout.matching(params) if norm.uses_params else None
         names = layout.names_of_axes(axis_name)
         measure = functools.partial(measure_of(layout), params=weights, axis_names=names)
@@ -191,7 +194,9 @@ def _contexts(rules: list[Threshold], context: Context, measure_params: Callable
 
 def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array:
     """LIMIT: what the sizes may be. A limit that is negative or NaN counts as 0, never as ascent."""
-    limits = jnp.asarray(rule.limit(sizes, state, context), sizes.dtype)
+    limits = rule.limit(sizes, state, context)
+    _validate.limits(limits, sizes.shape)
+    limits = jnp.asarray(limits, sizes.dtype)
     return jnp.where(limits >= 0, limits, 0)
 
 
@@ -204,7 +209,9 @@ def _respond(
     if target is None:
 
         def respond(gradient: Array, size: Array, limit: Array) -> Array:
-            return jnp.where(jnp.isfinite(size), response(gradient, size, limit), fill)
+            clipped = response(gradient, size, limit)
+            _validate.response(clipped, gradient.shape)
+            return jnp.where(jnp.isfinite(size), clipped, fill)
 
         sizes, limits = packing.unpack(sizes, limits)  # it need not be one function of single numbers
         clipped_sizes = packing.pack(list(map(respond, sizes, sizes, limits)))
@@ -265,7 +272,6 @@ def _record(
     counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
     if reading is None:
         return Reading(measured, jnp.zeros_like(counted), tuple({name: None} for name in layout.names))
-    _validate.same_blocks(measured.shape[1], reading.measured.shape[1])
     return reading._replace(measured=measured.astype(reading.measured.dtype), counted=reading.counted + counted)
 
 

@@ -94,6 +94,7 @@ def skip_nonfinite(
         _validate.count("max_consecutive", max_consecutive)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        _validate.state(state, GuardState)
         ok = jnp.isfinite(_norm(updates, axis_name))
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
         if max_consecutive is not None:
@@ -168,12 +169,15 @@ def skip_spikes(
         return _start(optimizer, params)._replace(watch=Watch(size, limit, rule.init(size[None])))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        _validate.state(state, GuardState)
         before, norm = state.watch, _norm(updates, axis_name)
         size = (norm if watch == "norm" else _loss(extra_args)).astype(before.size.dtype)
         if rule.uses_params:
             _validate.params_given(params)
         context = Context(state.steps - state.skipped_steps, _norm(params, axis_name)[None] if rule.uses_params else None)
-        limit = jnp.broadcast_to(jnp.asarray(rule.limit(size[None], before.rule, context), size.dtype), (1,))[0]
+        limits = rule.limit(size[None], before.rule, context)
+        _validate.limits(limits, (1,))
+        limit = jnp.broadcast_to(jnp.asarray(limits, size.dtype), (1,))[0]
         learned = rule.learn(size[None], jnp.minimum(size, limit)[None], before.rule, context)
         _, streak = learned  # of sizes over the limit; over again when it is zero
         ok = jnp.isfinite(norm) & jnp.isfinite(size) & ((size <= limit) | (streak[0] == 0))

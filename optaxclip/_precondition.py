@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from optaxclip import norms, scopes
+from optaxclip import _validate, norms, scopes
 
 
 class PreconditionedState(NamedTuple):
@@ -30,6 +30,7 @@ def clip_after(
         return PreconditionedState(inner.init(scopes.lay_out(scopes.leaf(), params).floats()), clip.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, PreconditionedState]:
+        _validate.state(state, PreconditionedState)
         layout = scopes.lay_out(scopes.leaf(), updates, params)
         weights = None if params is None else layout._replace(gradients=layout.matching(params)).floats()
         gradients = layout.floats()

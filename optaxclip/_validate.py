@@ -1,14 +1,17 @@
 """The words of every refusal: which argument, what it was, and what to do."""
 
+import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+from optaxclip._types import Threshold
 
 
 def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, exclusive: bool = False) -> None:
@@ -42,7 +45,7 @@ def returned(name: str, value: Any) -> None:
     Raises:
         TypeError: `value` is something else, such as a rule: then the function makes rules, and was not called.
     """
-    if not isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Real):
+    if not _is_array(value):
         raise TypeError(
             f"{name} must return a number for each step, got {value!r}; pass a schedule such as "
             "optax.linear_schedule(1.0, 0.1, 1000), or a rule that was made, such as thresholds.ema(2.0)"
@@ -173,14 +176,114 @@ def part(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}; pass one such as {example}")
 
 
-def function(name: str, value: Any, example: str) -> None:
-    """Refuses what cannot be called.
+def function(name: str, value: Any, example: str, *, takes: int | None = None) -> None:
+    """Refuses what cannot be called, or not with as many arguments as it `takes`.
 
     Raises:
-        TypeError: `value` is not callable.
+        TypeError: `value` is not callable, or takes other arguments.
     """
     if not isinstance(value, Callable):
         raise TypeError(f"{name} must be a function, got {value!r}; pass one such as {example}")
+    if takes is None:
+        return
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # some of what is built in has none
+        return
+    try:
+        signature.bind(*range(takes))
+    except TypeError as error:
+        many = "one argument" if takes == 1 else f"{takes} arguments"
+        raise TypeError(f"{name} must take {many}, got a function of {signature}; pass one such as {example}") from error
+
+
+def rule(name: str, value: Any) -> None:
+    """Refuses all but a rule, of functions that take what they will be given.
+
+    Raises:
+        TypeError: `value` is no `Threshold`, or one of its functions takes other arguments.
+    """
+    part(name, value, Threshold, "thresholds.ema(2.0)")
+    function(f"{name}.init", value.init, "lambda sizes: ...", takes=1)
+    function(f"{name}.limit", value.limit, "lambda sizes, state, context: ...", takes=3)
+    function(f"{name}.learn", value.learn, "lambda sizes, clipped_sizes, state, context: ...", takes=4)
+
+
+def limits(value: Any, shape: tuple[int, ...]) -> None:
+    """Refuses what a rule gave as the limits of sizes of this shape, if they are no numbers or do not belong to them.
+
+    Raises:
+        TypeError: `value` is no array and no number.
+        ValueError: it does not broadcast against the sizes.
+    """
+    advice = "return one for each size, or one for all"
+    if not _is_array(value):
+        raise TypeError(f"limit must return numbers that broadcast against the sizes, {shape}, but got {value!r}; {advice}")
+    if not _broadcasts(jnp.shape(value), shape):
+        raise ValueError(
+            f"limit must return numbers that broadcast against the sizes, {shape}, but got shape {jnp.shape(value)}; {advice}"
+        )
+
+
+def response(value: Any, shape: tuple[int, ...]) -> None:
+    """Refuses what a response made of a gradient of this shape, if it is something else.
+
+    Raises:
+        TypeError: `value` is no array, or has another shape.
+    """
+    if not _is_array(value) or jnp.shape(value) != shape:
+        found = f"shape {jnp.shape(value)}" if _is_array(value) else repr(value)
+        raise TypeError(
+            f"response must return a gradient of the same shape, {shape}, but got {found}; return one such as gradient * factor"
+        )
+
+
+def state(value: Any, kind: type) -> None:
+    """Refuses a state that another transform made.
+
+    Raises:
+        TypeError: `value` is not of the type `kind`.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"state must be the {kind.__name__} that init returned, got {type(value).__name__}; "
+            "pass the state of this very transform (a chain has a tuple of states, and is updated as a whole)"
+        )
+
+
+def group_name(path: str, name: Any) -> None:
+    """Refuses a name of a group that cannot be one.
+
+    Raises:
+        TypeError: `name` is not hashable.
+    """
+    if not isinstance(name, Hashable):
+        raise TypeError(
+            f"name_of must return a name for {path!r}, got {name!r}; return a string, or None to leave the leaf alone"
+        )
+
+
+def axes_of(name: str, axes: Any, path: str) -> None:
+    """Refuses what a function chose as the axes of a leaf, if it is something else.
+
+    Raises:
+        TypeError: `axes` is neither an integer nor several.
+    """
+    several = axes if isinstance(axes, Sequence) else (axes,)
+    if not all(isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in several):
+        raise TypeError(f"{name} must return axes for {path!r}, got {axes!r}; return an integer, several in a tuple, or None")
+
+
+def leaf(path: str, value: Any) -> None:
+    """Refuses a leaf of a tree that is neither an array nor a number.
+
+    Raises:
+        TypeError: `value` is something else.
+    """
+    if not isinstance(value, numbers.Number) and not hasattr(value, "dtype") and not hasattr(value, "__jax_array__"):
+        raise TypeError(
+            f"updates must be a tree of arrays, got {value!r} at {path!r}; take it out, or hide it with optax.masked"
+        )
 
 
 def names(given: Iterable[str], found: Iterable[str]) -> None:
@@ -298,6 +401,20 @@ def loss(value: Any) -> None:
         raise ValueError(f"value must be one number, got an array of shape {jnp.shape(value)}; pass the mean of the loss")
 
 
+def same_structure(params: Any, treedef: Any) -> None:
+    """Refuses parameters that are no tree like the updates, to the leaves of these.
+
+    Raises:
+        ValueError: the structure differs.
+    """
+    try:
+        treedef.flatten_up_to(params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"params has another structure than updates: {error}; pass the params that these are updates of"
+        ) from error
+
+
 def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
     """Refuses a parameter that cannot be the one of a gradient of this shape.
 
@@ -351,3 +468,16 @@ def real(dtype: Any) -> None:
 def _remembers(rule: Any) -> bool:
     """Whether a rule has a state; found without an array, which would start JAX, perhaps before its devices are chosen."""
     return bool(jax.tree.leaves(jax.eval_shape(rule.init, jax.ShapeDtypeStruct((1,), jnp.float32))))
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is an array or a real number."""
+    return isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Real)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of this shape has one number for each of an array of the other."""
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False

@@ -29,7 +29,7 @@ def group(name_of: Callable[[str], str | None]) -> Scope:
             the leaf is neither measured nor clipped.
 
     Raises:
-        TypeError: `name_of` is not a function.
+        TypeError: `name_of` is not a function of a path, or (on `init` or `update`) what it returns is no name.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -40,8 +40,14 @@ def group(name_of: Callable[[str], str | None]) -> Scope:
         >>> clip.update(grads, clip.init(grads))[0]
         {'body': {'w': Array([0.6, 0.8], dtype=float32)}, 'head': {'w': Array([0.05], dtype=float32)}}
     """
-    _validate.function("name_of", name_of, 'lambda path: path.split("/")[0]')
-    return Scope(group=name_of)
+    _validate.function("name_of", name_of, 'lambda path: path.split("/")[0]', takes=1)
+
+    def group(path: str) -> str | None:
+        name = name_of(path)
+        _validate.group_name(path, name)
+        return name
+
+    return Scope(group=group)
 
 
 def leaf(*, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
@@ -52,7 +58,7 @@ def leaf(*, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
             (layers scanned over have theirs in front, `0`); or `(path, leaf) -> axes`.
 
     Raises:
-        TypeError: `batch_axes` is neither axes nor a function.
+        TypeError: `batch_axes` is neither axes nor a function that chooses some.
     """
     if batch_axes is None:
         return Scope()
@@ -79,7 +85,7 @@ def unit(axes: int | Sequence[int] | AxesOf | None = None, *, batch_axes: int | 
         batch_axes: axes along which a leaf is a stack of layers; not counted in the conventions.
 
     Raises:
-        TypeError: `axes` or `batch_axes` is neither axes nor a function.
+        TypeError: `axes` or `batch_axes` is neither axes nor a function that chooses some.
         ValueError: a function chose an axis that a leaf does not have (on `init` or `update`).
 
     References:
@@ -161,6 +167,7 @@ class Layout(NamedTuple):
         if not self.measured:
             return []
         _validate.params_given(params)
+        _validate.same_structure(params, self.treedef)
         own = self.of(params)
         for path, param, gradient in zip(self.paths, own, self.gradients, strict=True):
             _validate.parameter(path, param, jnp.shape(gradient))
@@ -213,7 +220,7 @@ def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
         others = treedef.flatten_up_to(params)
         present = [_zeros(other) if leaf is None else leaf for leaf, other in zip(leaves, others, strict=True)]
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    inexact = [i for i, leaf in enumerate(present) if _is_inexact(leaf)]
+    inexact = [i for i, leaf in enumerate(present) if _is_inexact(paths[i], leaf)]
     names = {i: paths[i] if scope.group is None else scope.group(paths[i]) for i in inexact}
     axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.asarray(present[i])) for i in inexact}
     measured = [i for i in inexact if names[i] is not None and axes[i] is not None]
@@ -237,13 +244,17 @@ def _zeros(param: Any) -> Any:
     return jnp.zeros(param.shape, param.dtype) if hasattr(param, "dtype") else None
 
 
-def _is_inexact(leaf: Any) -> bool:
-    return not _is_absent(leaf) and jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact)
+def _is_inexact(path: str, leaf: Any) -> bool:
+    if _is_absent(leaf):
+        return False
+    _validate.leaf(path, leaf)
+    return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact)
 
 
 def _axes_function(name: str, axes: int | Sequence[int] | AxesOf, otherwise: Callable[[Any], Axes]) -> AxesOf:
     """Axes as a function of the leaf: a fixed choice where the leaf has so many axes, else `otherwise(leaf)`."""
     if callable(axes):
+        _validate.function(name, axes, "lambda path, leaf: 0", takes=2)
         return axes
     fixed = (axes,) if isinstance(axes, int) else axes
     if not isinstance(fixed, Sequence) or not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in fixed):
@@ -253,7 +264,9 @@ def _axes_function(name: str, axes: int | Sequence[int] | AxesOf, otherwise: Cal
 
 
 def _normalize(name: str, axes: int | Sequence[int] | None, path: str, leaf: Any) -> Axes:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes or ())
+    if axes is not None:
+        _validate.axes_of(name, axes, path)
+    axes = tuple(axes or ()) if axes is None or isinstance(axes, Sequence) else (axes,)
     if not all(-leaf.ndim <= axis < leaf.ndim for axis in axes):
         raise ValueError(
             f"{name} chose {axes} for the leaf {path!r} of shape {leaf.shape}; "

@@ -48,7 +48,7 @@ def check_threshold(rule: Threshold, *, stream: Sequence[float] = STREAM) -> Non
         Traceback (most recent call last):
         AssertionError: groups must not know of each other, but the limit of one was 2.0 alone and 9.00... beside others; ...
     """
-    _validate.part("rule", rule, Threshold, "thresholds.ema(2.0)")
+    _validate.rule("rule", rule)
     for shape in (3,), (2, 1, 3):
         _check_states(rule, jnp.ones(shape))
     run, sizes, scales = jax.jit(functools.partial(_limits_of, rule)), jnp.asarray(stream), jnp.array([1.0, 1e-3, 7.0])
@@ -208,11 +208,11 @@ def _check_states(rule: Threshold, sizes: Any) -> None:
         _say_unless(
             np.array_equal(x, y, equal_nan=True), f"init must use only shape and dtype of the sizes, but {path} depends on them"
         )
-    limits = jnp.asarray(rule.limit(sizes, state, context))
-    _say_unless(
-        np.broadcast_shapes(limits.shape, sizes.shape) == sizes.shape,
-        f"limits must broadcast against the sizes, {sizes.shape}, but are {limits.shape}; return one each, or one for all",
-    )
+    limits = rule.limit(sizes, state, context)
+    try:
+        _validate.limits(limits, sizes.shape)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(str(error)) from None
     learned = rule.learn(sizes, jnp.minimum(sizes, limits), state, context)
     alike = jax.tree.map(np.shape, learned) == jax.tree.map(np.shape, state)
     _say_unless(

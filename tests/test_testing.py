@@ -70,8 +70,11 @@ BROKEN_RULES = {
         lambda sizes: jnp.zeros(()), limit, keep
     ),
     "init must use only shape and dtype of the sizes, but .* depends on them": Threshold(lambda sizes: sizes, limit, keep),
-    "limits must broadcast against the sizes, .*, but are .*return one each": Threshold(
+    "limit must return numbers that broadcast against the sizes, .*, but got shape .*return one for each": Threshold(
         jnp.ones_like, lambda sizes, state, context: jnp.ones((7, *sizes.shape)), keep
+    ),
+    "limit must return numbers that broadcast against the sizes, .*, but got None; return one for each": Threshold(
+        jnp.ones_like, lambda sizes, state, context: None, keep
     ),
     "learn must return a state as init does, .*float32.*, but returned .*int32.*astype": Threshold(
         jnp.ones_like, limit, lambda sizes, clipped, state, context: jnp.ones_like(state, jnp.int32)

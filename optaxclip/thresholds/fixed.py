@@ -48,7 +48,7 @@ def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
         [1.5 2. ]
         [0.75 1.  ]
     """
-    _validate.function("schedule", schedule, "optax.linear_schedule(1.0, 0.1, 1000)")
+    _validate.function("schedule", schedule, "optax.linear_schedule(1.0, 0.1, 1000)", takes=1)
 
     def limit(sizes: Array, context: Context) -> Array:
         value = schedule(context.step)
@@ -94,6 +94,7 @@ def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
         ValueError: it is a negative number, NaN, or more than one number.
     """
     if isinstance(threshold, Threshold):
+        _validate.rule(name, threshold)
         return threshold
     if isinstance(threshold, Callable):
         return scheduled(threshold)
@@ -121,7 +122,8 @@ def negated(bound: Any, *, name: str) -> Threshold:
         ValueError: `bound` is positive or NaN.
     """
     if isinstance(bound, Callable):
-        return scheduled(lambda step: -bound(step))
+        below = scheduled(bound)
+        return below._replace(limit=lambda sizes, state, context: -below.limit(sizes, state, context))
     _validate.number(name, bound, low=-math.inf, high=0.0)
     return constant(-bound)
 
