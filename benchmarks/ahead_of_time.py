@@ -74,7 +74,7 @@ class Cost(NamedTuple):
 
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
-    """Rows for GPT-2 on one chip of each kind, and for Llama on a mesh; for one kind, one layer and three methods, to be quick.
+    """Rows for GPT-2 on one chip of each kind, for many tiny leaves, and for Llama on a mesh; quick, one layer on one kind.
 
     Args:
         rounds: not used, since compilers do not vary.
@@ -85,7 +85,12 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
     model, methods = (trees.gpt2(1), QUICK) if quick else (trees.gpt2(), list(METHODS))
     title, figures = trees.described("GPT-2", model), ["units", "temporary", "kernels"]
     yield from _rows(title, methods, kinds[:1] if quick else kinds, figures, lambda o, kind: cost(o, model, kind))
-    if peers.installed("TPU") and not quick:
+    if quick:
+        return
+    many = trees.tiny()
+    title = trees.described("tiny leaves", many)
+    yield from _rows(title, QUICK, [kind for kind in kinds if kind != "v6e"], ["kernels"], lambda o, kind: cost(o, many, kind))
+    if peers.installed("TPU"):
         large, mesh = trees.llama(), mesh_of(MESH, chips=16)
         title = f"{trees.described('TinyLlama', large)} split over 16 chips"
         yield from _rows(title, methods, [MESH], [*figures, "messages"], lambda o, _: cost_on_mesh(o, large, mesh))

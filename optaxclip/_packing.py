@@ -48,6 +48,19 @@ class Packing(NamedTuple):
         return unpacked
 
 
+def common(vector: Array) -> Array:
+    """The same vector, of two numbers or more; on a GPU what is done to many equal leaves with one of these is joined.
+
+    XLA joins kernels of one shape if they read an array in common, be it as small as this. A single number, or what can
+    be traced back to one, does not count.
+    """
+    return jax.lax.platform_dependent(vector, cuda=_barrier, rocm=_barrier, default=lambda vector: vector)
+
+
+def _barrier(vector: Array) -> Array:
+    return jax.lax.optimization_barrier(vector)
+
+
 def packing_of(blocks: Sequence[Array]) -> Packing:
     """How these blocks, and others of their shapes, are packed."""
     single = [k for k, block in enumerate(blocks) if block.size == 1 and not _sharding.varying(block)]

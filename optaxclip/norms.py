@@ -23,7 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _sharding, _validate
 from optaxclip._numerics import share
-from optaxclip._packing import packing_of
+from optaxclip._packing import common, packing_of
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
 
@@ -206,6 +206,7 @@ def _measured(
     in_float64 = functools.partial(_in_float64, norm.quick, axes, groups, split)
     in_float32 = functools.partial(_in_float32, norm.quick, axes, groups, split)
     on_cpu = in_float32 if any(jnp.size(leaf) > LARGE for leaf in leaves) else in_float64
+    on_gpu = functools.partial(in_float64, joined=axes is None)
 
     # Float64 holds the squares of all numbers in float32. A GPU waits for the leaves, whatever it computes from them. A CPU
     # takes twice as long for sums in float64, so where leaves are large it tries float32 first; a branch that is not taken is
@@ -213,7 +214,7 @@ def _measured(
     # differentiate what is computed in it.
     @jax.custom_jvp
     def measured(leaves: list[ArrayLike]) -> list[Array]:
-        return jax.lax.platform_dependent(leaves, cpu=on_cpu, cuda=in_float64, rocm=in_float64, default=exact)
+        return jax.lax.platform_dependent(leaves, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=exact)
 
     measured.defjvp(functools.partial(jax.jvp, exact))
     return measured(leaves)
@@ -227,10 +228,11 @@ def _sizes(
     split: Sequence[Names],
     leaves: list[ArrayLike],
     least: DTypeLike = jnp.float32,
+    one: Array | None = None,
 ) -> list[Array]:
-    """Sizes, in the precision of the leaves or the `least`, whichever is wider."""
+    """Sizes, in the precision of the leaves or the `least`, whichever is wider. `one` joins kernels, and changes no number."""
     parts = axes or [None] * len(leaves)
-    moments = [_moments(norm, part, leaf, least) for part, leaf in zip(parts, leaves, strict=True)]
+    moments = [_moments(norm, part, leaf, least, one) for part, leaf in zip(parts, leaves, strict=True)]
     if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
         vectors = [jnp.concatenate(values) for values in zip(*moments, strict=True)]
         moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
@@ -243,20 +245,28 @@ def _sizes(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
-def _moments(norm: Norm, axes: Axes | None, leaf: ArrayLike, least: DTypeLike) -> tuple[Array, ...]:
+def _moments(norm: Norm, axes: Axes | None, leaf: ArrayLike, least: DTypeLike, one: Array | None) -> tuple[Array, ...]:
     """Moments of one leaf, along axes or, as vectors `[1]`, of all of it. Compiled, so that equal leaves are traced once."""
     magnitudes = norm.magnitude(widen(leaf, least))
+    magnitudes = magnitudes if one is None else magnitudes * one
     if axes is not None:
         return norm.moments(magnitudes, axes)
     return tuple(value.reshape(1) for value in norm.moments(magnitudes, tuple(range(magnitudes.ndim))))
 
 
 def _in_float64(
-    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
+    norm: Norm,
+    axes: Sequence[Axes] | None,
+    groups: Sequence[Axes],
+    split: Sequence[Names],
+    leaves: list[ArrayLike],
+    *,
+    joined: bool = False,
 ) -> list[Array]:
-    """Sizes by a norm that is `quick`."""
+    """Sizes by a norm that is `quick`; with the kernels of equal leaves `joined`, on a GPU, by a number in common."""
     with _float64(True):
-        return [size.astype(jnp.float32) for size in _sizes(norm, axes, groups, split, leaves, jnp.float64)]
+        one = common(jnp.ones(2))[0] if joined else None
+        return [size.astype(jnp.float32) for size in _sizes(norm, axes, groups, split, leaves, jnp.float64, one)]
 
 
 def _in_float32(

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from optaxclip import _validate
-from optaxclip._packing import columns
+from optaxclip._packing import columns, common
 from optaxclip._sharding import Names, is_names, names_of
 from optaxclip._types import Axes, Scope
 
@@ -148,7 +148,7 @@ class Layout(NamedTuple):
         if self.axes is not None:
             return list(zip(*blocks, strict=True))
         if len(self.groups) == 1:
-            return [[block[0].reshape(()) for block in blocks]] * len(self.gradients)
+            return [list(common(jnp.concatenate([block[0] for block in blocks])))] * len(self.gradients)
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
         own = columns(jnp.stack([block[0] for block in blocks]))
         return [own[group_of[k]] for k in range(len(self.gradients))]
