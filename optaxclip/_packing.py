@@ -1,5 +1,6 @@
 """Blocks of one number each, joined to a vector: on a chip, an operation on one number costs as much as on a thousand."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class Packing(NamedTuple):
         return unpacked
 
 
+@functools.partial(jax.jit, inline=True)
 def common(vector: Array) -> Array:
     """The same vector, of two numbers or more; on a GPU what is done to many equal leaves with one of these is joined.
 
