@@ -158,8 +158,8 @@ def clip(
             limits[0] = jnp.broadcast_to(limits[0], sizes[0].shape)
         clipped, clipped_sizes = _respond(response, nonfinite, layout, packing, sizes, limits)
         if jax.tree.leaves(learned):
-            (after,) = packing.unpack(clipped_sizes)
-            learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, blocks, after, learned, contexts))
+            kept = map(_kept, blocks, *packing.unpack(clipped_sizes, limits))
+            learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, blocks, kept, learned, contexts))
         # Of numbers that are cut one by one, the largest tells all that is recorded but the share.
         alone = layout.is_of_elements and norm.magnitude is jnp.abs and response in CUTS and nonfinite != "zero"
         numbers = source if alone else None
@@ -198,6 +198,11 @@ def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array
     _validate.limits(limits, sizes.shape)
     limits = jnp.asarray(limits, sizes.dtype)
     return jnp.where(limits >= 0, limits, 0)
+
+
+def _kept(size: Array, clipped_size: Array, limit: Array) -> Array:
+    """What a rule learns as the clipped size: of what was dropped the limit, since after 0 it might allow nothing more."""
+    return jnp.where(clipped_size > 0, clipped_size, jnp.minimum(size, limit))
 
 
 def _respond(

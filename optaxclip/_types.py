@@ -95,7 +95,8 @@ class Threshold(NamedTuple):
     Attributes:
         init: `sizes -> state`; only the shape and dtype of `sizes` mean anything.
         limit: `(sizes, state, context) -> limits`, that broadcast against `sizes`. `inf` means do not clip.
-        learn: `(sizes, clipped_sizes, state, context) -> state`.
+        learn: `(sizes, clipped_sizes, state, context) -> state`, where the clipped sizes are those after the response; of a
+            group that it drops, as `responses.zero` does, they are the limit.
         uses_params: whether `context.param_sizes` is needed.
     """
 

@@ -14,10 +14,12 @@ from jax.core import Tracer
 from optaxclip._types import Threshold
 
 
-def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, exclusive: bool = False) -> None:
+def number(
+    name: str, value: Any, *, low: float = 0.0, high: float = math.inf, exclusive: bool = False, others: str = ""
+) -> None:
     """Refuses all but one real number from `low` to `high` (`exclusive`: the ends not allowed either).
 
-    A traced number cannot be looked at and passes.
+    A traced number cannot be looked at and passes. What may stand there besides, `others`, is a part of the advice.
 
     Raises:
         TypeError: `value` is not a real number.
@@ -26,7 +28,9 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, e
     array = isinstance(value, jax.Array | np.ndarray)
     real = jnp.isrealobj(value) and value.dtype != bool if array else isinstance(value, numbers.Real)
     if not real or isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be a real number, got {value!r} ({type(value).__name__}); pass a float such as 1.0")
+        raise TypeError(
+            f"{name} must be a real number, got {value!r} ({type(value).__name__}); pass a float such as 1.0{others}"
+        )
     if array and value.shape != ():
         raise ValueError(
             f"{name} must be one number, got an array of shape {value.shape}; give groups limits of their own "

@@ -59,7 +59,7 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
     | `clip/watched`, `clip/watched_limit` | the norm or loss that `skip_spikes` looked at, and what it may be |
 
     Several clips in one state are `clip_0`, `clip_1` and so on, in the order of the chain. A state that is vmapped over
-    seeds gives arrays over seeds.
+    seeds gives arrays over seeds. Without a clip that records, the dict is empty.
 
     Args:
         opt_state: as for `readings`.

@@ -31,6 +31,8 @@ def check_threshold(rule: Threshold, *, stream: Sequence[float] = STREAM) -> Non
     * Under `jit` and in `lax.scan` it is what it is without.
     * Limits have finite derivatives by the sizes.
 
+    Not checked: whether a limit can fall so low that it never rises again, and whether limits follow the scale of the sizes.
+
     Args:
         rule: to be checked.
         stream: sizes that one group has, one after the other, all positive.
@@ -52,12 +54,18 @@ def check_threshold(rule: Threshold, *, stream: Sequence[float] = STREAM) -> Non
     for shape in (3,), (2, 1, 3):
         _check_states(rule, jnp.ones(shape))
     run, sizes, scales = jax.jit(functools.partial(_limits_of, rule)), jnp.asarray(stream), jnp.array([1.0, 1e-3, 7.0])
-    together = run(sizes[:, None] * scales)
+    try:
+        together = run(sizes[:, None] * scales)
+    except jax.errors.ConcretizationTypeError as error:
+        raise AssertionError(
+            "a rule must be a program for any numbers, but it has to know one of them while it is compiled; "
+            f"choose with jnp.where in place of if, and compute with jax.numpy ({str(error).splitlines()[0]})"
+        ) from error
     for step, limits in enumerate(together):
-        seen = f"before anything was learned {limits}" if step == 0 else f"{limits} after the sizes {list(stream[:step])}"
+        seen = f"after the sizes {list(stream[:step])}" if step else "before anything was learned"
         _say_unless(
             bool((limits >= 0).all()),
-            f"a limit must be at least 0, and inf where nothing is to be clipped, but limits were {seen}; "
+            f"a limit must be at least 0, and inf where nothing is to be clipped, but {seen} limits were {limits}; "
             "return jnp.inf where nothing is known",
         )
     for i, scale in enumerate(scales):

@@ -433,3 +433,20 @@ def test_ten_times_the_size_for_good_is_accepted_where_others_drop_all_later_ste
     stream = noise(0, 200) * np.where(np.arange(200) < 100, 1, 10)
     sizes, _ = through(clip, stream)
     np.testing.assert_allclose(sizes[150:].mean(), stream[150:].mean(), rtol=0.03)
+
+
+@pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit(), scopes.element()])
+def test_a_rule_learns_the_limit_of_what_a_response_drops_and_not_zero(scope):
+    last = Threshold(
+        init=lambda sizes: jnp.full_like(sizes, jnp.inf),
+        limit=lambda sizes, state, context: 2 * state,
+        learn=lambda sizes, clipped_sizes, state, context: clipped_sizes,
+    )
+    clip = optaxclip.clip(last, scope=scope, response=responses.zero)
+    grads = {"a": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "b": jnp.array(1.0)}
+    state = clip.init(grads)
+    passed = []
+    for scale in 1.0, 5.0, 2.0:
+        updates, state = clip.update(jax.tree.map(lambda x, scale=scale: scale * x, grads), state)
+        passed.append(bool(updates["a"][0, 0] == scale * 3))
+    assert passed == [True, False, True]

@@ -76,16 +76,19 @@ BROKEN_RULES = {
     "limit must return numbers that broadcast against the sizes, .*, but got None; return one for each": Threshold(
         jnp.ones_like, lambda sizes, state, context: None, keep
     ),
+    "a rule must be a program for any numbers, but .*; choose with jnp.where": Threshold(
+        jnp.ones_like, lambda sizes, state, context: state if context.step < 3 else 2 * state, keep
+    ),
     "learn must return a state as init does, .*float32.*, but returned .*int32.*astype": Threshold(
         jnp.ones_like, limit, lambda sizes, clipped, state, context: jnp.ones_like(state, jnp.int32)
     ),
     "learn must return a state as init does, .*, but returned .*keep the structure and every shape": Threshold(
         lambda sizes: jnp.ones((5, *sizes.shape)), lambda sizes, state, context: state[0], grow
     ),
-    "a limit must be at least 0, and inf .*, but limits were before anything was learned .*nan.*; return jnp.inf": Threshold(
+    "a limit must be at least 0, and inf .*, but before anything was learned limits were .*nan.*; return jnp.inf": Threshold(
         lambda sizes: sizes * jnp.nan, limit, keep
     ),
-    "a limit must be at least 0, and inf .*, but limits were .*-1.* after the sizes .*1.0, 3.0.*; return jnp.inf": Threshold(
+    "a limit must be at least 0, and inf .*, but after the sizes .*1.0, 3.0.* limits were .*-1.*; return jnp.inf": Threshold(
         jnp.ones_like, lambda sizes, state, context: jnp.where(context.step < 2, state, -state), keep
     ),
     "groups must not know of each other, but the limit of one was .* alone and .* beside others; .*elementwise": Threshold(

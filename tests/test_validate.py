@@ -27,6 +27,12 @@ REFUSALS = {
         (("c", 0.0), {"high": 1.0, "exclusive": True}, ValueError, "c must be in (0, 1), got 0.0; pass a number inside"),
         (("c", 1.0), {"high": 1.0, "exclusive": True}, ValueError, "c must be in (0, 1), got 1.0; pass a number inside"),
         (("c", "1.0"), {}, TypeError, "c must be a real number, got '1.0' (str); pass a float such as 1.0"),
+        (
+            ("c", "1.0"),
+            {"others": ", or a schedule"},
+            TypeError,
+            "c must be a real number, got '1.0' (str); pass a float such as 1.0, or a schedule",
+        ),
         (("c", None), {}, TypeError, "c must be a real number, got None (NoneType); pass a float such as 1.0"),
         (("c", True), {}, TypeError, "c must be a real number, got True (bool); pass a float such as 1.0"),
         (("c", np.True_), {}, TypeError, "c must be a real number, got np.True_ (bool); pass a float such as 1.0"),

@@ -98,7 +98,7 @@ def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
         return threshold
     if isinstance(threshold, Callable):
         return scheduled(threshold)
-    _validate.number(name, threshold)
+    _validate.number(name, threshold, others=", a schedule, or a rule such as thresholds.ema(2.0)")
     return constant(threshold)
 
 
