@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -196,7 +197,8 @@ def response_curves() -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """As SVG, the same bytes for the same picture."""
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def measure() -> dict[str, float]:
@@ -215,8 +217,8 @@ def main() -> None:
         return
     for entry in sum(ENTRIES.values(), []):
         save(picture(entry), DOCS / "gallery" / f"{entry.name}.svg")
-    save(direction(), DOCS / "gallery" / "direction.svg")
-    save(response_curves(), DOCS / "gallery" / "responses.svg")
+    save(direction(), DOCS / "pictures" / "direction.svg")
+    save(response_curves(), DOCS / "pictures" / "responses.svg")
     (DOCS / "gallery.md").write_text(page())
 
 

@@ -158,8 +158,10 @@ def clip(
             limits[0] = jnp.broadcast_to(limits[0], sizes[0].shape)
         clipped, clipped_sizes = _respond(response, nonfinite, layout, packing, sizes, limits)
         if jax.tree.leaves(learned):
-            kept = map(_kept, blocks, *packing.unpack(clipped_sizes, limits))
-            learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, blocks, kept, learned, contexts))
+            after, allowed = packing.unpack(clipped_sizes, limits)
+            if response not in CUTS:
+                after = list(map(_not_dropped, blocks, after, allowed))
+            learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, blocks, after, learned, contexts))
         # Of numbers that are cut one by one, the largest tells all that is recorded but the share.
         alone = layout.is_of_elements and norm.magnitude is jnp.abs and response in CUTS and nonfinite != "zero"
         numbers = source if alone else None
@@ -200,8 +202,8 @@ def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array
     return jnp.where(limits >= 0, limits, 0)
 
 
-def _kept(size: Array, clipped_size: Array, limit: Array) -> Array:
-    """What a rule learns as the clipped size: of what was dropped the limit, since after 0 it might allow nothing more."""
+def _not_dropped(size: Array, clipped_size: Array, limit: Array) -> Array:
+    """The clipped size as a rule learns it: of what a response drops the limit, since after 0 it might allow nothing more."""
     return jnp.where(clipped_size > 0, clipped_size, jnp.minimum(size, limit))
 
 

@@ -39,6 +39,26 @@ def test_linked_files_and_scripts_exist():
         assert (ROOT / path).exists(), path
 
 
+def rows_of(name):
+    return json.loads((ROOT / "docs" / "measured" / f"{name}.json").read_text())["rows"]
+
+
+def test_kernels_on_a_gpu_are_as_many_as_the_compiler_made():
+    kernels = {
+        (row["table"].split(" (")[0].removeprefix("Kernels, "), row["method"], row["column"]): row["value"]
+        for row in rows_of("ahead_of_time")
+        if row["table"].startswith("Kernels")
+    }
+    rows = [("global norm", "h100 optaxclip"), ("global norm", "h100 Optax"), ("none", "h100 Optax")]
+    ours, clipped, bare = (kernels["GPT-2", *row] for row in rows)
+    words = " ".join(README.split())
+    assert f"is {ours} kernels, by the compiler; with Optax's clip it is {clipped}, and {bare} without any" in words
+    words = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    assert f"{ours} for GPT-2 where Adam alone has {bare} and Optax's clip {clipped}" in words
+    ours, clipped, bare = (kernels["tiny leaves", *row] for row in rows)
+    assert f"{ours} for 2000 tiny leaves where these have {bare} and {clipped}" in words
+
+
 def test_what_it_costs_is_what_was_measured():
     table = re.search(r"## What it costs\n.*?\n(\|.*?)\n\n", README, re.DOTALL).group(1).splitlines()
     columns = [
@@ -49,7 +69,7 @@ def test_what_it_costs_is_what_was_measured():
     ]
     measured = {}
     for name in {name for name, _ in columns}:
-        for row in json.loads((ROOT / "docs" / "measured" / f"{name}.json").read_text())["rows"]:
+        for row in rows_of(name):
             if row["table"].startswith(("Bytes from and to main memory, GPT-2", "Step time over the bare optimizer's, GPT-2")):
                 measured[row["method"], name, row["column"]] = f"{row['value']:.2f}"
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
