@@ -203,10 +203,9 @@ def _measured(
     exact = functools.partial(_sizes, norm, axes, groups, split)
     if norm.quick is None or _float64 is None or any(split) or _widest(leaves) == jnp.float64:
         return exact(leaves)
-    in_float64 = functools.partial(_in_float64, norm.quick, axes, groups, split)
+    in_float64 = functools.partial(_in_float64, norm.quick, axes, groups, split, joined=axes is None)
     in_float32 = functools.partial(_in_float32, norm.quick, axes, groups, split)
     on_cpu = in_float32 if any(jnp.size(leaf) > LARGE for leaf in leaves) else in_float64
-    on_gpu = functools.partial(in_float64, joined=axes is None)
 
     # Float64 holds the squares of all numbers in float32. A GPU waits for the leaves, whatever it computes from them. A CPU
     # takes twice as long for sums in float64, so where leaves are large it tries float32 first; a branch that is not taken is
@@ -214,7 +213,7 @@ def _measured(
     # differentiate what is computed in it.
     @jax.custom_jvp
     def measured(leaves: list[ArrayLike]) -> list[Array]:
-        return jax.lax.platform_dependent(leaves, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=exact)
+        return jax.lax.platform_dependent(leaves, cpu=on_cpu, cuda=in_float64, rocm=in_float64, default=exact)
 
     measured.defjvp(functools.partial(jax.jvp, exact))
     return measured(leaves)
