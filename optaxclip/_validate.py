@@ -414,8 +414,13 @@ def same_structure(params: Any, treedef: Any) -> None:
     try:
         treedef.flatten_up_to(params)
     except (ValueError, TypeError) as error:
+        updates = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+        found, expected = (
+            {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, updates)
+        )
         raise ValueError(
-            f"params has another structure than updates: {error}; pass the params that these are updates of"
+            f"params has another structure than updates, got {sorted(found - expected)[:3]} in params alone and "
+            f"{sorted(expected - found)[:3]} in updates alone; pass the params that these are updates of"
         ) from error
 
 

@@ -167,7 +167,8 @@ REFUSALS = {
             ([1, 2], jax.tree.structure({"a": 1})),
             {},
             ValueError,
-            "params has another structure than updates: Expected dict, got [1, 2].; pass the params that these are updates of",
+            "params has another structure than updates, got ['[0]', '[1]'] in params alone and [\"['a']\"] in updates alone; "
+            "pass the params that these are updates of",
         )
     ],
     "names": [
@@ -667,10 +668,18 @@ def test_parameters_are_checked_when_a_limit_needs_them(make, params, words):
         clip.update(GRADS, clip.init(GRADS), params)
 
 
-@pytest.mark.parametrize("params", [{"a": jnp.ones((2, 3))}, [1, 2], {**GRADS, "c": jnp.ones(1)}])
-def test_parameters_have_the_structure_of_the_updates(params):
+@pytest.mark.parametrize(
+    "params, found",
+    [
+        ({"a": jnp.ones((2, 3))}, """[] in params alone and ["['b']"] in updates alone"""),
+        ({**GRADS, "c": jnp.ones(1)}, """["['c']"] in params alone and [] in updates alone"""),
+        ([1, 2], """['[0]', '[1]'] in params alone and ["['a']", "['b']"] in updates alone"""),
+    ],
+)
+def test_parameters_have_the_structure_of_the_updates(params, found):
     clip = optaxclip.adaptive_grad_clip()
-    with pytest.raises(ValueError, match="^params has another structure than updates: .*; pass the params that"):
+    words = f"params has another structure than updates, got {found}; pass the params that these are updates of"
+    with pytest.raises(ValueError, match=exactly(words)):
         clip.update(GRADS, clip.init(GRADS), params)
 
 
