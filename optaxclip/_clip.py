@@ -158,9 +158,8 @@ def clip(
             limits[0] = jnp.broadcast_to(limits[0], sizes[0].shape)
         clipped, clipped_sizes = _respond(response, nonfinite, layout, packing, sizes, limits)
         if jax.tree.leaves(learned):
-            after, allowed = packing.unpack(clipped_sizes, limits)
-            if response not in CUTS:
-                after = list(map(_not_dropped, blocks, after, allowed))
+            kept = clipped_sizes if response in CUTS else list(map(_not_dropped, sizes, clipped_sizes, limits))
+            (after,) = packing.unpack(kept)
             learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, blocks, after, learned, contexts))
         # Of numbers that are cut one by one, the largest tells all that is recorded but the share.
         alone = layout.is_of_elements and norm.magnitude is jnp.abs and response in CUTS and nonfinite != "zero"
@@ -196,9 +195,7 @@ def _contexts(rules: list[Threshold], context: Context, measure_params: Callable
 
 def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array:
     """LIMIT: what the sizes may be. A limit that is negative or NaN counts as 0, never as ascent."""
-    limits = rule.limit(sizes, state, context)
-    _validate.limits(limits, sizes.shape)
-    limits = jnp.asarray(limits, sizes.dtype)
+    limits = jnp.asarray(rule.limit(sizes, state, context), sizes.dtype)
     return jnp.where(limits >= 0, limits, 0)
 
 

@@ -175,9 +175,7 @@ def skip_spikes(
         if rule.uses_params:
             _validate.params_given(params)
         context = Context(state.steps - state.skipped_steps, _norm(params, axis_name)[None] if rule.uses_params else None)
-        limits = rule.limit(size[None], before.rule, context)
-        _validate.limits(limits, (1,))
-        limit = jnp.broadcast_to(jnp.asarray(limits, size.dtype), (1,))[0]
+        limit = jnp.broadcast_to(jnp.asarray(rule.limit(size[None], before.rule, context), size.dtype), (1,))[0]
         learned = rule.learn(size[None], jnp.minimum(size, limit)[None], before.rule, context)
         _, streak = learned  # of sizes over the limit; over again when it is zero
         ok = jnp.isfinite(norm) & jnp.isfinite(size) & ((size <= limit) | (streak[0] == 0))

@@ -56,11 +56,8 @@ def common(vector: Array) -> Array:
     XLA joins kernels of one shape if they read an array in common, be it as small as this. A single number, or what can
     be traced back to one, does not count.
     """
-    return jax.lax.platform_dependent(vector, cuda=_barrier, rocm=_barrier, default=lambda vector: vector)
-
-
-def _barrier(vector: Array) -> Array:
-    return jax.lax.optimization_barrier(vector)
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(vector, cuda=barrier, rocm=barrier, default=lambda vector: vector)
 
 
 def packing_of(blocks: Sequence[Array]) -> Packing:

@@ -405,14 +405,14 @@ def loss(value: Any) -> None:
         raise ValueError(f"value must be one number, got an array of shape {jnp.shape(value)}; pass the mean of the loss")
 
 
-def same_structure(params: Any, treedef: Any) -> None:
-    """Refuses parameters that are no tree like the updates, to the leaves of these.
+def same_structure(params: Any, treedef: Any) -> list[Any]:
+    """Refuses parameters that are no tree like the updates, to the leaves of these; returns what stands where those do.
 
     Raises:
         ValueError: the structure differs.
     """
     try:
-        treedef.flatten_up_to(params)
+        return treedef.flatten_up_to(params)
     except (ValueError, TypeError) as error:
         updates = jax.tree.unflatten(treedef, range(treedef.num_leaves))
         found, expected = (

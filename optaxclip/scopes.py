@@ -41,13 +41,7 @@ def group(name_of: Callable[[str], str | None]) -> Scope:
         {'body': {'w': Array([0.6, 0.8], dtype=float32)}, 'head': {'w': Array([0.05], dtype=float32)}}
     """
     _validate.function("name_of", name_of, 'lambda path: path.split("/")[0]', takes=1)
-
-    def group(path: str) -> str | None:
-        name = name_of(path)
-        _validate.group_name(path, name)
-        return name
-
-    return Scope(group=group)
+    return Scope(group=name_of)
 
 
 def leaf(*, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
@@ -167,8 +161,8 @@ class Layout(NamedTuple):
         if not self.measured:
             return []
         _validate.params_given(params)
-        _validate.same_structure(params, self.treedef)
-        own = self.of(params)
+        leaves = _validate.same_structure(params, self.treedef)
+        own = [leaves[i] for i in self.measured]
         for path, param, gradient in zip(self.paths, own, self.gradients, strict=True):
             _validate.parameter(path, param, jnp.shape(gradient))
         return own
@@ -217,11 +211,11 @@ def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
     leaves = present = [leaf for _, leaf in flat]
     if params is not None and any(leaf is None for leaf in leaves):
-        others = treedef.flatten_up_to(params)
+        others = _validate.same_structure(params, treedef)
         present = [_zeros(other) if leaf is None else leaf for leaf, other in zip(leaves, others, strict=True)]
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
     inexact = [i for i, leaf in enumerate(present) if _is_inexact(paths[i], leaf)]
-    names = {i: paths[i] if scope.group is None else scope.group(paths[i]) for i in inexact}
+    names = {i: _group_of(scope, paths[i]) for i in inexact}
     axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.asarray(present[i])) for i in inexact}
     measured = [i for i in inexact if names[i] is not None and axes[i] is not None]
     found = [paths[i] for i in measured]
@@ -234,6 +228,15 @@ def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
     for k, i in enumerate(measured):
         groups.setdefault(names[i], []).append(k)
     return layout._replace(groups=list(groups.values()), names=list(groups))
+
+
+def _group_of(scope: Scope, path: str) -> str | None:
+    """The name of a leaf's group; its path where a scope has no groups of leaves."""
+    if scope.group is None:
+        return path
+    name = scope.group(path)
+    _validate.group_name(path, name)
+    return name
 
 
 def _is_absent(leaf: Any) -> bool:
@@ -264,9 +267,9 @@ def _axes_function(name: str, axes: int | Sequence[int] | AxesOf, otherwise: Cal
 
 
 def _normalize(name: str, axes: int | Sequence[int] | None, path: str, leaf: Any) -> Axes:
-    if axes is not None:
-        _validate.axes_of(name, axes, path)
-    axes = tuple(axes or ()) if axes is None or isinstance(axes, Sequence) else (axes,)
+    axes = () if axes is None else axes
+    _validate.axes_of(name, axes, path)
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
     if not all(-leaf.ndim <= axis < leaf.ndim for axis in axes):
         raise ValueError(
             f"{name} chose {axes} for the leaf {path!r} of shape {leaf.shape}; "

@@ -427,7 +427,7 @@ ACCEPTED = {
     "not_both": [(("a", -1.0, "b", None, "c"), {}), (("a", None, "b", -1.0, "c"), {})],
     "real": [((np.dtype("float16"),), {})],
 }
-RETURNED = {"batch": 4, "divided": 2}  # by all others, nothing
+RETURNED = {"batch": 4, "divided": 2, "same_structure": [[1, 2]]}  # by all others, nothing
 SOURCE = pathlib.Path(optaxclip.__file__).parent
 
 
@@ -695,6 +695,10 @@ def test_parameters_have_the_structure_of_the_updates(params, found):
         (lambda: optaxclip.clip(GROWTH._replace(init=lambda: 1.0)), "threshold.init must take one argument, got"),
         (lambda: optaxclip.clip({"tree": GROWTH._replace(limit=len)}), "threshold['tree'].limit must take 3 arguments"),
         (lambda: optaxclip.clip(GROWTH._replace(limit=lambda *seen: None)), "limit must return numbers that broadcast"),
+        (
+            lambda: optaxclip.clip({"tree": GROWTH._replace(limit=lambda *seen: None)}),
+            "limit must return numbers that broadcast",
+        ),
         (lambda: optaxclip.clip(1.0, scope=scopes.group(lambda path, leaf: path)), "name_of must take one argument, got"),
         (lambda: optaxclip.clip(1.0, scope=scopes.group(lambda path: [path])), "name_of must return a name for 'a', got ['a']"),
         (

@@ -250,11 +250,21 @@ def side_by_side(rules: Sequence[Threshold]) -> Threshold:
 
 
 def observed(rule: Threshold) -> Threshold:
-    """The rule, but a size that is zero or not finite is no observation: the state of that group stands."""
+    """The rule, but a size that is zero or not finite is no observation: the state of that group stands. Limits are checked.
+
+    Raises:
+        TypeError: a limit is no number (on `update`).
+        ValueError: limits do not belong to the sizes (on `update`).
+    """
+
+    def limit(sizes: Array, state: Any, context: Context) -> Array:
+        limits = rule.limit(sizes, state, context)
+        _validate.limits(limits, sizes.shape)
+        return limits
 
     def learn(sizes: Array, clipped_sizes: Array, state: Any, context: Context) -> Any:
         seen = jnp.isfinite(sizes) & (sizes > 0)
         learned = rule.learn(jnp.where(seen, sizes, 1), jnp.where(seen, clipped_sizes, 1), state, context)
         return _select(seen, learned, state)
 
-    return rule._replace(learn=learn)
+    return rule._replace(limit=limit, learn=learn)
