@@ -1,7 +1,6 @@
 """Blocks of one number each, joined to a vector: on a chip, an operation on one number costs as much as on a thousand."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ class Packing(NamedTuple):
         """Each list of packed blocks as it was."""
         if not self.joined:
             return list(packed)
-        of_joined = zip(*columns(jnp.stack([blocks[0] for blocks in packed])), strict=True)
+        of_joined = zip(*rows(jnp.stack([blocks[0] for blocks in packed], axis=1)), strict=True)
         unpacked = []
         for blocks, numbers in zip(packed, of_joined, strict=True):
             found = dict(zip(self.others, blocks[1:], strict=True))
@@ -69,23 +68,18 @@ def packing_of(blocks: Sequence[Array]) -> Packing:
 
 
 @jax.jit
-def columns(matrix: Array) -> list[Array]:
-    """The columns of a matrix, one by one."""
-    count = matrix.shape[1]
+def rows(stack: Array) -> list[Array]:
+    """The rows of a stack `[rows, ...]`, one by one."""
+    count, *shape = stack.shape
 
-    # XLA on CPU compiles a kernel anew for every leaf that takes a slice of its own, and one kernel for all equal leaves that
-    # take the result of a reduction, though of two equal numbers. In two steps there are as many slices as two times the root.
-    # On other platforms equal leaves with a slice share a kernel.
-    def reduced(matrix: Array) -> list[Array]:
-        rows = math.isqrt(count - 1) + 1
-        square = jnp.pad(matrix, ((0, 0), (0, -count % rows))).reshape(len(matrix), rows, -1)
-        return [column for row in parts(square) for column in parts(row)][:count]
+    # XLA on CPU compiles a kernel anew for every leaf that takes a slice of its own, and one kernel for all equal leaves if
+    # their places are an array of numbers that differ: so each row is taken with the next.
+    def gathered(stack: Array) -> list[Array]:
+        numbers = jax.lax.GatherDimensionNumbers(tuple(range(1, stack.ndim)), collapsed_slice_dims=(0,), start_index_map=(0,))
+        gather = functools.partial(jax.lax.gather, dimension_numbers=numbers, slice_sizes=(1, *shape), mode="promise_in_bounds")
+        return [gather(stack, np.array([[k], [(k + 1) % count]]))[0] for k in range(count)]
 
-    def parts(x: Array) -> list[Array]:
-        twice = jnp.stack([x, x])
-        return [jnp.max(part, (0, 2)) for part in jax.lax.split(twice, [1] * x.shape[1], axis=2)]
+    def sliced(stack: Array) -> list[Array]:
+        return [row.reshape(shape) for row in jax.lax.split(stack, [1] * count)]
 
-    def sliced(matrix: Array) -> list[Array]:
-        return [column[:, 0] for column in jax.lax.split(matrix, [1] * count, axis=1)]
-
-    return sliced(matrix) if count < 2 else jax.lax.platform_dependent(matrix, cpu=reduced, default=sliced)
+    return sliced(stack) if count < 2 else jax.lax.platform_dependent(stack, cpu=gathered, default=sliced)

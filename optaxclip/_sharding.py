@@ -79,6 +79,11 @@ def unsharded(x: Any, last: int) -> Any:
     return _split(x, spec[: max(len(spec) - last, 0)], x) if any(spec) else x
 
 
+def is_explicit(x: Any) -> bool:
+    """Whether an explicit mesh splits `x`."""
+    return any(_spec(x))
+
+
 def sharded_like(x: Any, like: Any) -> Any:
     """`x`, on an explicit mesh split over it as `like` is."""
     return _split(x, _spec(like), like) if any(_spec(like)) else x

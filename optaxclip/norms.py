@@ -23,7 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _sharding, _validate
 from optaxclip._numerics import share
-from optaxclip._packing import common, packing_of
+from optaxclip._packing import common, packing_of, rows
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
 
@@ -188,24 +188,26 @@ def measure(
         return [jnp.zeros((0,))]
     parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
     split = _split(leaves, parts, axis_names)
-    groups = [[k] for k in range(len(leaves))] if groups is None else groups
+    if axes is None:
+        groups = tuple(map(tuple, groups)) if groups is not None else tuple((k,) for k in range(len(leaves)))
     if norm.magnitude is not jnp.abs:  # it may close over traced numbers, which the caches of what is compiled must not keep
         leaves, norm = magnitudes(), norm._replace(magnitude=_itself)
     if axes is None:
         leaves = _alike(leaves)
-    return _measured(norm, axes and tuple(axes), tuple(map(tuple, groups)), tuple(split), list(leaves))
+    return _measured(norm, tuple(parts), None if axes else groups, tuple(split), list(leaves))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _measured(
-    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
+    norm: Norm, parts: Sequence[Axes], groups: Sequence[Axes] | None, split: Sequence[Names], leaves: list[ArrayLike]
 ) -> list[Array]:
-    exact = functools.partial(_sizes, norm, axes, groups, split)
+    exact = functools.partial(_sizes, norm, parts, groups, split)
     if norm.quick is None or _float64 is None or any(split) or _widest(leaves) == jnp.float64:
         return exact(leaves)
-    in_float64 = functools.partial(_in_float64, norm.quick, axes, groups, split, joined=axes is None)
-    in_float32 = functools.partial(_in_float32, norm.quick, axes, groups, split)
-    on_cpu = in_float32 if any(jnp.size(leaf) > LARGE for leaf in leaves) else in_float64
+    in_float64 = functools.partial(_in_float64, norm.quick, parts, groups, split, joined=groups is not None)
+
+    in_parts = _in_float32 if any(jnp.size(leaf) > LARGE for leaf in leaves) else _in_float64
+    on_cpu = functools.partial(_by_stacks, functools.partial(in_parts, norm.quick), parts, groups)
 
     # Float64 holds the squares of all numbers in float32. A GPU waits for the leaves, whatever it computes from them. A CPU
     # takes twice as long for sums in float64, so where leaves are large it tries float32 first; a branch that is not taken is
@@ -222,20 +224,20 @@ def _measured(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 5), inline=True)
 def _sizes(
     norm: Norm,
-    axes: Sequence[Axes] | None,
-    groups: Sequence[Axes],
+    parts: Sequence[Axes],
+    groups: Sequence[Axes] | None,
     split: Sequence[Names],
     leaves: list[ArrayLike],
     least: DTypeLike = jnp.float32,
     one: Array | None = None,
 ) -> list[Array]:
     """Sizes, in the precision of the leaves or the `least`, whichever is wider. `one` joins kernels, and changes no number."""
-    parts = axes or [None] * len(leaves)
-    moments = [_moments(norm, part, leaf, least, one) for part, leaf in zip(parts, leaves, strict=True)]
-    if axes is None:  # one vector for each moment, so that all that follows is a few tiny kernels
+    moments = [_moments(norm, part, groups is not None, leaf, least, one) for part, leaf in zip(parts, leaves, strict=True)]
+    if groups is not None:  # one vector for each moment, so that all that follows is a few tiny kernels
         vectors = [jnp.concatenate(values) for values in zip(*moments, strict=True)]
         moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
-    columns = list(map(list, zip(*_joined_across(norm, moments, split if axes else [_union(split)]), strict=True)))
+        split = [_union(split)]
+    columns = list(map(list, zip(*_joined_across(norm, moments, split), strict=True)))
     root = jax.jit(norm.root, inline=True)  # of equal blocks it is traced once
     if len(columns) == 1:
         return list(map(root, *columns))
@@ -243,20 +245,39 @@ def _sizes(
     return packing.unpack(list(map(root, *map(packing.pack, columns))))[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
-def _moments(norm: Norm, axes: Axes | None, leaf: ArrayLike, least: DTypeLike, one: Array | None) -> tuple[Array, ...]:
-    """Moments of one leaf, along axes or, as vectors `[1]`, of all of it. Compiled, so that equal leaves are traced once."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
+def _moments(norm: Norm, axes: Axes, flat: bool, leaf: ArrayLike, least: DTypeLike, one: Array | None) -> tuple[Array, ...]:
+    """Moments of one leaf along axes, `flat` as vectors. Compiled, so that equal leaves are traced once."""
     magnitudes = norm.magnitude(widen(leaf, least))
-    magnitudes = magnitudes if one is None else magnitudes * one
-    if axes is not None:
-        return norm.moments(magnitudes, axes)
-    return tuple(value.reshape(1) for value in norm.moments(magnitudes, tuple(range(magnitudes.ndim))))
+    moments = norm.moments(magnitudes if one is None else magnitudes * one, axes)
+    return tuple(map(jnp.ravel, moments)) if flat else moments
+
+
+def _by_stacks(
+    sizes_of: Callable[..., list[Array]], parts: Sequence[Axes], groups: Sequence[Axes] | None, leaves: list[Array]
+) -> list[Array]:
+    """Sizes by a function of parts, groups, split axes and leaves, that is given stacks of equal leaves if they are not large.
+
+    XLA takes as long to compile what is done to a stack as to one leaf, and on a CPU it costs nothing to copy what is small.
+    """
+    alike: dict[Any, list[int]] = {}
+    for k, (leaf, part) in enumerate(zip(leaves, parts, strict=True)):
+        single = leaf.size > LARGE or not part or _sharding.is_explicit(leaf)
+        alike.setdefault(k if single else (jax.typeof(leaf), part), []).append(k)
+    own = list(alike.values())
+    place = np.argsort(np.concatenate(own)).tolist()
+    stacks = [jnp.stack([leaves[k] for k in stack]) for stack in own]
+    parts = tuple(tuple(axis + 1 for axis in parts[stack[0]]) for stack in own)
+    if groups is not None:
+        return sizes_of(parts, tuple(tuple(sorted(place[k] for k in group)) for group in groups), ((),) * len(own), stacks)
+    sizes = [row for stack in sizes_of(parts, None, ((),) * len(own), stacks) for row in rows(stack)]
+    return [sizes[k] for k in place]
 
 
 def _in_float64(
     norm: Norm,
-    axes: Sequence[Axes] | None,
-    groups: Sequence[Axes],
+    parts: Sequence[Axes],
+    groups: Sequence[Axes] | None,
     split: Sequence[Names],
     leaves: list[ArrayLike],
     *,
@@ -265,17 +286,17 @@ def _in_float64(
     """Sizes by a norm that is `quick`; with the kernels of equal leaves `joined`, on a GPU, by a number in common."""
     with _float64(True):
         one = common(jnp.ones(2))[0] if joined else None
-        return [size.astype(jnp.float32) for size in _sizes(norm, axes, groups, split, leaves, jnp.float64, one)]
+        return [size.astype(jnp.float32) for size in _sizes(norm, parts, groups, split, leaves, jnp.float64, one)]
 
 
 def _in_float32(
-    norm: Norm, axes: Sequence[Axes] | None, groups: Sequence[Axes], split: Sequence[Names], leaves: list[ArrayLike]
+    norm: Norm, parts: Sequence[Axes], groups: Sequence[Axes] | None, split: Sequence[Names], leaves: list[ArrayLike]
 ) -> list[Array]:
     """The same where float32 is exact, which is seen afterwards; else in float64."""
-    sizes = _sizes(norm, axes, groups, split, leaves)
+    sizes = _sizes(norm, parts, groups, split, leaves)
     # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
     exact = [(size == jax.lax.clamp(2.0**-30, size, jnp.finfo(size.dtype).max)).all() for size in sizes]
-    in_float64 = functools.partial(_in_float64, norm, axes, groups, split)
+    in_float64 = functools.partial(_in_float64, norm, parts, groups, split)
     return jax.lax.cond(jnp.array(exact).all(), lambda _: sizes, in_float64, leaves)
 
 
@@ -320,16 +341,21 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tup
     if groups == tuple((k,) for k in range(len(moments[0]))):
         return tuple(moments)
 
-    absent = len(moments[0])  # position of a zero, which adds nothing
-    members = np.full((len(groups), max(map(len, groups))), absent)
-    for i, group in enumerate(groups):
-        members[i, : len(group)] = group
-
     def over_members(function: Callable[..., Array]) -> Join:
         return lambda tree: jax.tree.map(lambda x: function(x, 1, keepdims=True), tree)
 
-    members = tuple(jnp.take(jnp.append(values, 0), members, mode="clip") for values in moments)
+    members = tuple(_members(values, groups) for values in moments)
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
+
+
+def _members(values: Array, groups: Sequence[Axes]) -> Array:
+    """Values of leaves as a row for each group, filled up with zeros, which add nothing."""
+    if groups == (tuple(range(len(values))),):
+        return values[None]
+    members = np.full((len(groups), max(map(len, groups))), len(values))
+    for i, group in enumerate(groups):
+        members[i, : len(group)] = group
+    return jnp.take(jnp.append(values, 0), members, mode="clip")
 
 
 def _widest(leaves: Sequence[ArrayLike]) -> DTypeLike:
