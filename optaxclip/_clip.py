@@ -20,7 +20,8 @@ from jax.experimental import checkify
 
 from optaxclip import _sharding, _validate, norms, responses, scopes
 from optaxclip._packing import Packing, packing_of
-from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope, Threshold
+from optaxclip._record import nothing_read, record_step
+from optaxclip._types import ClipState, Context, Norm, Response, Scope, Threshold
 from optaxclip.scopes import Layout
 from optaxclip.thresholds import as_thresholds
 from optaxclip.thresholds.combine import observed, side_by_side
@@ -123,10 +124,7 @@ def clip(
         states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
         if layout.axes is not None:  # sizes of parts of leaves are where the leaves are
             states = tuple(map(_placed, states, sizes))
-        packing = packing_of(sizes)
-        packed = packing.pack(sizes)
-        reading = _record(None, layout, packing, packed, packed, packed) if record else None
-        return ClipState(jnp.zeros((), jnp.int32), states, reading)
+        return ClipState(jnp.zeros((), jnp.int32), states, nothing_read(layout, sizes) if record else None)
 
     def update(updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
@@ -164,7 +162,10 @@ def clip(
         # Of numbers that are cut one by one, the largest tells all that is recorded but the share.
         alone = layout.is_of_elements and norm.magnitude is jnp.abs and response in CUTS and nonfinite != "zero"
         numbers = source if alone else None
-        reading = _record(state.reading, layout, packing, sizes, clipped_sizes, limits, numbers) if record else None
+        reading = None
+        if record:
+            before = state.reading or nothing_read(layout, blocks)
+            reading = record_step(before, layout, packing, sizes, clipped_sizes, limits, numbers)
         if nonfinite == "raise":
             _check_finite(layout, blocks)
         return layout.rebuild(clipped), ClipState(jnp.asarray(optax.safe_increment(state.step)), learned, reading)
@@ -195,8 +196,7 @@ def _contexts(rules: list[Threshold], context: Context, measure_params: Callable
 
 def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array:
     """LIMIT: what the sizes may be. A limit that is negative or NaN counts as 0, never as ascent."""
-    limits = jnp.asarray(rule.limit(sizes, state, context), sizes.dtype)
-    return jnp.where(limits >= 0, limits, 0)
+    return _never_ascent(jnp.asarray(rule.limit(sizes, state, context), sizes.dtype))
 
 
 def _not_dropped(size: Array, clipped_size: Array, limit: Array) -> Array:
@@ -208,14 +208,13 @@ def _respond(
     response: Response, nonfinite: str, layout: Layout, packing: Packing, sizes: list[Array], limits: list[Array]
 ) -> tuple[list[Array], list[Array]]:
     """RESPOND: the gradients clipped, in float32 or wider and returned in their own dtype; and the sizes clipped."""
-    fill = 0.0 if nonfinite == "zero" else jnp.nan
     target = getattr(response, "target", None)
     if target is None:
 
         def respond(gradient: Array, size: Array, limit: Array) -> Array:
             clipped = response(gradient, size, limit)
             _validate.response(clipped, gradient.shape)
-            return jnp.where(jnp.isfinite(size), clipped, fill)
+            return _if_finite(nonfinite == "zero", size, clipped)
 
         sizes, limits = packing.unpack(sizes, limits)  # it need not be one function of single numbers
         clipped_sizes = packing.pack(list(map(respond, sizes, sizes, limits)))
@@ -234,6 +233,17 @@ def _respond(
 # Compiled, so that blocks and leaves that are equal are traced once.
 
 
+@jax.jit
+def _never_ascent(limits: Array) -> Array:
+    return jnp.where(limits >= 0, limits, 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _if_finite(zero: bool, size: Array, clipped: Array) -> Array:
+    """What is clipped, NaN or `zero` where the size is not finite."""
+    return jnp.where(jnp.isfinite(size), clipped, 0 if zero else jnp.nan)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _change(zero: bool, size: Array, wanted: Array) -> tuple[Array, ...]:
     """The size that there will be, NaN or `zero` where the size is not finite, and two factors that make it so."""
@@ -249,56 +259,6 @@ def _multiplied(zero: bool, gradient: Array, factors: Any) -> Array:
     wide = norms.widen(gradient)
     wide = jnp.where(factors[1] == 0, 0, wide) if zero else wide
     return norms.cast_like(responses.multiply(wide, *factors), gradient)
-
-
-def _record(
-    reading: Reading | None,
-    layout: Layout,
-    packing: Packing,
-    sizes: list[Array],
-    clipped_sizes: list[Array],
-    limits: list[Array],
-    numbers: list[Any] | None = None,
-) -> Reading:
-    """RECORD: a number per group, or per leaf where a leaf holds many groups; counts over all steps."""
-    blocks = list(zip(sizes, clipped_sizes, limits, strict=True))
-    parts = []
-    if layout.axes is None or packing.joined:
-        size, clipped_size, limit = blocks.pop(0)
-        parts = [jnp.stack([size, clipped_size, limit, _is_over(size, limit).astype(size.dtype)])]
-    own = [numbers[k] for k in packing.others] if numbers else [None] * len(blocks)
-    parts += [_read(*block, of_block)[:, None] for block, of_block in zip(blocks, own, strict=True)]
-    measured = jnp.concatenate(parts, 1) if parts else jnp.zeros((4, 0))
-    if packing.joined:
-        measured = measured[:, packing.order]
-    if layout.axes is not None:
-        measured = _sharding.everywhere(measured)
-    counted = jnp.array([(measured[3] > 0).any(), ~jnp.isfinite(measured[0]).all()], jnp.int32)
-    if reading is None:
-        return Reading(measured, jnp.zeros_like(counted), tuple({name: None} for name in layout.names))
-    return reading._replace(measured=measured.astype(reading.measured.dtype), counted=reading.counted + counted)
-
-
-@jax.jit
-def _read(size: Array, clipped_size: Array, limit: Array, numbers: Any) -> Array:
-    """Of a block `[4]`: the largest size, the largest after clipping, the largest limit, and the share of what is over it.
-
-    From the `numbers` themselves, if they are given and have one limit: XLA on CPU would store their magnitudes, and those
-    after clipping.
-    """
-    # Through int8, because XLA adds converted booleans one by one on CPU.
-    share = _is_over(size, limit).astype(jnp.int8).sum(dtype=jnp.float32) / max(size.size, 1)
-    if numbers is None or limit.ndim or not size.size or jnp.iscomplexobj(numbers):
-        largest = [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
-    else:
-        numbers = norms.widen(numbers)
-        top = jnp.max(jnp.maximum(numbers, -numbers))
-        largest = [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
-    return jnp.stack([*largest, share])
-
-
-def _is_over(size: Array, limit: Array) -> Array:
-    return jnp.isfinite(size) & (size > limit)
 
 
 def _check_finite(layout: Layout, sizes: list[Array]) -> None:

@@ -1,8 +1,8 @@
 """Blocks of one number each, joined to a vector: on a chip, an operation on one number costs as much as on a thousand."""
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array
 
 from optaxclip import _sharding
+
+LARGE = 2**14  # numbers in a leaf, from where on a CPU it matters how often they are read
 
 
 class Packing(NamedTuple):
@@ -65,6 +67,20 @@ def packing_of(blocks: Sequence[Array]) -> Packing:
     alike = [k for k in single if blocks[k].dtype == blocks[single[0]].dtype]
     joined = alike if len(alike) > 1 else []
     return Packing([block.shape for block in blocks], joined, sorted(set(range(len(blocks))) - set(joined)))
+
+
+def alike(blocks: Sequence[Any], kinds: Sequence[Hashable] | None = None) -> tuple[list[list[int]], np.ndarray]:
+    """Positions of blocks (trees of arrays) of one type and one kind, and of each block its place in these positions joined.
+
+    On a CPU it takes XLA as long to compile what is done to a stack of them as to one. What is large is by itself, as is what
+    an explicit mesh splits.
+    """
+    found: dict[Hashable, list[int]] = {}
+    for k, block in enumerate(blocks):
+        arrays, structure = jax.tree.flatten(block)
+        alone = any(x.size > LARGE or _sharding.is_explicit(x) for x in arrays)
+        found.setdefault(k if alone else (kinds and kinds[k], structure, *map(jax.typeof, arrays)), []).append(k)
+    return list(found.values()), np.argsort([k for own in found.values() for k in own])
 
 
 @jax.jit

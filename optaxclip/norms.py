@@ -23,12 +23,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _sharding, _validate
 from optaxclip._numerics import share
-from optaxclip._packing import common, packing_of, rows
+from optaxclip._packing import LARGE, alike, common, packing_of, rows
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
 
 _float64: Any = getattr(jax, "enable_x64", None)  # before JAX 0.8 a program without float64 cannot have a part with it
-LARGE = 2**14  # numbers in a leaf, from where it matters on a CPU that sums in float32 take half the time
 
 
 def l2() -> Norm:
@@ -260,18 +259,15 @@ def _by_stacks(
 
     XLA takes as long to compile what is done to a stack as to one leaf, and on a CPU it costs nothing to copy what is small.
     """
-    alike: dict[Any, list[int]] = {}
-    for k, (leaf, part) in enumerate(zip(leaves, parts, strict=True)):
-        single = leaf.size > LARGE or not part or _sharding.is_explicit(leaf)
-        alike.setdefault(k if single else (jax.typeof(leaf), part), []).append(k)
-    own = list(alike.values())
-    place = np.argsort(np.concatenate(own)).tolist()
+    own, place = alike(leaves, parts)
     stacks = [jnp.stack([leaves[k] for k in stack]) for stack in own]
     parts = tuple(tuple(axis + 1 for axis in parts[stack[0]]) for stack in own)
+    groups = groups and tuple(tuple(sorted(place[list(group)].tolist())) for group in groups)
+    sizes = sizes_of(parts, groups, ((),) * len(own), stacks)
     if groups is not None:
-        return sizes_of(parts, tuple(tuple(sorted(place[k] for k in group)) for group in groups), ((),) * len(own), stacks)
-    sizes = [row for stack in sizes_of(parts, None, ((),) * len(own), stacks) for row in rows(stack)]
-    return [sizes[k] for k in place]
+        return sizes
+    of_leaves = [row for stack in sizes for row in rows(stack)]
+    return [of_leaves[k] for k in place]
 
 
 def _in_float64(
@@ -295,7 +291,8 @@ def _in_float32(
     """The same where float32 is exact, which is seen afterwards; else in float64."""
     sizes = _sizes(norm, parts, groups, split, leaves)
     # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
-    exact = [(size == jax.lax.clamp(2.0**-30, size, jnp.finfo(size.dtype).max)).all() for size in sizes]
+    of_kinds = [jnp.stack([sizes[k] for k in own]) for own in alike(sizes)[0]]
+    exact = [(size == jax.lax.clamp(2.0**-30, size, jnp.finfo(size.dtype).max)).all() for size in of_kinds]
     in_float64 = functools.partial(_in_float64, norm, parts, groups, split)
     return jax.lax.cond(jnp.array(exact).all(), lambda _: sizes, in_float64, leaves)
 

@@ -52,6 +52,7 @@ def rescale(size: Array, limit: Array) -> Array:
     return jnp.minimum(size, limit)
 
 
+@jax.jit
 def clamp(gradient: Array, size: Array, limit: Array) -> Array:
     r"""Cuts each element at the limit where the size is above it, :math:`\mathrm{sign}(g) \min(|g|, c)`.
 

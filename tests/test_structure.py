@@ -14,6 +14,7 @@ PACKAGE = Path(optaxclip.__file__).parent
 LEVELS = [
     {"_types", "_validate", "_numerics", "_sharding", "_packing", "_programs", "_factored", "responses"},
     {"norms", "scopes", "thresholds", *(f"thresholds.{name}" for name in ("_blocks", "fixed", "combine", "moments", "ranks"))},
+    {"_record"},
     {"_clip", "_carry", "_guard", "_precondition", "_spectral"},
     {"telemetry", "_backward", "per_example", "testing"},
     {"methods", "plots"},

@@ -1,0 +1,114 @@
+"""RECORD, the last part of the engine: what a step measured and did, as a table with four numbers for each group or leaf."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optaxclip import _sharding, norms
+from optaxclip._packing import Packing, alike
+from optaxclip._types import Reading
+from optaxclip.scopes import Layout
+
+
+def nothing_read(layout: Layout, sizes: list[Array]) -> Reading:
+    """The reading before the first step, of sizes of this kind."""
+    dtype = jnp.result_type(*sizes) if sizes else jnp.float32
+    counted = jnp.zeros(2, jnp.int32)
+    return Reading(jnp.zeros((4, len(layout.names)), dtype), counted, tuple({name: None} for name in layout.names))
+
+
+def record_step(
+    reading: Reading,
+    layout: Layout,
+    packing: Packing,
+    sizes: list[Array],
+    clipped_sizes: list[Array],
+    limits: list[Array],
+    numbers: list[Any] | None = None,
+) -> Reading:
+    """What this step did; and what is counted over all steps, from the reading before.
+
+    Args:
+        reading: of the step before.
+        layout: of the updates.
+        packing: of the three that follow.
+        sizes: before clipping.
+        clipped_sizes: after it.
+        limits: what they may be.
+        numbers: of each leaf, where every number is a group and is cut at its limit.
+    """
+    blocks = list(zip(sizes, clipped_sizes, limits, strict=True))
+    joined = []
+    if layout.axes is None or packing.joined:
+        size, clipped_size, limit = blocks.pop(0)
+        joined = [(size, clipped_size, limit, _is_over(size, limit).astype(size.dtype))]
+    own = [numbers[k] for k in packing.others] if numbers else [None] * len(blocks)
+    order = np.arange(len(layout.names)) if layout.axes is None else packing.order
+    measured = _read(joined, list(map(_source, blocks, own)), order)
+    if layout.axes is not None:
+        measured = _sharding.everywhere(measured)
+    counted = jnp.stack([measured[3] > 0, ~jnp.isfinite(measured[0])]).any(1).astype(jnp.int32)
+    return reading._replace(measured=measured.astype(reading.measured.dtype), counted=reading.counted + counted)
+
+
+def _source(block: tuple[Array, ...], numbers: Any) -> tuple[Array, ...]:
+    """What a block is read from: sizes before and after and limits; or, where there is one limit, the numbers themselves.
+
+    XLA on CPU would store the magnitudes of the numbers, and those after clipping.
+    """
+    limit = block[-1]
+    if numbers is None or not jnp.size(numbers) or jnp.iscomplexobj(numbers) or limit.ndim:
+        return block
+    return norms.widen(numbers), limit
+
+
+def _read(joined: list[tuple[Array, ...]], sources: list[tuple[Array, ...]], order: np.ndarray) -> Array:
+    """A table `[4, blocks]`: columns that there are, and columns read from the sources, put in order."""
+
+    def one_by_one(joined: list[Any], sources: list[Any]) -> Array:
+        return _table(joined + [[number.reshape(1) for number in _column(*source)] for source in sources], order)
+
+    def by_stacks(joined: list[Any], sources: list[Any]) -> Array:
+        own, place = alike(sources)
+        stacks = [jax.tree.map(lambda *arrays: jnp.stack(arrays), *[sources[k] for k in stack]) for stack in own]
+        first = len(order) - len(sources)
+        places = np.append(np.arange(first), first + place)
+        return _table(joined + [jax.vmap(_column)(*stack) for stack in stacks], places[order])
+
+    if not sources:
+        return _table(joined, order)
+    return jax.lax.platform_dependent(joined, sources, cpu=by_stacks, default=one_by_one)
+
+
+def _table(columns: Sequence[Sequence[Array]], order: np.ndarray) -> Array:
+    """From columns, several of them as four vectors, those of `order` as `[4, columns]`."""
+    if not columns:
+        return jnp.zeros((4, 0))
+    numbers = jnp.concatenate([vector for row in zip(*columns, strict=True) for vector in row])
+    places = np.arange(len(numbers)).reshape(4, -1)
+    ordered = (order == np.arange(len(order))).all()
+    return numbers.reshape(4, -1) if ordered else numbers.at[places[:, order]].get(mode="promise_in_bounds")
+
+
+@jax.jit  # so that sources that are equal are traced once
+def _column(*source: Array) -> list[Array]:
+    """Four numbers: the largest size before and after, the largest limit, and the share of what is over it."""
+    if len(source) == 2:
+        numbers, limit = source
+        size = jnp.abs(numbers)
+        top = jnp.max(jnp.maximum(numbers, -numbers))
+        largest = [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
+    else:
+        size, clipped_size, limit = source
+        largest = [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
+    # Through int8, because XLA adds converted booleans one by one on CPU.
+    share = _is_over(size, limit).astype(jnp.int8).sum(dtype=jnp.float32) / max(size.size, 1)
+    return [*largest, share]
+
+
+def _is_over(size: Array, limit: Array) -> Array:
+    return jnp.isfinite(size) & (size > limit)
