@@ -338,21 +338,16 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tup
     if groups == tuple((k,) for k in range(len(moments[0]))):
         return tuple(moments)
 
+    absent = len(moments[0])  # position of a zero, which adds nothing
+    members = np.full((len(groups), max(map(len, groups))), absent)
+    for i, group in enumerate(groups):
+        members[i, : len(group)] = group
+
     def over_members(function: Callable[..., Array]) -> Join:
         return lambda tree: jax.tree.map(lambda x: function(x, 1, keepdims=True), tree)
 
-    members = tuple(_members(values, groups) for values in moments)
+    members = tuple(jnp.take(jnp.append(values, 0), members, mode="clip") for values in moments)
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
-
-
-def _members(values: Array, groups: Sequence[Axes]) -> Array:
-    """Values of leaves as a row for each group, filled up with zeros, which add nothing."""
-    if groups == (tuple(range(len(values))),):
-        return values[None]
-    members = np.full((len(groups), max(map(len, groups))), len(values))
-    for i, group in enumerate(groups):
-        members[i, : len(group)] = group
-    return jnp.take(jnp.append(values, 0), members, mode="clip")
 
 
 def _widest(leaves: Sequence[ArrayLike]) -> DTypeLike:
