@@ -1,6 +1,5 @@
 """RECORD, the last part of the engine: what a step measured and did, as a table with four numbers for each group or leaf."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,7 +44,7 @@ def record_step(
     joined = []
     if layout.axes is None or packing.joined:
         size, clipped_size, limit = blocks.pop(0)
-        joined = [(size, clipped_size, limit, _is_over(size, limit).astype(size.dtype))]
+        joined = [jnp.stack([size, clipped_size, limit, _is_over(size, limit).astype(size.dtype)])]
     own = [numbers[k] for k in packing.others] if numbers else [None] * len(blocks)
     order = np.arange(len(layout.names)) if layout.axes is None else packing.order
     measured = _read(joined, list(map(_source, blocks, own)), order)
@@ -66,36 +65,34 @@ def _source(block: tuple[Array, ...], numbers: Any) -> tuple[Array, ...]:
     return norms.widen(numbers), limit
 
 
-def _read(joined: list[tuple[Array, ...]], sources: list[tuple[Array, ...]], order: np.ndarray) -> Array:
+def _read(joined: list[Array], sources: list[tuple[Array, ...]], order: np.ndarray) -> Array:
     """A table `[4, blocks]`: columns that there are, and columns read from the sources, put in order."""
 
-    def one_by_one(joined: list[Any], sources: list[Any]) -> Array:
-        return _table(joined + [[number.reshape(1) for number in _column(*source)] for source in sources], order)
+    def one_by_one(joined: list[Array], sources: list[Any]) -> Array:
+        return _table(joined + [_column(*source)[:, None] for source in sources], order)
 
-    def by_stacks(joined: list[Any], sources: list[Any]) -> Array:
+    def by_stacks(joined: list[Array], sources: list[Any]) -> Array:
         own, place = alike(sources)
         stacks = [jax.tree.map(lambda *arrays: jnp.stack(arrays), *[sources[k] for k in stack]) for stack in own]
         first = len(order) - len(sources)
         places = np.append(np.arange(first), first + place)
-        return _table(joined + [jax.vmap(_column)(*stack) for stack in stacks], places[order])
+        return _table(joined + [jax.vmap(_column, out_axes=1)(*stack) for stack in stacks], places[order])
 
     if not sources:
         return _table(joined, order)
     return jax.lax.platform_dependent(joined, sources, cpu=by_stacks, default=one_by_one)
 
 
-def _table(columns: Sequence[Sequence[Array]], order: np.ndarray) -> Array:
-    """From columns, several of them as four vectors, those of `order` as `[4, columns]`."""
+def _table(columns: list[Array], order: np.ndarray) -> Array:
+    """`[4, columns]` from several tables, in this order."""
     if not columns:
         return jnp.zeros((4, 0))
-    numbers = jnp.concatenate([vector for row in zip(*columns, strict=True) for vector in row])
-    places = np.arange(len(numbers)).reshape(4, -1)
-    ordered = (order == np.arange(len(order))).all()
-    return numbers.reshape(4, -1) if ordered else numbers.at[places[:, order]].get(mode="promise_in_bounds")
+    table = jnp.concatenate(columns, axis=1)
+    return table if (order == np.arange(len(order))).all() else table[:, order]
 
 
 @jax.jit  # so that sources that are equal are traced once
-def _column(*source: Array) -> list[Array]:
+def _column(*source: Array) -> Array:
     """Four numbers: the largest size before and after, the largest limit, and the share of what is over it."""
     if len(source) == 2:
         numbers, limit = source
@@ -107,7 +104,7 @@ def _column(*source: Array) -> list[Array]:
         largest = [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
     # Through int8, because XLA adds converted booleans one by one on CPU.
     share = _is_over(size, limit).astype(jnp.int8).sum(dtype=jnp.float32) / max(size.size, 1)
-    return [*largest, share]
+    return jnp.stack([*largest, share])
 
 
 def _is_over(size: Array, limit: Array) -> Array:

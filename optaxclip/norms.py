@@ -231,7 +231,8 @@ def _sizes(
     one: Array | None = None,
 ) -> list[Array]:
     """Sizes, in the precision of the leaves or the `least`, whichever is wider. `one` joins kernels, and changes no number."""
-    moments = [_moments(norm, part, groups is not None, leaf, least, one) for part, leaf in zip(parts, leaves, strict=True)]
+    moments_of = _moments_of_parts if groups is None else _moments_of_leaf
+    moments = [moments_of(norm, part, leaf, least, one) for part, leaf in zip(parts, leaves, strict=True)]
     if groups is not None:  # one vector for each moment, so that all that follows is a few tiny kernels
         vectors = [jnp.concatenate(values) for values in zip(*moments, strict=True)]
         moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
@@ -244,12 +245,19 @@ def _sizes(
     return packing.unpack(list(map(root, *map(packing.pack, columns))))[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
-def _moments(norm: Norm, axes: Axes, flat: bool, leaf: ArrayLike, least: DTypeLike, one: Array | None) -> tuple[Array, ...]:
-    """Moments of one leaf along axes, `flat` as vectors. Compiled, so that equal leaves are traced once."""
+# Compiled, so that equal leaves are traced once; and parts of leaves inlined, of which XLA on a TPU makes fewer kernels then.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
+def _moments_of_parts(norm: Norm, axes: Axes, leaf: ArrayLike, least: DTypeLike, one: Array | None) -> tuple[Array, ...]:
     magnitudes = norm.magnitude(widen(leaf, least))
-    moments = norm.moments(magnitudes if one is None else magnitudes * one, axes)
-    return tuple(map(jnp.ravel, moments)) if flat else moments
+    return norm.moments(magnitudes if one is None else magnitudes * one, axes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def _moments_of_leaf(norm: Norm, axes: Axes, leaf: ArrayLike, least: DTypeLike, one: Array | None) -> tuple[Array, ...]:
+    """The same as vectors."""
+    return tuple(map(jnp.ravel, _moments_of_parts(norm, axes, leaf, least, one)))
 
 
 def _by_stacks(
