@@ -142,7 +142,7 @@ def clip(
 
         source = layout.gradients if measured is None else layout.matching(measured)
         blocks = measure(source)
-        packing = packing_of(blocks)
+        packing = packing_of(blocks, layout.gradients if layout.axes else ())
         sizes = packing.pack(blocks)
         context = Context(state.step, blocks=() if isinstance(threshold, dict) else tuple(sizes))
         learned = state.rules
@@ -150,10 +150,11 @@ def clip(
             contexts = _contexts(rules, context, lambda: packing.pack(measure(layout.matching(params))))
             limits = list(map(_limit, rules, sizes, state.rules, contexts))
         else:
+            (blocks,) = packing.unpack(sizes)  # by kernels that equal blocks share
             contexts = _contexts(rules, context, lambda: measure(layout.matching(params)))
             limits = packing.pack(list(map(_limit, rules, blocks, state.rules, contexts)))
-        if layout.axes is None or packing.joined:
-            limits[0] = jnp.broadcast_to(limits[0], sizes[0].shape)
+        several = 1 if layout.axes is None else packing.several  # of these each has a limit of its own
+        limits[:several] = map(jnp.broadcast_to, limits[:several], [size.shape for size in sizes[:several]])
         clipped, clipped_sizes = _respond(response, nonfinite, layout, packing, sizes, limits)
         if jax.tree.leaves(learned):
             kept = clipped_sizes if response in CUTS else list(map(_not_dropped, sizes, clipped_sizes, limits))

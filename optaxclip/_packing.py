@@ -1,4 +1,4 @@
-"""Blocks of one number each, joined to a vector: on a chip, an operation on one number costs as much as on a thousand."""
+"""Small blocks joined to larger ones: on a chip, an operation on one number costs as much as on a thousand."""
 
 import functools
 from collections.abc import Hashable, Sequence
@@ -15,39 +15,47 @@ LARGE = 2**14  # numbers in a leaf, from where on a CPU it matters how often the
 
 
 class Packing(NamedTuple):
-    """Which of several blocks are joined: packed, there is first a vector of those, and then the others.
+    """Which of several blocks are one, so that what is done to each is done to all of them at once.
 
     Attributes:
         shapes: of the blocks.
-        joined: positions of those of one number, the same on all devices; none where there are not several.
-        others: positions of the rest.
+        own: of each packed block, the positions of those in it. Several of one number each are a vector, other equal ones a
+            stack with one more axis; after these there are those that are by themselves.
     """
 
     shapes: list[tuple[int, ...]]
-    joined: list[int]
-    others: list[int]
+    own: list[list[int]]
 
     @property
     def order(self) -> np.ndarray:
-        """Of each block, its place in what is packed, each number of the vector by itself."""
-        return np.argsort([*self.joined, *self.others])
+        """Of each block, its place in those that are packed, one after the other."""
+        return np.argsort([k for own in self.own for k in own])
+
+    @property
+    def several(self) -> int:
+        """How many packed blocks hold more than one."""
+        return sum(len(own) > 1 for own in self.own)
 
     def pack(self, blocks: Sequence[Array]) -> list[Array]:
-        """The same numbers in fewer blocks."""
-        vector = [jnp.concatenate([blocks[k].reshape(1) for k in self.joined])] if self.joined else []
-        return vector + [blocks[k] for k in self.others]
+        """The same numbers in fewer blocks; what broadcasts against a block that is not alone is spread over it."""
+        return [self._joined([blocks[k] for k in own], [self.shapes[k] for k in own]) for own in self.own]
 
     def unpack(self, *packed: list[Array]) -> list[list[Array]]:
         """Each list of packed blocks as it was."""
-        if not self.joined:
-            return list(packed)
-        of_joined = zip(*rows(jnp.stack([blocks[0] for blocks in packed], axis=1)), strict=True)
-        unpacked = []
-        for blocks, numbers in zip(packed, of_joined, strict=True):
-            found = dict(zip(self.others, blocks[1:], strict=True))
-            found |= {k: number.reshape(self.shapes[k]) for k, number in zip(self.joined, numbers, strict=True)}
-            unpacked.append([found[k] for k in range(len(self.shapes))])
+        unpacked: list[list[Any]] = [[None] * len(self.shapes) for _ in packed]
+        for own, *together in zip(self.own, *packed, strict=True):
+            blocks_of = [together] if len(own) == 1 else rows(jnp.stack(together, axis=1))
+            for k, blocks in zip(own, blocks_of, strict=True):
+                for found, block in zip(unpacked, blocks, strict=True):
+                    found[k] = block if len(own) == 1 else block.reshape(self.shapes[k])
         return unpacked
+
+    @staticmethod
+    def _joined(blocks: list[Array], shapes: list[tuple[int, ...]]) -> Array:
+        if len(blocks) == 1:
+            return blocks[0]
+        blocks = [jnp.broadcast_to(block, shape) for block, shape in zip(blocks, shapes, strict=True)]
+        return jnp.concatenate([block.reshape(1) for block in blocks]) if blocks[0].size == 1 else jnp.stack(blocks)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -61,12 +69,19 @@ def common(vector: Array) -> Array:
     return jax.lax.platform_dependent(vector, cuda=barrier, rocm=barrier, default=lambda vector: vector)
 
 
-def packing_of(blocks: Sequence[Array]) -> Packing:
-    """How these blocks, and others of their shapes, are packed."""
-    single = [k for k, block in enumerate(blocks) if block.size == 1 and not _sharding.varying(block)]
-    alike = [k for k in single if blocks[k].dtype == blocks[single[0]].dtype]
-    joined = alike if len(alike) > 1 else []
-    return Packing([block.shape for block in blocks], joined, sorted(set(range(len(blocks))) - set(joined)))
+def packing_of(blocks: Sequence[Array], leaves: Sequence[Any] = ()) -> Packing:
+    """How blocks, and others of their shapes, are packed.
+
+    Those of one number are joined if it is the same on all devices; and, where the leaves are given that the blocks are sizes of,
+    equal ones, of leaves that are not large.
+    """
+    found: dict[Hashable, list[int]] = {}
+    for k in np.concatenate(alike(leaves)[0]).tolist() if leaves else range(len(blocks)):  # in the order of stacks of leaves
+        block = blocks[k]
+        single = block.size == 1 and not _sharding.varying(block)
+        small = leaves and block.size < jnp.size(leaves[k]) <= LARGE and not _sharding.is_explicit(block)
+        found.setdefault(block.dtype if single else jax.typeof(block) if small else k, []).append(k)
+    return Packing([block.shape for block in blocks], sorted(found.values(), key=lambda own: len(own) == 1))
 
 
 def alike(blocks: Sequence[Any], kinds: Sequence[Hashable] | None = None) -> tuple[list[list[int]], np.ndarray]:
@@ -78,7 +93,7 @@ def alike(blocks: Sequence[Any], kinds: Sequence[Hashable] | None = None) -> tup
     found: dict[Hashable, list[int]] = {}
     for k, block in enumerate(blocks):
         arrays, structure = jax.tree.flatten(block)
-        alone = any(x.size > LARGE or _sharding.is_explicit(x) for x in arrays)
+        alone = any(jnp.size(x) > LARGE or _sharding.is_explicit(x) for x in arrays)
         found.setdefault(k if alone else (kinds and kinds[k], structure, *map(jax.typeof, arrays)), []).append(k)
     return list(found.values()), np.argsort([k for own in found.values() for k in own])
 

@@ -41,13 +41,11 @@ def record_step(
         numbers: of each leaf, where every number is a group and is cut at its limit.
     """
     blocks = list(zip(sizes, clipped_sizes, limits, strict=True))
-    joined = []
-    if layout.axes is None or packing.joined:
-        size, clipped_size, limit = blocks.pop(0)
-        joined = [jnp.stack([size, clipped_size, limit, _is_over(size, limit).astype(size.dtype)])]
-    own = [numbers[k] for k in packing.others] if numbers else [None] * len(blocks)
+    several = 1 if layout.axes is None else packing.several
+    joined = [jax.vmap(_column, out_axes=1)(*block) for block in blocks[:several]]
+    own = [numbers[k] for (k,) in packing.own[several:]] if numbers else [None] * len(blocks[several:])
     order = np.arange(len(layout.names)) if layout.axes is None else packing.order
-    measured = _read(joined, list(map(_source, blocks, own)), order)
+    measured = _read(joined, list(map(_source, blocks[several:], own)), order)
     if layout.axes is not None:
         measured = _sharding.everywhere(measured)
     counted = jnp.stack([measured[3] > 0, ~jnp.isfinite(measured[0])]).any(1).astype(jnp.int32)

@@ -23,7 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _sharding, _validate
 from optaxclip._numerics import share
-from optaxclip._packing import LARGE, alike, common, packing_of, rows
+from optaxclip._packing import LARGE, alike, common, packing_of
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
 
@@ -274,8 +274,14 @@ def _by_stacks(
     sizes = sizes_of(parts, groups, ((),) * len(own), stacks)
     if groups is not None:
         return sizes
-    of_leaves = [row for stack in sizes for row in rows(stack)]
+    of_leaves = [row for stack in sizes for row in _slices(stack)]  # of which the compiler sees that they are a stack
     return [of_leaves[k] for k in place]
+
+
+def _slices(stack: Array) -> list[Array]:
+    shape = stack.shape[1:]
+    flat = stack.ravel() if math.prod(shape) == 1 else stack
+    return [row.reshape(shape) for row in jax.lax.split(flat, [1] * len(stack))]
 
 
 def _in_float64(

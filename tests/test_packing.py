@@ -1,4 +1,4 @@
-"""Blocks of one number go through the engine as one vector, and come out as if each had gone alone."""
+"""Single numbers go through the engine as one vector, equal blocks as a stack, and come out as if each had gone alone."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip
 from optaxclip import norms, responses, scopes, telemetry, thresholds
-from optaxclip._packing import packing_of
+from optaxclip._packing import LARGE, packing_of
 
 BIASES = {
     "small": jnp.array([0.1, -0.2]),
@@ -20,7 +20,15 @@ BIASES = {
     "half": jnp.array([3.0, 4.0], jnp.bfloat16),
     "complex": jnp.array([3.0 + 4.0j]),
 }
-GRADS = {"kernel": jnp.arange(6.0).reshape(2, 3), **BIASES, "other": jnp.ones((4, 2)), "scalar": jnp.array(-7.0)}
+KERNEL = jnp.arange(6.0).reshape(2, 3)
+GRADS = {
+    "kernel": KERNEL,
+    "kernel too": 9 * KERNEL,
+    "kernel with nan": KERNEL.at[0, 1].set(jnp.nan),
+    **BIASES,
+    "other": jnp.ones((4, 2)),
+    "scalar": jnp.array(-7.0),
+}
 PARAMS = jax.tree.map(lambda x: jnp.full_like(x, 2), GRADS)
 MESH = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 RULES = {
@@ -61,7 +69,7 @@ def test_numbers_of_one_precision_are_joined_in_their_order_and_come_back():
     blocks = [jnp.ones((1, 2)), jnp.full((1, 1), 3.0), jnp.array(4.0), jnp.ones(1, jnp.bfloat16), jnp.full(1, 5.0)]
     packing = packing_of(blocks)
     packed = packing.pack(blocks)
-    assert (packing.joined, packing.others) == ([1, 2, 4], [0, 3])
+    assert packing.own == [[1, 2, 4], [0], [3]] and packing.several == 1
     np.testing.assert_array_equal(packed[0], [3, 4, 5])
     np.testing.assert_array_equal(packing.order, [3, 0, 1, 4, 2])
     (unpacked,) = packing.unpack(packed)
@@ -69,10 +77,29 @@ def test_numbers_of_one_precision_are_joined_in_their_order_and_come_back():
     jax.tree.map(np.testing.assert_array_equal, unpacked, blocks)
 
 
+def test_equal_sizes_of_small_leaves_are_a_stack_and_come_back():
+    shapes = [(2, 3), (5,), (2, 3), (LARGE, 3), (LARGE, 3), (4, 3), (5,)]
+    leaves = [jnp.full(shape, k) for k, shape in enumerate(shapes)]
+    blocks = [leaf[:1] for leaf in leaves]
+    packing = packing_of(blocks, leaves)
+    packed = packing.pack(blocks)
+    assert packing.own == [[0, 2, 5], [1, 6], [3], [4]] and [x.shape for x in packed] == [(3, 1, 3), (2,), (1, 3), (1, 3)]
+    for unpacked in packing.unpack(packed, [2 * x for x in packed]):
+        assert [block.shape for block in unpacked] == [block.shape for block in blocks]
+        np.testing.assert_array_equal([block.ravel()[0] / unpacked[2].ravel()[0] for block in unpacked], np.arange(7) / 2)
+    spread = packing.pack([jnp.array(float(k)) for k in range(7)])
+    np.testing.assert_array_equal(spread[0][:, 0], [[k] * 3 for k in (0, 2, 5)])
+
+
+def test_numbers_that_are_their_own_sizes_are_not_copied():
+    leaves = [jnp.ones((2, 3))] * 2
+    assert packing_of(leaves, leaves).own == [[0], [1]]
+
+
 def test_one_such_number_stays_where_it_is():
     blocks = [jnp.ones((1, 2)), jnp.ones((1, 1))]
     packing = packing_of(blocks)
-    assert packing.pack(blocks) == blocks and packing.unpack(blocks) == [blocks] and not packing.joined
+    assert packing.pack(blocks) == blocks and packing.unpack(blocks) == [blocks] and not packing.several
 
 
 def test_what_differs_between_devices_is_not_joined_with_what_does_not():
