@@ -72,8 +72,8 @@ def common(vector: Array) -> Array:
 def packing_of(blocks: Sequence[Array], leaves: Sequence[Any] = ()) -> Packing:
     """How blocks, and others of their shapes, are packed.
 
-    Those of one number are joined if it is the same on all devices; and, where the leaves are given that the blocks are sizes of,
-    equal ones, of leaves that are not large.
+    Those of one number are joined if it is the same on all devices; and, where the leaves are given that these are sizes of,
+    equal blocks, of leaves that are not large.
     """
     found: dict[Hashable, list[int]] = {}
     for k in np.concatenate(alike(leaves)[0]).tolist() if leaves else range(len(blocks)):  # in the order of stacks of leaves
