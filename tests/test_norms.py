@@ -176,6 +176,19 @@ def test_large_leaves_may_be_joined_with_small_ones():
             assert floats(by_name) == pytest.approx({1: 5, 2: np.hypot(first, second)}, rel=1e-6)
 
 
+@pytest.mark.parametrize("groups", [None, [[0, 3], [5, 1], [4, 2]], [[2, 4], [0], [1, 3, 5]]])
+@pytest.mark.parametrize("way", WAYS)
+def test_leaves_of_several_shapes_are_of_their_own_groups(way, groups):
+    random = np.random.default_rng(0)
+    leaves = [random.normal(scale=10.0**k, size=shape).astype(np.float32) for k, shape in enumerate([2, 3, 2, (2, 3), 3, 2])]
+    expected = [
+        np.sqrt(sum(np.sum(leaves[k].astype(float) ** 2) for k in group)) for group in groups or [[k] for k in range(6)]
+    ]
+    for some in leaves, [*leaves[:-1], enlarged(leaves[-1])]:
+        found = WAYS[way](lambda x: norms.measure(norms.l2(), x, groups=groups)[0])(some)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_only_large_leaves_are_measured_in_two_ways():
     def branches(leaves):
         return str(jax.make_jaxpr(lambda leaves: norms.measure(norms.l2(), leaves))(leaves)).count("cond[")
