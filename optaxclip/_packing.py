@@ -44,7 +44,7 @@ class Packing(NamedTuple):
         """Each list of packed blocks as it was."""
         unpacked: list[list[Any]] = [[None] * len(self.shapes) for _ in packed]
         for own, *together in zip(self.own, *packed, strict=True):
-            blocks_of = [together] if len(own) == 1 else rows(jnp.stack(together, axis=1))
+            blocks_of = [together] if len(own) == 1 else columns(jnp.stack(together))
             for k, blocks in zip(own, blocks_of, strict=True):
                 for found, block in zip(unpacked, blocks, strict=True):
                     found[k] = block if len(own) == 1 else block.reshape(self.shapes[k])
@@ -99,18 +99,24 @@ def alike(blocks: Sequence[Any], kinds: Sequence[Hashable] | None = None) -> tup
 
 
 @jax.jit
-def rows(stack: Array) -> list[Array]:
-    """The rows of a stack `[rows, ...]`, one by one."""
-    count, *shape = stack.shape
+def columns(stack: Array) -> list[Array]:
+    """The columns of a stack `[rows, columns, ...]`, one by one."""
+    height, count, *shape = stack.shape
 
     # XLA on CPU compiles a kernel anew for every leaf that takes a slice of its own, and one kernel for all equal leaves if
-    # their places are an array of numbers that differ: so each row is taken with the next.
+    # their places are an array of numbers that differ: if there is one row, each column is taken with the next.
     def gathered(stack: Array) -> list[Array]:
-        numbers = jax.lax.GatherDimensionNumbers(tuple(range(1, stack.ndim)), collapsed_slice_dims=(0,), start_index_map=(0,))
+        numbers = jax.lax.GatherDimensionNumbers(
+            tuple(range(1, stack.ndim - 1)), collapsed_slice_dims=(0,), start_index_map=(0,)
+        )
         gather = functools.partial(jax.lax.gather, dimension_numbers=numbers, slice_sizes=(1, *shape), mode="promise_in_bounds")
-        return [gather(stack, np.array([[k], [(k + 1) % count]]))[0] for k in range(count)]
+        flat = stack.reshape(-1, *shape)
+        if height == 1:
+            return [gather(flat, np.array([[k], [(k + 1) % count]]))[:1] for k in range(count)]
+        places = np.arange(height * count).reshape(height, count)
+        return [gather(flat, places[:, k : k + 1]) for k in range(count)]
 
     def sliced(stack: Array) -> list[Array]:
-        return [row.reshape(shape) for row in jax.lax.split(stack, [1] * count)]
+        return [column.reshape(height, *shape) for column in jax.lax.split(stack, [1] * count, axis=1)]
 
     return sliced(stack) if count < 2 else jax.lax.platform_dependent(stack, cpu=gathered, default=sliced)

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from optaxclip import _validate
-from optaxclip._packing import common, rows
+from optaxclip._packing import columns, common
 from optaxclip._sharding import Names, is_names, names_of
 from optaxclip._types import Axes, Scope
 
@@ -144,7 +144,7 @@ class Layout(NamedTuple):
         if len(self.groups) == 1:
             return [list(common(jnp.concatenate([block[0] for block in blocks])))] * len(self.gradients)
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
-        own = rows(jnp.stack([block[0] for block in blocks], axis=1))
+        own = columns(jnp.stack([block[0] for block in blocks]))
         return [own[group_of[k]] for k in range(len(self.gradients))]
 
     def of(self, tree: Any) -> list[Any]:
