@@ -29,7 +29,7 @@ class Packing(NamedTuple):
     @property
     def order(self) -> np.ndarray:
         """Of each block, its place in those that are packed, one after the other."""
-        return np.argsort([k for own in self.own for k in own])
+        return places(self.own)
 
     @property
     def several(self) -> int:
@@ -76,7 +76,7 @@ def packing_of(blocks: Sequence[Array], leaves: Sequence[Any] = ()) -> Packing:
     equal blocks, of leaves that are not large.
     """
     found: dict[Hashable, list[int]] = {}
-    for k in np.concatenate(alike(leaves)[0]).tolist() if leaves else range(len(blocks)):  # in the order of stacks of leaves
+    for k in np.concatenate(alike(leaves)).tolist() if leaves else range(len(blocks)):  # in the order of stacks of leaves
         block = blocks[k]
         single = block.size == 1 and not _sharding.varying(block)
         small = leaves and block.size < jnp.size(leaves[k]) <= LARGE and not _sharding.is_explicit(block)
@@ -84,8 +84,8 @@ def packing_of(blocks: Sequence[Array], leaves: Sequence[Any] = ()) -> Packing:
     return Packing([block.shape for block in blocks], sorted(found.values(), key=lambda own: len(own) == 1))
 
 
-def alike(blocks: Sequence[Any], kinds: Sequence[Hashable] | None = None) -> tuple[list[list[int]], np.ndarray]:
-    """Positions of blocks (trees of arrays) of one type and one kind, and of each block its place in these positions joined.
+def alike(blocks: Sequence[Any], kinds: Sequence[Hashable] | None = None) -> list[list[int]]:
+    """Positions of blocks (trees of arrays) of one type and one kind.
 
     On a CPU it takes XLA as long to compile what is done to a stack of them as to one. What is large is by itself, as is what
     an explicit mesh splits.
@@ -95,7 +95,17 @@ def alike(blocks: Sequence[Any], kinds: Sequence[Hashable] | None = None) -> tup
         arrays, structure = jax.tree.flatten(block)
         alone = any(jnp.size(x) > LARGE or _sharding.is_explicit(x) for x in arrays)
         found.setdefault(k if alone else (kinds and kinds[k], structure, *map(jax.typeof, arrays)), []).append(k)
-    return list(found.values()), np.argsort([k for own in found.values() for k in own])
+    return list(found.values())
+
+
+def places(own: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of each block, its place in these positions, one after the other."""
+    return np.argsort([k for positions in own for k in positions])
+
+
+def stacked(blocks: Sequence[Any], own: Sequence[Sequence[int]]) -> list[Any]:
+    """For each list of positions, the blocks that stand there as one, with one more axis in front."""
+    return [jax.tree.map(lambda *arrays: jnp.stack(arrays), *[blocks[k] for k in positions]) for positions in own]
 
 
 @jax.jit
@@ -113,8 +123,8 @@ def columns(stack: Array) -> list[Array]:
         flat = stack.reshape(-1, *shape)
         if height == 1:
             return [gather(flat, np.array([[k], [(k + 1) % count]]))[:1] for k in range(count)]
-        places = np.arange(height * count).reshape(height, count)
-        return [gather(flat, places[:, k : k + 1]) for k in range(count)]
+        rows = np.arange(height)[:, None] * count
+        return [gather(flat, rows + k) for k in range(count)]
 
     def sliced(stack: Array) -> list[Array]:
         return [column.reshape(height, *shape) for column in jax.lax.split(stack, [1] * count, axis=1)]

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from optaxclip import _sharding, norms
-from optaxclip._packing import Packing, alike
+from optaxclip._packing import Packing, alike, places, stacked
 from optaxclip._types import Reading
 from optaxclip.scopes import Layout
 
@@ -70,11 +70,10 @@ def _read(joined: list[Array], sources: list[tuple[Array, ...]], order: np.ndarr
         return _table(joined + [_column(*source)[:, None] for source in sources], order)
 
     def by_stacks(joined: list[Array], sources: list[Any]) -> Array:
-        own, place = alike(sources)
-        stacks = [jax.tree.map(lambda *arrays: jnp.stack(arrays), *[sources[k] for k in stack]) for stack in own]
+        own = alike(sources)
         first = len(order) - len(sources)
-        places = np.append(np.arange(first), first + place)
-        return _table(joined + [jax.vmap(_column, out_axes=1)(*stack) for stack in stacks], places[order])
+        found = np.append(np.arange(first), first + places(own))
+        return _table(joined + [jax.vmap(_column, out_axes=1)(*stack) for stack in stacked(sources, own)], found[order])
 
     if not sources:
         return _table(joined, order)

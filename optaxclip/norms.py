@@ -23,7 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _sharding, _validate
 from optaxclip._numerics import share
-from optaxclip._packing import LARGE, alike, common, packing_of
+from optaxclip._packing import LARGE, alike, common, packing_of, places, stacked
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
 
@@ -267,11 +267,11 @@ def _by_stacks(
 
     XLA takes as long to compile what is done to a stack as to one leaf, and on a CPU it costs nothing to copy what is small.
     """
-    own, place = alike(leaves, parts)
-    stacks = [jnp.stack([leaves[k] for k in stack]) for stack in own]
+    own = alike(leaves, parts)
+    place = places(own)
     parts = tuple(tuple(axis + 1 for axis in parts[stack[0]]) for stack in own)
     groups = groups and tuple(tuple(sorted(place[list(group)].tolist())) for group in groups)
-    sizes = sizes_of(parts, groups, ((),) * len(own), stacks)
+    sizes = sizes_of(parts, groups, ((),) * len(own), stacked(leaves, own))
     if groups is not None:
         return sizes
     of_leaves = [row for stack in sizes for row in _slices(stack)]  # of which the compiler sees that they are a stack
@@ -305,8 +305,7 @@ def _in_float32(
     """The same where float32 is exact, which is seen afterwards; else in float64."""
     sizes = _sizes(norm, parts, groups, split, leaves)
     # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
-    of_kinds = [jnp.stack([sizes[k] for k in own]) for own in alike(sizes)[0]]
-    exact = [(size == jax.lax.clamp(2.0**-30, size, jnp.finfo(size.dtype).max)).all() for size in of_kinds]
+    exact = [(size == jax.lax.clamp(2.0**-30, size, jnp.finfo(size.dtype).max)).all() for size in stacked(sizes, alike(sizes))]
     in_float64 = functools.partial(_in_float64, norm, parts, groups, split)
     return jax.lax.cond(jnp.array(exact).all(), lambda _: sizes, in_float64, leaves)
 
