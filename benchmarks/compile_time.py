@@ -16,19 +16,19 @@ from benchmarks.optimizers import FEW, METHODS, chosen, compiled_step
 from benchmarks.report import Row
 from benchmarks.timing import cold, spread
 
-TREES = {  # leaves of GPT-2 are large, which on CPU are measured in two ways
-    "10 tiny leaves": (lambda: trees.tiny(10), METHODS),
-    "200 tiny leaves": (lambda: trees.tiny(200), METHODS),
-    "GPT-2 (148 leaves)": (trees.gpt2, METHODS),
-    "2000 tiny leaves": (trees.tiny, FEW),
+TREES = {  # with how often each is measured in a round: what takes a fraction of a second is disturbed the most
+    "10 tiny leaves": (lambda: trees.tiny(10), METHODS, 5),
+    "200 tiny leaves": (lambda: trees.tiny(200), METHODS, 1),
+    "GPT-2 (148 leaves)": (trees.gpt2, METHODS, 1),  # leaves are large, which on a CPU are measured in two ways
+    "2000 tiny leaves": (trees.tiny, FEW, 1),
 }
-QUICK = {"10 tiny leaves": (lambda: trees.tiny(10), FEW)}
+QUICK = {"10 tiny leaves": (lambda: trees.tiny(10), FEW, 1)}
 
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
     """Rows of two tables for each tree; for a few methods and the first tree, to be quick."""
-    for name, (make, methods) in (QUICK if quick else TREES).items():
-        yield from _rows(name, make(), list(methods), rounds)
+    for name, (make, methods, often) in (QUICK if quick else TREES).items():
+        yield from _rows(name, make(), list(methods), rounds * often)
 
 
 def _rows(name: str, tree: Any, methods: list[str], rounds: int) -> Iterator[Row]:

@@ -44,6 +44,7 @@ METHODS = {
     "value": _clips(0, optaxclip.clip_by_value(0.01), optax.clip(0.01)),
     "value, record=False": _clips(0, optaxclip.clip_by_value(0.01, record=False)),
     "global norm": Method(1, {"optaxclip": OURS, "Optax": THEIRS}),
+    "global norm, record=False": _clips(1, optaxclip.clip_by_global_norm(1.0, record=False)),
     "leaf norm": _clips(1, optaxclip.clip_by_norm(1.0)),
     "block RMS": _clips(1, optaxclip.clip_by_block_rms(0.01), optax.clip_by_block_rms(0.01)),
     "AGC, by unit": _clips(2, optaxclip.adaptive_grad_clip(0.01), optax.adaptive_grad_clip(0.01)),

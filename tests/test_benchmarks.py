@@ -52,7 +52,7 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "PACKAGES", {peer: f"missing_{package}" for peer, package in peers.PACKAGES.items()})
         patch.setattr(step_time, "TREES", {"small": (lambda: trees.tiny(4), FEW)})
-        patch.setattr(compile_time, "TREES", {"two leaves": (lambda: trees.tiny(2), FEW[1:])})
+        patch.setattr(compile_time, "TREES", {"two leaves": (lambda: trees.tiny(2), FEW[1:], 1)})
         patch.setattr(per_example, "MODELS", {"dense": (nn.Dense(10), lambda: per_example.image_batch(5))})
         patch.delitem(sweep.CLIPS, "Optax")
         patch.setattr(sweep, "THRESHOLDS", np.ones(1, np.float32))
