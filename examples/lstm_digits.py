@@ -91,7 +91,7 @@ def load(path: str | None) -> tuple[Array, Array, Array, Array]:
 
 def train(init: Any, apply: Any, clip: Any, data: Any, keys: Array, steps: int, bar: tqdm) -> list[np.ndarray]:
     """Many runs in one program: test accuracies `[runs, chunks]`, norms before and after the clip `[runs, steps, 2]`."""
-    measure, (x, x_test, y, y_test) = optaxclip.clip(jnp.inf), data
+    measure, (x, x_test, y, y_test) = optaxclip.clip(jnp.inf, optaxclip.scopes.tree()), data
     optimizer = optax.chain(measure, clip, measure, optax.adam(1e-3))
 
     def loss(params: Any, rows: Array) -> Array:

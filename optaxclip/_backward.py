@@ -13,6 +13,7 @@ from optaxclip._clip import clip
 from optaxclip._types import Norm, Response, Scope
 
 
+@_validate.checks_keywords
 def clip_cotangent(
     x: Any,
     threshold: Any,
@@ -20,7 +21,7 @@ def clip_cotangent(
     norm: Norm = norms.l2(),
     scope: Scope = scopes.tree(),
     response: Response = responses.rescale,
-    axis_name: Any = None,
+    sharded_over: Any = None,
 ) -> Any:
     r"""Returns `x` as it is; in the backward pass, clips the derivative with respect to it.
 
@@ -38,7 +39,7 @@ def clip_cotangent(
     | each example, all its leaves together | `jax.vmap(lambda x: clip_cotangent(x, threshold))(x)` |
 
     In `jax.shard_map` what differs between devices counts as split over them, as in `clip`; where it is examples that do, say
-    `axis_name=()`.
+    `sharded_over=()`.
 
     So a size under `jax.vmap` is that of one example; where `x` is the same for all, of what they sum up to.
     Second derivatives are those of the clipped backward pass, also by the threshold, and `jax.hessian` finds them; only
@@ -51,7 +52,7 @@ def clip_cotangent(
         norm: how large they are.
         scope: which numbers share one size.
         response: what happens to what is larger.
-        axis_name: as for `clip`.
+        sharded_over: as for `clip`.
 
     Raises:
         TypeError: an argument is not what it should be, such as a schedule, or a norm relative to parameters.
@@ -69,7 +70,7 @@ def clip_cotangent(
     """
     limits = dict(threshold) if isinstance(threshold, Mapping) else threshold
     _validate.no_functions("threshold", limits)
-    clipper = functools.partial(clip, norm=norm, scope=scope, response=response, axis_name=axis_name, record=False)
+    clipper = functools.partial(clip, norm=norm, scope=scope, response=response, sharded_over=sharded_over, record=False)
     clipper(limits)  # what it refuses is refused here, and not in the backward pass
     _validate.absolute("norm", norm)
     if isinstance(limits, dict):

@@ -30,14 +30,15 @@ POLICIES = ("propagate", "zero", "raise")
 CUTS = (responses.rescale, responses.clamp)  # a single number becomes the smaller of itself and its limit
 
 
+@_validate.checks_keywords
 def clip(
     threshold: Any,
+    scope: Scope | None = None,
     *,
-    scope: Scope = scopes.tree(),
     norm: Norm = norms.l2(),
     response: Response = responses.rescale,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
+    sharded_over: Any = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limits how large the updates are: the one transform of which every method is a row.
@@ -66,13 +67,13 @@ def clip(
     Args:
         threshold: how large a size may be: a number, a scalar array (traced, too), a schedule, a rule
             from `optaxclip.thresholds`, or a dict from group name to any of these.
-        scope: which numbers share one size.
+        scope: which numbers share one size; it has no default, because `optax.clip(1.0)` cuts values.
         norm: how large they are.
         response: what happens to what is larger.
         nonfinite: what happens to a group whose size is infinite or NaN. `"propagate"`: all of it
             becomes NaN. `"zero"`: all of it becomes zero. `"raise"`: an error through
             `jax.experimental.checkify`, which names the group.
-        axis_name: mapped axes (of `jax.shard_map`, `jax.pmap`, `jax.vmap`) along which what shares a size is split: a name, a
+        sharded_over: mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`) along which what shares a size is split: a name, a
             tuple of names, `()` for none, or a tree of these that the updates start with. Not needed under `jit`, nor in
             `jax.shard_map` with its default `check_vma=True`, where the types of the leaves tell, but for scopes finer
             than a leaf. `jax.vmap` alone maps over whole trees, each clipped by itself. A single number is never split.
@@ -95,7 +96,7 @@ def clip(
 
     Example:
         >>> import jax.numpy as jnp, optax, optaxclip
-        >>> optimizer = optax.chain(optaxclip.clip(3.0), optax.sgd(0.5))
+        >>> optimizer = optax.chain(optaxclip.clip(3.0, optaxclip.scopes.tree()), optax.sgd(0.5))
         >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
         >>> state = optimizer.init(params)
         >>> grads = {"w": jnp.array([2.0, 4.0]), "b": jnp.array([4.0])}
@@ -105,6 +106,7 @@ def clip(
         >>> state[0].reading.size_before, state[0].reading.size_after
         (Array([6.], dtype=float32), Array([3.], dtype=float32))
     """
+    _validate.scope_given(scope)
     threshold = as_thresholds(threshold)
     _validate.part("scope", scope, Scope, "scopes.tree()")
     _validate.part("norm", norm, Norm, "norms.l2()")
@@ -117,7 +119,9 @@ def clip(
 
     def init(params: Any) -> Any:
         layout = scopes.lay_out(scope, params)
-        names = [_sharding.bound(own) for own in layout.names_of_axes(axis_name)]  # a state may be made before axes are mapped
+        names = [
+            _sharding.bound(own) for own in layout.names_of_axes(sharded_over)
+        ]  # a state may be made before axes are mapped
         measure = functools.partial(measure_of(layout), axis_names=names)
         shapes = jax.eval_shape(lambda leaves: measure(leaves, params=leaves), layout.gradients)
         sizes = [_sharding.sharded_like(jnp.zeros_like(shape), shape) for shape in shapes]
@@ -137,7 +141,7 @@ def clip(
         if state.reading is not None:
             _validate.same_blocks(len(layout.names), state.reading.measured.shape[1])
         weights = layout.matching(params) if norm.uses_params else None
-        names = layout.names_of_axes(axis_name)
+        names = layout.names_of_axes(sharded_over)
         measure = functools.partial(measure_of(layout), params=weights, axis_names=names)
 
         source = layout.gradients if measured is None else layout.matching(measured)

@@ -49,8 +49,9 @@ class GuardState(NamedTuple):
     watch: Watch | None = None
 
 
+@_validate.checks_keywords
 def skip_nonfinite(
-    inner: optax.GradientTransformation, *, max_consecutive: int | None = None, axis_name: Any = None
+    inner: optax.GradientTransformation, *, max_consecutive: int | None = None, sharded_over: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leaves a step out if an element of its gradient is NaN or infinite.
 
@@ -67,7 +68,7 @@ def skip_nonfinite(
         inner: any optimizer or chain.
         max_consecutive: more skipped steps than this in a row are an error, under
             `jax.experimental.checkify`. Elsewhere they are counted, and skipped all the same.
-        axis_name: as for `clip`, so that all devices skip the same steps.
+        sharded_over: as for `clip`, so that all devices skip the same steps.
 
     Returns:
         A transform with state `GuardState`; `telemetry.metrics` has its counts.
@@ -78,7 +79,7 @@ def skip_nonfinite(
 
     Example:
         >>> import jax.numpy as jnp, optax, optaxclip
-        >>> optimizer = optaxclip.skip_nonfinite(optax.chain(optaxclip.clip(1.0), optax.sgd(0.5, momentum=0.9)))
+        >>> optimizer = optaxclip.skip_nonfinite(optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.5, momentum=0.9)))
         >>> state = optimizer.init(jnp.zeros(2))
         >>> for bad in 1.0, jnp.nan, 1.0:
         ...     updates, state = optimizer.update(jnp.array([0.0, bad]), state)
@@ -95,7 +96,7 @@ def skip_nonfinite(
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         _validate.state(state, GuardState)
-        ok = jnp.isfinite(_norm(updates, axis_name))
+        ok = jnp.isfinite(_norm(updates, sharded_over))
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
         if max_consecutive is not None:
             advice = "look at what makes the gradients, such as the learning rate"
@@ -106,13 +107,14 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(lambda params: _start(optimizer, params), update)
 
 
+@_validate.checks_keywords
 def skip_spikes(
     inner: optax.GradientTransformation,
     threshold: Any,
     *,
     watch: str = "norm",
     patience: int = 10,
-    axis_name: Any = None,
+    sharded_over: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leaves a step out if its gradient norm, or its loss, is over a threshold; and if its gradient is not finite.
 
@@ -132,7 +134,7 @@ def skip_spikes(
             update: `update(grads, state, params, value=loss)`, or `loss=`. Rules never learn from a loss
             that is zero or negative: give the guard one that has a positive lower bound.
         patience: how many steps in a row may be skipped as spikes. Those that are not finite are not counted, and never done.
-        axis_name: as for `clip`, so that all devices skip the same steps. A loss has to be the same on all of them.
+        sharded_over: as for `clip`, so that all devices skip the same steps. A loss has to be the same on all of them.
 
     Returns:
         A transform with state `GuardState`; `telemetry.metrics` has its counts, the last size and its limit.
@@ -165,16 +167,16 @@ def skip_spikes(
         _validate.not_relative("threshold", rule, watch)
 
     def init(params: Any) -> Any:
-        size, limit = jnp.zeros((2,), jax.eval_shape(lambda params: _norm(params, axis_name), params).dtype)
+        size, limit = jnp.zeros((2,), jax.eval_shape(lambda params: _norm(params, sharded_over), params).dtype)
         return _start(optimizer, params)._replace(watch=Watch(size, limit, rule.init(size[None])))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         _validate.state(state, GuardState)
-        before, norm = state.watch, _norm(updates, axis_name)
+        before, norm = state.watch, _norm(updates, sharded_over)
         size = (norm if watch == "norm" else _loss(extra_args)).astype(before.size.dtype)
         if rule.uses_params:
             _validate.params_given(params)
-        context = Context(state.steps - state.skipped_steps, _norm(params, axis_name)[None] if rule.uses_params else None)
+        context = Context(state.steps - state.skipped_steps, _norm(params, sharded_over)[None] if rule.uses_params else None)
         limit = jnp.broadcast_to(jnp.asarray(rule.limit(size[None], before.rule, context), size.dtype), (1,))[0]
         learned = rule.learn(size[None], jnp.minimum(size, limit)[None], before.rule, context)
         _, streak = learned  # of sizes over the limit; over again when it is zero
@@ -204,9 +206,9 @@ def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:
     return GuardState(optimizer.init(params), steps, skipped_steps, consecutive)
 
 
-def _norm(tree: Any, axis_name: Any) -> Array:
+def _norm(tree: Any, sharded_over: Any) -> Array:
     layout = scopes.lay_out(scopes.tree(), tree)
-    names = layout.names_of_axes(axis_name)
+    names = layout.names_of_axes(sharded_over)
     (norm,) = norms.measure(norms.l2(), layout.gradients, groups=layout.groups, axis_names=names)
     return jnp.sum(norm)  # of no group, if nothing can be measured
 

@@ -64,8 +64,8 @@ def split_axes(name: str, given: Names | None, x: Any) -> Names:
     if given is None and known is None:
         raise ValueError(
             f"{name} must be given where JAX does not track what differs between devices (shard_map with "
-            "check_vma=False, pmap), got None; pass the mapped axes along which the updates are split, "
-            "() if every device has all of them"
+            "check_vma=False, pmap), got None; pass the mapped axes along which the updates are split or, "
+            f"for gradients that pmean made equal on all devices, {name}=()"
         )
     if given is None or known is None:
         return given or known or ()

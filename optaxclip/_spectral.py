@@ -51,7 +51,7 @@ def on_spectra(
     return optax.GradientTransformationExtraArgs(lambda params: clip.init(no_values(params)), update)
 
 
-def on_whole_matrices(clip: optax.GradientTransformationExtraArgs, axis_name: Any) -> optax.GradientTransformationExtraArgs:
+def on_whole_matrices(clip: optax.GradientTransformationExtraArgs, sharded_over: Any) -> optax.GradientTransformationExtraArgs:
     """The clip, for leaves of which every device has all, since a part of a matrix has other singular values.
 
     On an explicit mesh they are gathered for it; within `shard_map` a leaf that is split is an error.
@@ -59,8 +59,8 @@ def on_whole_matrices(clip: optax.GradientTransformationExtraArgs, axis_name: An
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         layout = scopes.lay_out(scopes.leaf(), updates, params)
-        for path, leaf, names in zip(layout.paths, layout.gradients, layout.names_of_axes(axis_name), strict=True):
-            _validate.not_split(path, _sharding.split_axes("axis_name", names, leaf))
+        for path, leaf, names in zip(layout.paths, layout.gradients, layout.names_of_axes(sharded_over), strict=True):
+            _validate.not_split(path, _sharding.split_axes("sharded_over", names, leaf))
         whole, weights = (jax.tree.map(lambda x: _sharding.unsharded(x, 2), tree) for tree in (updates, params))
         clipped, state = clip.update(whole, state, weights, **extra_args)
         return jax.tree.map(_sharding.sharded_like, clipped, updates), state

@@ -1,10 +1,11 @@
 """The words of every refusal: which argument, what it was, and what to do."""
 
+import functools
 import inspect
 import math
 import numbers
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import numpy as np
 from jax.core import Tracer
 
 from optaxclip._types import Threshold
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 def number(
@@ -157,6 +160,43 @@ def absolute(name: str, norm: Any) -> None:
     """
     if norm.uses_params:
         raise TypeError(f"{name} must not be relative to parameters, got {norm!r}; pass one such as norms.l2()")
+
+
+def scope_given(scope: Any) -> None:
+    """Refuses to choose a scope for the user.
+
+    Raises:
+        TypeError: `scope` is None.
+    """
+    if scope is None:
+        raise TypeError(
+            "clip() needs a scope: scopes.tree() for the global norm, scopes.element() for values "
+            "(optax.clip is optaxclip.clip_by_value)"
+        )
+
+
+def renamed(function: str, keywords: dict[str, Any]) -> None:
+    """Refuses `axis_name`, by its old name and its old meaning.
+
+    Raises:
+        TypeError: it is among the keywords.
+    """
+    if "axis_name" in keywords:
+        raise TypeError(
+            f"{function}() got axis_name={keywords['axis_name']!r}; the argument is sharded_over: the mapped axes over which "
+            "each leaf is sharded, or sharded_over=() for gradients that pmean made equal on all devices"
+        )
+
+
+def checks_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, with keywords of old names refused."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **keywords: P.kwargs) -> R:
+        renamed(function.__name__, keywords)
+        return function(*args, **keywords)
+
+    return checked
 
 
 def option(name: str, value: Any, options: Iterable[str | bool]) -> None:

@@ -1,6 +1,6 @@
 """The published methods, one row each: a choice of scope, norm, threshold and response.
 
-Every row takes the keywords of `clip` besides its own (`response`, `nonfinite`, `axis_name`,
+Every row takes the keywords of `clip` besides its own (`response`, `nonfinite`, `sharded_over`,
 `record`), and a threshold in any of its forms: a number, a traced array, a schedule, a rule, or a
 dict by group. Unless its text says otherwise, each belongs before the optimizer in a chain, on gradients
 averaged over the batch.
@@ -29,7 +29,7 @@ Row = Callable[..., optax.GradientTransformationExtraArgs]
 def _row(method: Row) -> Row:
     """Spells out the keywords of `clip` in the signature, for `help` and for `optax.inject_hyperparams`."""
     own = [p for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    rest = [inspect.signature(clip).parameters[name] for name in ("nonfinite", "axis_name", "record")]
+    rest = [inspect.signature(clip).parameters[name] for name in ("nonfinite", "sharded_over", "record")]
     method.__dict__["__signature__"] = inspect.Signature([*own, *rest], return_annotation=optax.GradientTransformationExtraArgs)
     return method
 
@@ -672,13 +672,14 @@ def scale_by_stable_adam(
     )
 
 
+@_validate.checks_keywords
 def spectral_clip(
     max_norm: Any,
     *,
     response: Response = responses.rescale,
     iterations: int | None = None,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
+    sharded_over: Any = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the singular values of each matrix, :math:`U \min(S, c) V^\top`: by value, in its own basis.
@@ -695,7 +696,7 @@ def spectral_clip(
         iterations: of Newton and Schulz instead of a decomposition, 10 in SPECTRA; for `responses.smooth`. What is recorded
             as the size is then the Frobenius norm.
         nonfinite: as for `clip`, by matrix.
-        axis_name: as for `clip`; a matrix may not be split (under `jit` it may).
+        sharded_over: as for `clip`; a matrix may not be split (under `jit` it may).
         record: as for `clip`.
 
     Raises:
@@ -715,10 +716,10 @@ def spectral_clip(
         SPECTRA, [arXiv:2603.14315](https://arxiv.org/abs/2603.14315), 2026, for the soft clip.
     """
     limit = thresholds.as_thresholds(max_norm, name="max_norm")
-    options = {"nonfinite": nonfinite, "axis_name": (), "record": record}
+    options = {"nonfinite": nonfinite, "sharded_over": (), "record": record}
     if iterations is None:
         rules = limit.values() if isinstance(limit, dict) else [limit]
         values = clip(limit, scope=scopes.element(), response=response, **options)
-        return on_whole_matrices(on_spectra(values, uses_params=any(rule.uses_params for rule in rules)), axis_name)
+        return on_whole_matrices(on_spectra(values, uses_params=any(rule.uses_params for rule in rules)), sharded_over)
     soft = newton_schulz(response, iterations)
-    return on_whole_matrices(clip(limit, scope=scopes.unit(matrix_axes), response=soft, **options), axis_name)
+    return on_whole_matrices(clip(limit, scope=scopes.unit(matrix_axes), response=soft, **options), sharded_over)

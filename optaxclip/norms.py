@@ -314,9 +314,9 @@ def _split(leaves: Sequence[ArrayLike], parts: Sequence[Axes], axis_names: Seque
     """For each leaf the mapped axes along which what is measured together is split."""
     split = []
     for leaf, part, given in zip(leaves, parts, axis_names or [None] * len(leaves), strict=True):
-        own = _sharding.split_axes("axis_name", given, leaf) if part else ()
+        own = _sharding.split_axes("sharded_over", given, leaf) if part else ()
         if given is None and len(part) < jnp.ndim(leaf):
-            _validate.whole("axis_name", jnp.shape(leaf), own)
+            _validate.whole("sharded_over", jnp.shape(leaf), own)
         split.append(own)
     return split
 

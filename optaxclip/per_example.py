@@ -128,6 +128,7 @@ def quantile(
     return Rule(lambda groups: jnp.full((groups,), initial, jnp.float32), lambda state, context: state, learn)
 
 
+@_validate.checks_keywords
 def aggregate(
     threshold: Any,
     *,
@@ -135,7 +136,7 @@ def aggregate(
     norm: Norm = norms.l2(),
     response: Response = responses.rescale,
     reduce: str = "mean",
-    axis_name: Any = (),
+    sharded_over: Any = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each of the gradients that lie along the first axis, and takes their mean or sum.
 
@@ -150,8 +151,8 @@ def aggregate(
         norm: how large they are.
         response: what happens to what is larger.
         reduce: `"mean"` over the examples that are not masked, or `"sum"`.
-        axis_name: mapped axes (of `jax.shard_map`, `jax.pmap`) along which the batch is split: the result is that of all of it.
-            Every device must have whole examples. Not needed under `jit`.
+        sharded_over: mapped axes (of `jax.shard_map`, `jax.pmap`) along which the batch is split: the result is that of all of
+            it. Every device must have whole examples. Not needed under `jit`.
 
     Returns:
         A transform whose `init` takes the parameters, and `update(updates, state, params, mask=None)` gradients `[batch, ...]`
@@ -169,7 +170,7 @@ def aggregate(
         >>> clip.update(jnp.array([[0.0, 4.0], [0.0, 0.5], [jnp.nan, 0.0]]), clip.init(jnp.zeros(2)))[0]
         Array([0. , 1.5], dtype=float32)
     """
-    parts = _Parts(threshold, scope, norm, response, reduce, axis_name)
+    parts = _Parts(threshold, scope, norm, response, reduce, sharded_over)
 
     def update(updates: Any, state: Any, params: Any = None, *, mask: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
@@ -264,6 +265,7 @@ class ClippedGrad:
         return value, jax.tree.leaves(gradient)
 
 
+@_validate.checks_keywords
 def clipped_grad(
     loss_fn: Callable[..., Any],
     threshold: Any,
@@ -275,7 +277,7 @@ def clipped_grad(
     microbatch: int | None = None,
     has_aux: bool = False,
     keep_batch_axis: bool = False,
-    axis_name: Any = (),
+    sharded_over: Any = (),
 ) -> ClippedGrad:
     r"""Like `jax.value_and_grad`, but the gradient of each example is clipped before they are added up.
 
@@ -301,8 +303,8 @@ def clipped_grad(
         microbatch: how many examples are worked on at once, in a loop; None for all.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         keep_batch_axis: whether `loss_fn` takes a batch, and is to be given batches of one.
-        axis_name: mapped axes (of `jax.shard_map`, `jax.pmap`) along which the batch is split: what is returned is that of all
-            of it, but for what there is for each example. Every device must have whole parameters. Not needed under `jit`.
+        sharded_over: mapped axes (of `jax.shard_map`, `jax.pmap`) along which the batch is split: what is returned is that of
+            all of it, but for what there is for each example. Every device must have whole parameters. Not needed under `jit`.
 
     Returns:
         A function `(params, *batch, mask=None, state=None) -> ((loss, seen), gradients)`, with the methods `init` and `plan`;
@@ -341,20 +343,20 @@ def clipped_grad(
         found = loss_fn(params, *example)
         return found if has_aux else (found, None)
 
-    return ClippedGrad(loss, _Parts(threshold, scope, norm, response, reduce, axis_name), microbatch)
+    return ClippedGrad(loss, _Parts(threshold, scope, norm, response, reduce, sharded_over), microbatch)
 
 
 class _Parts:
     """The four parts of a clip, for gradients that have the examples in front."""
 
-    def __init__(self, threshold: Any, scope: Scope, norm: Norm, response: Response, reduce: str, axis_name: Any) -> None:
+    def __init__(self, threshold: Any, scope: Scope, norm: Norm, response: Response, reduce: str, sharded_over: Any) -> None:
         _validate.option("reduce", reduce, REDUCTIONS)
         self.rule = threshold if isinstance(threshold, Rule) else None
         self.threshold = as_thresholds(0.0 if self.rule else threshold)
         for rule in self.threshold.values() if isinstance(self.threshold, dict) else [self.threshold]:
             _validate.without_memory("threshold", rule)
         self.scope, self.norm, self.response, self.reduce = scope, norm, response, reduce
-        self.axes = _sharding.names_of(axis_name) or ()
+        self.axes = _sharding.names_of(sharded_over) or ()
         self.engine(None, ())  # what it refuses is refused here
         # The norm of a tree is that of its leaves' norms, and what keeps the direction does to a leaf what it does to its norm.
         relative = norm.uses_params or getattr(self.threshold, "uses_params", False)
@@ -364,11 +366,11 @@ class _Parts:
     def engine(self, limits: Array | None, names: Any) -> optax.GradientTransformationExtraArgs:
         """The clip of one example."""
         threshold = self.threshold if limits is None else dict(zip(names, limits, strict=True))
-        return clip(threshold, scope=self.scope, norm=self.norm, response=self.response, nonfinite="zero", axis_name=())
+        return clip(threshold, scope=self.scope, norm=self.norm, response=self.response, nonfinite="zero", sharded_over=())
 
     def init(self, params: Any) -> Any:
         """The state before the first step."""
-        start: Any = clip(0.0, scope=self.scope, norm=self.norm, axis_name=()).init(params)
+        start: Any = clip(0.0, scope=self.scope, norm=self.norm, sharded_over=()).init(params)
         return start._replace(rules=self.rule.init(len(start.reading.names)) if self.rule else ())
 
     def clip_each(self, gradients: Any, state: Any, params: Any) -> tuple[Any, Reading, Array]:

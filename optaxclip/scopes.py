@@ -167,7 +167,7 @@ class Layout(NamedTuple):
             _validate.parameter(path, param, jnp.shape(gradient))
         return own
 
-    def names_of_axes(self, axis_name: Any) -> list[Names | None]:
+    def names_of_axes(self, sharded_over: Any) -> list[Names | None]:
         """For each gradient the mapped axes, from one choice for all or a tree of them that the updates start with.
 
         Raises:
@@ -180,11 +180,11 @@ class Layout(NamedTuple):
             chosen.update(dict.fromkeys(jax.tree.leaves(part), names_of(names)))
 
         try:
-            jax.tree.map(choose, axis_name, tree, is_leaf=is_names)
+            jax.tree.map(choose, sharded_over, tree, is_leaf=is_names)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                "axis_name must be names of mapped axes or a tree of them that the updates start with, got "
-                f"{axis_name!r} for updates of structure {self.treedef}; give each part of the updates its names, () for none"
+                "sharded_over must be names of mapped axes or a tree of them that the updates start with, got "
+                f"{sharded_over!r} for updates of structure {self.treedef}; give each part its names, () for none"
             ) from error
         return [chosen[i] for i in self.measured]
 

@@ -133,8 +133,9 @@ def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
     }
 
 
+@_validate.checks_keywords
 def monitor(
-    *, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), history: int = 100, axis_name: Any = None
+    *, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), history: int = 100, sharded_over: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Measures at its place in a chain and changes nothing, not even NaN.
 
@@ -145,7 +146,7 @@ def monitor(
         scope: which numbers share a size.
         norm: how large they are.
         history: how many of the last sizes are remembered.
-        axis_name: as for `clip`.
+        sharded_over: as for `clip`.
 
     Raises:
         TypeError: an argument is not what it should be.
@@ -160,7 +161,7 @@ def monitor(
         >>> optaxclip.telemetry.last_sizes(state)
         {'tree': array([40.,  3.,  2.], dtype=float32)}
     """
-    inner = clip(remember(history), scope=scope, norm=norm, axis_name=axis_name)
+    inner = clip(remember(history), scope=scope, norm=norm, sharded_over=sharded_over)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         return updates, inner.update(updates, state, params, **extra_args)[1]

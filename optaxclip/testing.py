@@ -168,7 +168,7 @@ def check_transform(transform: optax.GradientTransformation, params: Any = None,
         Traceback (most recent call last):
         AssertionError: what is no float must pass, but ['integer'] became float32[3] from int32[3]; leave it alone
     """
-    _validate.part("transform", transform, optax.GradientTransformation, "optaxclip.clip(1.0)")
+    _validate.part("transform", transform, optax.GradientTransformation, "optaxclip.clip_by_global_norm(1.0)")
     eager = optax.with_extra_args_support(transform).update
     update = jax.jit(eager)
     params = _normal_tree() if params is None else params

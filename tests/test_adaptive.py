@@ -293,7 +293,7 @@ def test_rows_remember_as_many_numbers_as_they_say_and_a_sketch_8_kib_for_each_g
 
 
 def test_an_average_of_clipped_sizes_doubles_in_693_steps_and_is_tenfold_in_2300():
-    _, limits = follow(optaxclip.clip(thresholds.ema()), [1] + [100] * 2400)
+    _, limits = follow(optaxclip.clip(thresholds.ema(), scopes.tree()), [1] + [100] * 2400)
     np.testing.assert_allclose(limits[[1, 694, 2304]], [1.05, 2.1, 10.5], rtol=2e-3)
 
 
@@ -365,7 +365,7 @@ def test_no_log_norm_is_two_deviations_off_among_fewer_than_five():
 def test_a_lasting_change_by_many_deviations_is_never_accepted_by_zclip_but_by_its_patient_form():
     sizes = noisy(3000) * np.where(np.arange(3000) < 300, 1, 10)
     assert follow(optaxclip.zclip(), sizes)[0].max() < 2
-    accepted, _ = follow(optaxclip.clip(thresholds.patient(thresholds.zscore(), 50)), sizes)
+    accepted, _ = follow(optaxclip.clip(thresholds.patient(thresholds.zscore(), 50), scopes.tree()), sizes)
     assert accepted[300:349].max() < 2 and np.mean(accepted[400:] == np.float32(sizes[400:])) > 0.9
 
 

@@ -73,7 +73,7 @@ def assert_close(x, y, **tolerance):
 def test_the_value_is_the_same_bits_and_the_derivative_one_step_of_clip(parts, limit):
     x, cotangent = tree(0), tree(10)
     y, back = cotangent_through(x, cotangent, limit, **parts)
-    clip = optaxclip.clip(limit, **parts)
+    clip = optaxclip.clip(limit, **{"scope": scopes.tree(), **parts})
     assert same_bits(x, y)
     assert_close(back, jax.jit(lambda cotangent: clip.update(cotangent, clip.init(x))[0])(cotangent))
 

@@ -352,7 +352,7 @@ def test_limits_relative_to_parameters_and_other_arguments_reach_the_clip():
     clip = optaxclip.carry(optaxclip.adaptive_grad_clip(0.1))
     updates, _ = clip.update(grads, clip.init(params), params)
     np.testing.assert_allclose(updates, [0.3, 0.4], rtol=1e-6)
-    clip = optaxclip.carry(optaxclip.clip(1.0))
+    clip = optaxclip.carry(optaxclip.clip(1.0, scopes.tree()))
     updates, state = clip.update(grads, clip.init(params), params, measured=jnp.array([0.0, 2.0]), unknown=3)
     np.testing.assert_array_equal(updates, [3, 4])
     np.testing.assert_array_equal(state.carried, [3, 4])

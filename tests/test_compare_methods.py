@@ -144,7 +144,9 @@ def test_a_method_clips_what_it_says(clips, limit):
     def batches(steps):
         return jnp.zeros((1, len(steps))), jnp.zeros((1, len(steps)))
 
-    params, state, *norms, limits = compare_methods.train(BOWL, clips, optaxclip.clip(limit), start, batches, bar)
+    params, state, *norms, limits = compare_methods.train(
+        BOWL, clips, optaxclip.clip(limit, optaxclip.scopes.tree()), start, batches, bar
+    )
     expected, sizes = by_hand(clips, limit)
     np.testing.assert_allclose(params[0], expected, rtol=1e-6)
     np.testing.assert_allclose([norm[0] for norm in norms], sizes, rtol=1e-6)
@@ -175,7 +177,15 @@ def test_instead_is_in_place_of_momentum_and_learning_rate(monkeypatch):
 
 
 def test_of_several_clips_that_which_clipped_most_counts(monkeypatch):
-    rows = compared(monkeypatch, {"two": ("gradient", optax.chain(optaxclip.clip(4.5), optaxclip.clip(1e9)))})
+    rows = compared(
+        monkeypatch,
+        {
+            "two": (
+                "gradient",
+                optax.chain(optaxclip.clip(4.5, optaxclip.scopes.tree()), optaxclip.clip(1e9, optaxclip.scopes.tree())),
+            )
+        },
+    )
     _, (sizes, _) = by_hand("gradient", 4.5)
     assert rows["two"]["clipped_share"] == pytest.approx(np.mean(sizes > 4.5)) and 0 < np.mean(sizes > 4.5) < 1
 

@@ -229,7 +229,7 @@ def test_many_limits_in_one_compilation(case: Case):
 
 def test_one_step_outside_of_a_loop_needs_no_state():
     updates = normal_tree(7, 10.0)
-    for clip in (optaxclip.clip(1.0), optaxclip.clip_by_value(1.0), optaxclip.adaptive_grad_clip(0.1)):
+    for clip in (optaxclip.clip(1.0, optaxclip.scopes.tree()), optaxclip.clip_by_value(1.0), optaxclip.adaptive_grad_clip(0.1)):
         out, state = clip.update(updates, None, PARAMS)
         chex.assert_trees_all_equal(out, update(clip, updates, PARAMS)[0])
         assert state.step == 1

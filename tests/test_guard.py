@@ -110,7 +110,7 @@ def test_inside_of_micro_batches_it_keeps_nan_from_the_weights_but_cannot_mend_w
 
 @pytest.mark.parametrize("size", [3e38, 1e30, 1e-30, 0.0])
 def test_large_finite_gradients_are_not_skipped(size):
-    guarded = skip_nonfinite(optax.chain(optaxclip.clip(1.0), optax.sgd(1.0)))
+    guarded = skip_nonfinite(optax.chain(optaxclip.clip(1.0, optaxclip.scopes.tree()), optax.sgd(1.0)))
     updates, state = guarded.update(jnp.full(1, size), guarded.init(jnp.zeros(1)))
     assert state.skipped_steps == 0
     np.testing.assert_allclose(updates, [-min(size, 1.0)], rtol=1e-6)
@@ -130,7 +130,7 @@ def test_odd_leaves_and_half_precision_pass():
         "int": jnp.arange(2),
         "none too": {},
     }
-    guarded = skip_nonfinite(optaxclip.clip(1.0))
+    guarded = skip_nonfinite(optaxclip.clip(1.0, optaxclip.scopes.tree()))
     for bad in False, True:
         grads = {**params, "half": jnp.full(3, jnp.nan if bad else 2.0, jnp.bfloat16)}
         updates, state = guarded.update(grads, guarded.init(params), params)
@@ -168,7 +168,7 @@ def test_too_many_in_a_row_raise_under_checkify_and_are_skipped_elsewhere():
 
 
 def test_skipped_steps_are_in_the_metrics():
-    guarded = skip_nonfinite(optax.chain(optaxclip.clip(1.0), optax.sgd(1.0)))
+    guarded = skip_nonfinite(optax.chain(optaxclip.clip(1.0, optaxclip.scopes.tree()), optax.sgd(1.0)))
     state = guarded.init(PARAMS)
     for bad in None, np.nan, None:
         _, state = guarded.update(gradients(0, bad), state, PARAMS)
@@ -322,7 +322,7 @@ def test_the_loss_is_passed_on_by_either_name():
 
 
 def test_guards_in_guards_and_what_they_looked_at_are_in_the_metrics():
-    inner = optax.chain(optaxclip.clip(1.0), optax.sgd(1.0))
+    inner = optax.chain(optaxclip.clip(1.0, optaxclip.scopes.tree()), optax.sgd(1.0))
     guard = skip_nonfinite(skip_spikes(skip_spikes(inner, 5.0), 3.0, watch="loss"))
     done, state = by_size(guard, [1.0, np.nan, 1.0, 4.0, 9.0], value=[2.0, 1.0, 8.0, 2.5, 2.0])
     assert done == [True, False, False, True, False]

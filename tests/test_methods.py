@@ -45,8 +45,12 @@ def row(make, definition):
     return make, definition
 
 
+def global_clip(threshold, scope=scopes.tree(), **options):
+    return optaxclip.clip(threshold, scope, **options)
+
+
 ROWS = {
-    "clip": row(optaxclip.clip, lambda g, w, c: reference.clip_by_global_norm(g, c)),
+    "clip": row(global_clip, lambda g, w, c: reference.clip_by_global_norm(g, c)),
     "clip_by_value": row(optaxclip.clip_by_value, lambda g, w, c: reference.clip_by_value(g, c)),
     "clip_by_norm": row(optaxclip.clip_by_norm, lambda g, w, c: reference.clip_by_norm(g, c)),
     "clip_by_global_norm": row(optaxclip.clip_by_global_norm, lambda g, w, c: reference.clip_by_global_norm(g, c)),
@@ -107,7 +111,7 @@ def test_limits_can_be_injected_as_numbers_and_schedules(make, definition, dtype
     grads, params = (jax.tree.map(lambda x: jnp.asarray(x, dtype), random_tree(seed)) for seed in range(2))
     wide = [{name: np.asarray(leaf, np.float32) for name, leaf in tree.items()} for tree in (grads, params)]
     name = FIRST.get(make.__name__, "max_norm")
-    injected = optax.inject_hyperparams(make, static_args="response" if make is optaxclip.clip else ())
+    injected = optax.inject_hyperparams(make)
     scheduled, number = injected(lambda step: 0.5 - 0.25 * step), injected(**{name: 0.5})
     states, steps = [scheduled.init(params), number.init(params)], [jax.jit(scheduled.update), jax.jit(number.update)]
     for limit in 0.5, 0.25:
@@ -153,7 +157,7 @@ def test_norm_chooses_the_norm(p):
 def test_scope_chooses_the_scope():
     grads, params = random_tree(0), random_tree(1)
     expected = reference.clip(grads, reference.unit, reference.l2, lambda places: 0.5)
-    for make in optaxclip.clip_by_norm, optaxclip.clip_by_global_norm, optaxclip.clip:
+    for make in optaxclip.clip_by_norm, optaxclip.clip_by_global_norm, global_clip:
         assert_close(update(make(0.5, scope=scopes.unit()), grads), expected)
     expected = reference.clip(grads, reference.tree, reference.rms, lambda places: 0.5)
     assert_close(update(optaxclip.clip_by_block_rms(0.5, scope=scopes.tree()), grads), expected)
@@ -340,7 +344,7 @@ def test_per_example_clipping_is_the_global_row_under_vmap():
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_say_in_their_signature_which_keywords_they_take(name):
     parameters = inspect.signature(getattr(optaxclip, name)).parameters
-    assert {"nonfinite", "axis_name", "record", "scope"} <= set(parameters)
+    assert {"nonfinite", "sharded_over", "record", "scope"} <= set(parameters)
     assert next(iter(parameters)) == FIRST.get(name, "max_norm")
 
 
@@ -350,7 +354,7 @@ def test_rows_pass_on_the_keywords_of_clip(make, definition):
     clip = make(1.0, nonfinite="zero", record=False)
     updates, state = clip.update(grads, clip.init(params), params)
     assert updates["a"][0] == 0 and state.reading is None
-    split = make(1.0, axis_name="i")
+    split = make(1.0, sharded_over="i")
     halves = jax.vmap(lambda g, w: update(split, {"a": g}, {"a": w})["a"], axis_name="i")
     together = update(make(1.0), {"a": np.float32([3, 4, 0, 12])}, {"a": np.ones(4, np.float32)})["a"]
     np.testing.assert_allclose(halves(np.float32([[3, 4], [0, 12]]), np.ones((2, 2), np.float32)).ravel(), together, rtol=1e-6)

@@ -60,7 +60,7 @@ SIZES |= {"l2 of large leaves": lambda leaves: size(norms.l2(), list(map(enlarge
 
 
 def recorded_sizes(norm, leaves):
-    clip = optaxclip.clip(jnp.inf, norm=norm)
+    clip = optaxclip.clip(jnp.inf, optaxclip.scopes.tree(), norm=norm)
     return clip.update(leaves, clip.init(leaves))[1].reading.size_before
 
 
@@ -359,7 +359,7 @@ def test_equal_leaves_are_traced_once_and_so_are_equal_steps():
         return (jnp.sum(magnitudes, axes, keepdims=True),)
 
     norm = norms.l1()._replace(moments=moments)
-    clip = optaxclip.clip(1.0, norm=norm)
+    clip = optaxclip.clip(1.0, optaxclip.scopes.tree(), norm=norm)
     grads = [jnp.ones(3)] * 20 + [jnp.ones((2, 2))] * 20
     state = clip.init(grads)
     for _ in range(3):

@@ -103,7 +103,7 @@ def test_one_such_number_stays_where_it_is():
 
 
 def test_what_differs_between_devices_is_not_joined_with_what_does_not():
-    clip = optaxclip.clip(1.0, scope=scopes.unit(), axis_name={"own": (), "a": (), "b": ()})
+    clip = optaxclip.clip(1.0, scope=scopes.unit(), sharded_over={"own": (), "a": (), "b": ()})
     grads = {"own": jnp.arange(8.0), "a": jnp.array([3.0, 4.0]), "b": jnp.array([5.0])}
     specs = {"own": P("x"), "a": P(), "b": P()}
 

@@ -37,7 +37,7 @@ def l2(x):
 
 
 def clip_leaf(response, gradient, limit):
-    clip = optaxclip.clip(limit, response=response)
+    clip = optaxclip.clip(limit, scopes.tree(), response=response)
     return clip.update(gradient, clip.init(gradient))[0]
 
 

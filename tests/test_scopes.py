@@ -188,7 +188,9 @@ def test_a_function_that_chooses_an_axis_that_is_not_there_is_told_so(argument, 
     with pytest.raises(ValueError, match=advice):
         optaxclip.clip(1.0, scope=scope).init({"a": {"w": jnp.ones((2, 3))}})
     with pytest.raises(ValueError, match=advice):
-        optaxclip.clip(1.0, scope=scope).update({"a": {"w": jnp.ones((2, 3))}}, optaxclip.clip(1.0).init(jnp.ones(2)))
+        optaxclip.clip(1.0, scope=scope).update(
+            {"a": {"w": jnp.ones((2, 3))}}, optaxclip.clip(1.0, scopes.tree()).init(jnp.ones(2))
+        )
 
 
 # Stacked layers
@@ -240,7 +242,7 @@ def test_a_leaf_without_the_fixed_batch_axis_is_no_stack(scope):
 
 def test_whether_a_number_is_split_does_not_depend_on_other_leaves():
     def update(grads):
-        clip = optaxclip.clip(1.0, scope=scopes.unit(), axis_name="devices")
+        clip = optaxclip.clip(1.0, scope=scopes.unit(), sharded_over="devices")
         return clip.update(grads, clip.init(grads))[0]
 
     alone = {"scale": jnp.array([3.0, 4.0])}

@@ -260,7 +260,7 @@ def test_a_sketch_heals_as_well_when_it_has_more_than_the_first_1024_sizes():
     middle = [[], [np.nan], [0.0] * 9, [1e30], [1e-30], [1e30] * 9, [1e30] * 12]
     sizes = np.stack([np.concatenate([noise(0, long), poison, noise(1, short + 12)])[: long + 12 + short] for poison in middle])
     sizes, levels = np.concatenate([sizes, 1e12 * sizes[:1], 1e-12 * sizes[:1]]), np.array([[1.0]] * 7 + [[1e12], [1e-12]])
-    clip = optaxclip.clip(rule.rule, record=False)
+    clip = optaxclip.clip(rule.rule, scopes.tree(), record=False)
     seen = run(clip, gradients(sizes, levels, np.ones(6, bool)), two_units)
     assert seen.clean.all()
     for poison, updates, level in zip([*middle, [], []], seen.updates, levels, strict=True):
@@ -420,11 +420,11 @@ def test_growth_after_zero_goes_on_where_the_reference_starts_from_1e_8():
 
 
 LEVEL_SHIFTS = {
-    "zclip with patience": optaxclip.clip(thresholds.patient(thresholds.zscore(), 30)),
+    "zclip with patience": optaxclip.clip(thresholds.patient(thresholds.zscore(), 30), scopes.tree()),
     "history_clip": optaxclip.history_clip(),
     "log_norm_clip": optaxclip.log_norm_clip(),
     "quantile_clip": optaxclip.quantile_clip(),
-    "ema times 5": optaxclip.clip(thresholds.ema(5.0)),
+    "ema times 5": optaxclip.clip(thresholds.ema(5.0), scopes.tree()),
 }
 
 

@@ -108,10 +108,10 @@ def test_in_shard_map_the_types_tell(case):
         ):
             mapped(make(case))
     elif case.name == "adaptive_grad_clip":
-        words = r"axis_name must be given for a scope finer than a leaf, where a leaf of shape \(2, 2\) is split along"
+        words = r"sharded_over must be given for a scope finer than a leaf, where a leaf of shape \(2, 2\) is split along"
         with pytest.raises(ValueError, match=words):
             mapped(make(case))
-        assert_same(mapped(make(case, axis_name=FAN_IN)), whole(TRANSFORMS.index(case)))
+        assert_same(mapped(make(case, sharded_over=FAN_IN)), whole(TRANSFORMS.index(case)))
     else:
         assert_same(mapped(make(case)), whole(TRANSFORMS.index(case)))
 
@@ -120,13 +120,15 @@ def test_in_shard_map_the_types_tell(case):
 def test_in_shard_map_without_types_the_names_tell(case):
     if case.name == "spectral_clip":
         with pytest.raises(ValueError, match="matrix that is split"):
-            mapped(make(case, axis_name=SPLIT), check_vma=False)
+            mapped(make(case, sharded_over=SPLIT), check_vma=False)
         return
     if case.name not in ("clip_by_value", "carry", "spam_clip"):  # elements are measured where they are
-        with pytest.raises(ValueError, match="axis_name must be given where JAX does not track what differs between devices"):
+        with pytest.raises(
+            ValueError, match="sharded_over must be given where JAX does not track what differs between devices"
+        ):
             mapped(make(case), check_vma=False)
     names = FAN_IN if case.name == "adaptive_grad_clip" else SPLIT
-    assert_same(mapped(make(case, axis_name=names), check_vma=False), whole(TRANSFORMS.index(case)))
+    assert_same(mapped(make(case, sharded_over=names), check_vma=False), whole(TRANSFORMS.index(case)))
 
 
 # What is special
@@ -153,7 +155,7 @@ def test_a_leaf_that_every_device_has_counts_once_in_its_group():
 
 
 def test_one_choice_of_names_holds_for_a_part_of_the_tree():
-    clip = optaxclip.clip_by_norm(1.0, axis_name={"split": "x", "whole": ()})
+    clip = optaxclip.clip_by_norm(1.0, sharded_over={"split": "x", "whole": ()})
     grads = {"split": {"v": jnp.ones(8), "w": jnp.full(4, 2.0)}, "whole": [jnp.array([3.0]), jnp.array([4])]}
     sizes = in_parts(
         lambda g: clip.update(g, clip.init(g))[1].reading.size_before,
@@ -162,16 +164,16 @@ def test_one_choice_of_names_holds_for_a_part_of_the_tree():
         check_vma=False,
     )
     np.testing.assert_allclose(sizes, [np.sqrt(8), 4, 3], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"axis_name must be names of mapped axes or a tree of them .*, got \{'split': 'x'"):
+    with pytest.raises(ValueError, match=r"sharded_over must be names of mapped axes or a tree of them .*, got \{'split': 'x'"):
         clip.init({"split": jnp.ones(1)})
-    with pytest.raises(ValueError, match="axis_name must be names of mapped axes or a tree of them"):
+    with pytest.raises(ValueError, match="sharded_over must be names of mapped axes or a tree of them"):
         clip.init(jnp.ones(1))
 
 
-@pytest.mark.parametrize("axis_name", ["x", ("x",), {"w": "x", "b": "x"}])
-def test_the_mapped_axis_of_vmap_is_named(axis_name):
+@pytest.mark.parametrize("sharded_over", ["x", ("x",), {"w": "x", "b": "x"}])
+def test_the_mapped_axis_of_vmap_is_named(sharded_over):
     grads = {"w": jnp.arange(8.0).reshape(4, 2), "b": jnp.ones((4, 1))}
-    clip = optaxclip.clip_by_global_norm(1.0, axis_name=axis_name)
+    clip = optaxclip.clip_by_global_norm(1.0, sharded_over=sharded_over)
     updates = jax.vmap(lambda g: clip.update(g, clip.init(g))[0], axis_name="x")(grads)
     want = optaxclip.clip_by_global_norm(1.0)
     chex.assert_trees_all_close(updates, want.update(grads, want.init(grads))[0], rtol=1e-6)
@@ -180,8 +182,8 @@ def test_the_mapped_axis_of_vmap_is_named(axis_name):
 def test_pmap_is_told_what_is_split():
     grads = jnp.arange(1.0, 9.0).reshape(4, 2)
 
-    def run(axis_name):
-        clip = optaxclip.clip_by_global_norm(1.0, axis_name=axis_name)
+    def run(sharded_over):
+        clip = optaxclip.clip_by_global_norm(1.0, sharded_over=sharded_over)
         return jax.pmap(lambda g: clip.update(g, clip.init(g))[0], axis_name="x", devices=jax.devices()[:4])(grads)
 
     np.testing.assert_allclose(run("x"), grads / np.linalg.norm(grads), rtol=1e-6)
@@ -189,14 +191,14 @@ def test_pmap_is_told_what_is_split():
 
 
 def test_names_leave_out_what_the_types_know_to_be_whole():
-    clip = optaxclip.clip_by_global_norm(1.0, axis_name="x")
+    clip = optaxclip.clip_by_global_norm(1.0, sharded_over="x")
     grads = {"split": jnp.ones(4), "whole": jnp.array([3.0])}
     size = in_parts(lambda g: clip.update(g, clip.init(g))[1].reading.size_before, ({"split": P("x"), "whole": P()},), grads)
     np.testing.assert_allclose(size, [np.sqrt(13)], rtol=1e-6)
 
 
 def test_on_purpose_each_device_clips_its_own():
-    clip = optaxclip.clip_by_global_norm(1.0, axis_name=())
+    clip = optaxclip.clip_by_global_norm(1.0, sharded_over=())
     grads = jnp.arange(1.0, 9.0)
     updates = in_parts(lambda g: clip.update(g, None)[0], (P("x"),), grads, out_specs=P("x")).reshape(4, 2)
     np.testing.assert_allclose(np.linalg.norm(updates, axis=1), 1, rtol=1e-6)
@@ -220,7 +222,7 @@ def test_the_norm_of_parts_is_true_where_squares_are_no_floats(norm, sizes):
 
 @pytest.mark.parametrize("norm", [norms.l2(), norms.linf(), norms.lp(3)], ids=["l2", "linf", "lp"])
 def test_derivatives_go_through_the_norm_of_parts(norm):
-    clip = optaxclip.clip(1.0, norm=norm)
+    clip = optaxclip.clip(1.0, scopes.tree(), norm=norm)
     x = jnp.array([1.0, -2.0, 3.0, 0.5])
 
     def loss(x, reduce):
@@ -233,10 +235,10 @@ def test_derivatives_go_through_the_norm_of_parts(norm):
 @pytest.mark.parametrize("bad", [0, 3])
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_bad_gradient_on_one_device_is_skipped_by_all(bad, checked):
-    axis_name = None if checked else {"split": "x", "whole": ()}
+    sharded_over = None if checked else {"split": "x", "whole": ()}
     guards = [
-        skip_nonfinite(optax.adam(1.0), axis_name=axis_name),
-        skip_spikes(optax.adam(1.0), thresholds.ema(5.0, warmup=1), axis_name=axis_name),
+        skip_nonfinite(optax.adam(1.0), sharded_over=sharded_over),
+        skip_spikes(optax.adam(1.0), thresholds.ema(5.0, warmup=1), sharded_over=sharded_over),
     ]
     grads = {"split": jnp.ones((3, 8)).at[1, 2 * bad].set(jnp.nan).at[2, 2 * bad].set(100.0), "whole": jnp.ones((3, 2))}
     specs = {"split": P(None, "x"), "whole": P()}
@@ -270,7 +272,7 @@ def test_a_loss_that_differs_between_devices_is_refused():
 
 
 def test_a_monitor_sees_the_whole():
-    monitor = telemetry.monitor(axis_name="x")
+    monitor = telemetry.monitor(sharded_over="x")
     state = in_parts(
         lambda x: monitor.update(x, monitor.init(x))[1].reading.size_before, (P("x"),), jnp.ones(16), check_vma=False
     )
@@ -284,8 +286,8 @@ SEEDED = {"split": jnp.arange(1.0, 49.0).reshape(SEEDS, 8, 2), "whole": jnp.aran
 PARTS = {"split": P(None, "x"), "whole": P()}
 
 
-def clipped_once(axis_name=None):
-    clip = optaxclip.clip_by_global_norm(1.0, axis_name=axis_name)
+def clipped_once(sharded_over=None):
+    clip = optaxclip.clip_by_global_norm(1.0, sharded_over=sharded_over)
     return lambda grads: clip.update(grads, None)[0]
 
 
@@ -361,7 +363,7 @@ def test_cotangents_in_shard_map():
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_cotangents_of_examples_in_shard_map(checked):
-    clip = jax.vmap(functools.partial(optaxclip.clip_cotangent, threshold=1.0, axis_name=()))
+    clip = jax.vmap(functools.partial(optaxclip.clip_cotangent, threshold=1.0, sharded_over=()))
     run, rows = functools.partial(slope, clip), (P("x"), P("x"))
     found = in_parts(run, rows, FACTORS, jnp.ones((8, 2)), out_specs=P("x"), check_vma=checked)
     np.testing.assert_allclose(found, FACTORS / jnp.linalg.norm(FACTORS, axis=-1, keepdims=True), rtol=1e-6)
@@ -386,7 +388,7 @@ def test_gradients_of_examples_in_shard_map(threshold, microbatch, checked):
         (value, seen), gradients = per_example.clipped_grad(loss, threshold, **options)(params, x, mask=mask)
         return (value, gradients, seen.dropped, seen.state), seen.sizes
 
-    split = functools.partial(run, axis_name="x", microbatch=microbatch)
+    split = functools.partial(run, sharded_over="x", microbatch=microbatch)
     specs = (P(), P("x"), P("x"))
     found = in_parts(split, specs, WEIGHTS, ROWS, PRESENT, out_specs=(P(), P("x")), check_vma=checked)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(run(WEIGHTS, ROWS, PRESENT)), rtol=1e-5, atol=1e-6)
@@ -398,12 +400,12 @@ def test_given_gradients_of_examples_in_shard_map(checked):
         clip = per_example.aggregate(1.0, **options)
         return clip.update(gradients, clip.init(jnp.zeros(4)))
 
-    found = in_parts(functools.partial(run, axis_name="x"), (P("x"),), ROWS, check_vma=checked)
+    found = in_parts(functools.partial(run, sharded_over="x"), (P("x"),), ROWS, check_vma=checked)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(run(ROWS)), rtol=1e-5, atol=1e-6)
 
 
 def test_examples_in_shard_map_are_clipped_by_leaves_or_more():
-    clip = per_example.aggregate(1.0, scope=scopes.unit(), axis_name="x")
+    clip = per_example.aggregate(1.0, scope=scopes.unit(), sharded_over="x")
     with pytest.raises(ValueError, match=r"scope must not be finer than a leaf in a shard_map or pmap over \('x',\)"):
         in_parts(lambda x: clip.update(x, None)[0], (P("x"),), ROWS)
 
@@ -414,7 +416,7 @@ def test_examples_in_shard_map_are_clipped_by_leaves_or_more():
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("make", [optaxclip.clip_by_global_norm, optaxclip.adaptive_grad_clip])
 def test_a_state_that_is_made_outside(make, checked):
-    clip = make(1.0, axis_name="x")
+    clip = make(1.0, sharded_over="x")
     state = clip.init(FACTORS)
     run = functools.partial(in_parts, clip.update, (P("x"), P(), P("x")), out_specs=(P("x"), P()), check_vma=checked)
     chex.assert_trees_all_close(run(FACTORS, state, FACTORS), make(1.0).update(FACTORS, state, FACTORS), rtol=1e-6)

@@ -20,7 +20,7 @@ LEVELS = [
     {"methods", "plots"},
     {"__init__"},
 ]
-SHARED = {"nonfinite", "axis_name", "record"}  # said once, where `clip` is described
+SHARED = {"nonfinite", "sharded_over", "record"}  # said once, where `clip` is described
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 

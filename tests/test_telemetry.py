@@ -48,7 +48,7 @@ NESTED = {
     "two clips": (optax.chain(CLIP, optaxclip.clip_by_value(0.5)), [13, 12 / 13]),
     "clip between bounds": (optaxclip.clip_by_value(-1.0, 2.0), [12, 0]),
     "spectral": (optaxclip.spectral_clip(1.0), [12]),
-    "without record": (optaxclip.clip(1.0, record=False), []),
+    "without record": (optaxclip.clip(1.0, scopes.tree(), record=False), []),
     "no clip": (optax.adam(1e-3), []),
 }
 
@@ -273,7 +273,7 @@ def test_a_memory_has_a_fixed_size():
 
 
 def test_a_memory_is_a_rule_without_a_limit():
-    clip = optaxclip.clip(thresholds.remember(3))
+    clip = optaxclip.clip(thresholds.remember(3), scopes.tree())
     updates, state = clip.update(GRADS, clip.init(GRADS))
     chex.assert_trees_all_equal(updates, GRADS)
     assert np.isinf(state.reading.limit).all()

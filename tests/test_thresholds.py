@@ -45,7 +45,7 @@ def test_a_constant_is_the_same_for_all():
 
 def test_a_schedule_gets_the_number_of_completed_updates():
     assert [limits(thresholds.scheduled(lambda step: 10.0 - step), step)[0] for step in range(3)] == [10, 9, 8]
-    clip = optaxclip.clip(lambda step: 10.0 - step)
+    clip = optaxclip.clip(lambda step: 10.0 - step, scopes.tree())
     states = run(clip, [jnp.array([30.0, 40.0])] * 3)
     assert [state.reading.limit.tolist() for state in states] == [[10], [9], [8]]
 
@@ -54,13 +54,13 @@ def test_a_schedule_gets_the_number_of_completed_updates():
 def test_a_scheduled_or_traced_limit_that_is_no_limit_counts_as_zero(bad):
     grads = jnp.array([3.0, 4.0])
     for threshold in (lambda step: bad), thresholds.at_most(lambda step: bad, 1.0), thresholds.relative(lambda step: bad):
-        clip = optaxclip.clip(threshold)
+        clip = optaxclip.clip(threshold, scopes.tree())
         updates, state = clip.update(grads, clip.init(grads), grads)
         np.testing.assert_array_equal(updates, [0, 0])
         assert state.reading.limit.tolist() == [0]
 
     def update(limit):
-        clip = optaxclip.clip(limit)
+        clip = optaxclip.clip(limit, scopes.tree())
         return clip.update(grads, clip.init(grads))[0]
 
     np.testing.assert_array_equal(jax.jit(update)(bad), [0, 0])
@@ -97,7 +97,7 @@ def test_switch_changes_the_rule_after_that_many_updates():
 
 
 def test_both_sides_of_a_switch_learn_from_the_first_step():
-    clip = optaxclip.clip(thresholds.switch(2, COUNTING, ADDING))
+    clip = optaxclip.clip(thresholds.switch(2, COUNTING, ADDING), scopes.tree())
     states = run(clip, [jnp.array([3.0, 4.0])] * 3)
     assert [state.reading.limit.item() for state in states] == [0, 1, 11]
     assert [state.rules[0][0].item() for state in states] == [1, 2, 3]
@@ -111,12 +111,12 @@ def test_at_most_is_the_smaller_and_at_least_the_larger():
     assert limits(thresholds.at_most(thresholds.at_least(rising, 1.0), 2.0), 3) == [2, 2]
     for combine in thresholds.at_most, thresholds.at_least:
         assert limits(combine(ADDING, COUNTING), sizes=SIZES) == limits(combine(COUNTING, ADDING), sizes=SIZES)
-        (state,) = run(optaxclip.clip(combine(COUNTING, ADDING)), [jnp.array([0.3, 0.4])])
+        (state,) = run(optaxclip.clip(combine(COUNTING, ADDING), scopes.tree()), [jnp.array([0.3, 0.4])])
         assert state.rules[0][0].item() == 1 and state.rules[0][1][0].item() == pytest.approx(0.5)
 
 
 def test_rules_learn_the_raw_and_the_clipped_size():
-    states = run(optaxclip.clip(ADDING), [jnp.array([3.0, 4.0])] * 2)
+    states = run(optaxclip.clip(ADDING, scopes.tree()), [jnp.array([3.0, 4.0])] * 2)
     assert [state.reading.limit.item() for state in states] == pytest.approx([1, 6])
     np.testing.assert_allclose([state.rules[0][:, 0] for state in states], [[5, 1], [10, 6]], rtol=1e-6)
 
@@ -224,8 +224,8 @@ def test_groups_without_a_limit_and_limits_without_a_group_are_named():
     with pytest.raises(ValueError, match=advice):
         optaxclip.clip({"body": 1.0, "haed": 1.0}, scope=BY_LAYER).init(GRADS)
     with pytest.raises(ValueError, match=r"only the groups \['tree'\]"):
-        optaxclip.clip({"body": 1.0}).init(GRADS)
-    assert optaxclip.clip({"tree": 1.0}).init(GRADS).reading.limit.shape == (1,)
+        optaxclip.clip({"body": 1.0}, scopes.tree()).init(GRADS)
+    assert optaxclip.clip({"tree": 1.0}, scopes.tree()).init(GRADS).reading.limit.shape == (1,)
 
 
 def test_side_by_side_keeps_the_order():
@@ -252,7 +252,7 @@ def clipped(clip, sizes, params=None):
 
 
 def patient(rule, patience, **options):
-    return optaxclip.clip(thresholds.patient(rule, patience), **options)
+    return optaxclip.clip(thresholds.patient(rule, patience), **{"scope": scopes.tree(), **options})
 
 
 @pytest.mark.parametrize("patience", [1, 2, 5])
@@ -612,5 +612,8 @@ def test_a_number_may_be_traced(make, name):
 def test_an_infinite_multiple_never_clips_and_a_multiple_of_zero_is_never_nan(make, name):
     sizes = [1.0, 1.1, 0.9, 50.0, 2e3, 1.0]
     small = {"warmup": 1} if "warmup" in inspect.signature(make).parameters else {}
-    assert clipped(optaxclip.clip(make(**{name: float("inf")}, **small)), sizes).tolist() == np.float32(sizes).tolist()
-    assert np.isfinite(clipped(optaxclip.clip(make(**{name: 0.0}, **small)), sizes)).all()
+    assert (
+        clipped(optaxclip.clip(make(**{name: float("inf")}, **small), scopes.tree()), sizes).tolist()
+        == np.float32(sizes).tolist()
+    )
+    assert np.isfinite(clipped(optaxclip.clip(make(**{name: 0.0}, **small), scopes.tree()), sizes)).all()

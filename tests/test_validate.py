@@ -224,10 +224,10 @@ REFUSALS = {
     ],
     "whole": [
         (
-            ("axis_name", (2, 3), ("x",)),
+            ("sharded_over", (2, 3), ("x",)),
             {},
             ValueError,
-            "axis_name must be given for a scope finer than a leaf, where a leaf of shape (2, 3) is split along ('x',), "
+            "sharded_over must be given for a scope finer than a leaf, where a leaf of shape (2, 3) is split along ('x',), "
             "got None; pass those mapped axes along which the numbers that share a size are split, () for none, "
             "or a tree of such choices",
         )
@@ -381,6 +381,24 @@ REFUSALS = {
             "cut complex numbers by magnitude with clip_by_value(limit)",
         )
     ],
+    "scope_given": [
+        (
+            (None,),
+            {},
+            TypeError,
+            "clip() needs a scope: scopes.tree() for the global norm, scopes.element() for values "
+            "(optax.clip is optaxclip.clip_by_value)",
+        )
+    ],
+    "renamed": [
+        (
+            ("clip", {"axis_name": "batch"}),
+            {},
+            TypeError,
+            "clip() got axis_name='batch'; the argument is sharded_over: the mapped axes over which each leaf is sharded, or "
+            "sharded_over=() for gradients that pmean made equal on all devices",
+        )
+    ],
 }
 ACCEPTED = {
     "number": [(("c", x), {}) for x in (0, 1.0, math.inf, np.float32(1), np.int64(1), np.array(1), jnp.array(1.0))],
@@ -410,7 +428,7 @@ ACCEPTED = {
     "params_given": [((np.ones(2),), {}), (([],), {})],
     "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
     "same_blocks": [((2, 2), {})],
-    "whole": [(("axis_name", (2, 3), ()), {})],
+    "whole": [(("sharded_over", (2, 3), ()), {})],
     "not_split": [(("a", ()), {})],
     "not_relative": [(("threshold", thresholds.constant(1.0), "loss"), {})],
     "loss": [((1.0,), {}), ((np.float32(-1),), {})],
@@ -426,6 +444,8 @@ ACCEPTED = {
     "divided": [(("microbatch", 3, 6), {})],
     "not_both": [(("a", -1.0, "b", None, "c"), {}), (("a", None, "b", -1.0, "c"), {})],
     "real": [((np.dtype("float16"),), {})],
+    "scope_given": [((scopes.tree(),), {})],
+    "renamed": [(("clip", {"sharded_over": "x"}), {})],
 }
 RETURNED = {"batch": 4, "divided": 2, "same_structure": [[1, 2]]}  # by all others, nothing
 SOURCE = pathlib.Path(optaxclip.__file__).parent
@@ -455,11 +475,37 @@ def test_a_traced_number_passes_unless_its_type_or_shape_is_wrong():
             jax.jit(lambda x: _validate.number("c", x))(wrong)
 
 
+KEYWORDS = {
+    "clip": lambda **o: optaxclip.clip(1.0, scopes.tree(), **o),
+    "clip_by_global_norm": lambda **o: optaxclip.clip_by_global_norm(1.0, **o),
+    "spectral_clip": lambda **o: optaxclip.spectral_clip(1.0, **o),
+    "clip_cotangent": lambda **o: optaxclip.clip_cotangent(1.0, 1.0, **o),
+    "skip_nonfinite": lambda **o: optaxclip.skip_nonfinite(optax.sgd(1.0), **o),
+    "skip_spikes": lambda **o: optaxclip.skip_spikes(optax.sgd(1.0), 1.0, **o),
+    "monitor": lambda **o: optaxclip.telemetry.monitor(**o),
+    "aggregate": lambda **o: optaxclip.per_example.aggregate(1.0, **o),
+    "clipped_grad": lambda **o: optaxclip.per_example.clipped_grad(lambda p, x: p, 1.0, **o),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_axis_name_is_refused_by_every_function_that_has_sharded_over(name):
+    with pytest.raises(TypeError, match=r"\(\) got axis_name='batch'; the argument is sharded_over: "):
+        KEYWORDS[name](axis_name="batch")
+
+
+def test_a_scope_has_to_be_chosen():
+    with pytest.raises(
+        TypeError, match=r"^clip\(\) needs a scope: scopes.tree\(\) for the global norm, scopes.element\(\) for"
+    ):
+        optaxclip.clip(1.0)
+
+
 # Construction: each argument of each row
 
 THRESHOLDS = {
     "threshold": [
-        optaxclip.clip,
+        lambda value: optaxclip.clip(value, scopes.tree()),
         thresholds.constant,
         thresholds.as_threshold,
         thresholds.as_thresholds,
@@ -476,7 +522,7 @@ THRESHOLDS = {
     "ratio": [optaxclip.adaptive_grad_clip, thresholds.relative],
     "floor": [lambda value: optaxclip.adaptive_grad_clip(floor=value), lambda value: thresholds.relative(0.1, floor=value)],
     "threshold['a']": [
-        lambda value: optaxclip.clip({"a": value, "b": 1.0}),
+        lambda value: optaxclip.clip({"a": value, "b": 1.0}, scopes.tree()),
         lambda value: thresholds.as_thresholds({"a": value}),
     ],
     "max_norm['a']": [
@@ -524,7 +570,7 @@ def test_both_bounds_are_checked():
 
 @pytest.mark.parametrize("returned", ["a", None, [1.0], optaxclip.thresholds.constant(1.0)])
 def test_a_schedule_returns_numbers(returned):
-    clip = optaxclip.clip(lambda step: returned)
+    clip = optaxclip.clip(lambda step: returned, scopes.tree())
     state = clip.init(jnp.ones(3))
     words = f"schedule must return a number for each step, got {returned!r}; pass a schedule such as "
     with pytest.raises(TypeError, match="^" + re.escape(words)):
@@ -563,19 +609,23 @@ def test_bounds_that_differ_by_sign_refuse_complex_updates():
             TypeError,
             "scope must be a Scope, got 'tree'; pass one such as scopes.tree()",
         ),
-        (lambda: optaxclip.clip(1.0, norm=2), TypeError, "norm must be a Norm, got 2; pass one such as norms.l2()"),
         (
-            lambda: optaxclip.clip(1.0, response="clamp"),
+            lambda: optaxclip.clip(1.0, scopes.tree(), norm=2),
+            TypeError,
+            "norm must be a Norm, got 2; pass one such as norms.l2()",
+        ),
+        (
+            lambda: optaxclip.clip(1.0, scopes.tree(), response="clamp"),
             TypeError,
             "response must be a function, got 'clamp'; pass one such as responses.rescale",
         ),
         (
-            lambda: optaxclip.clip(1.0, nonfinite="skip"),
+            lambda: optaxclip.clip(1.0, scopes.tree(), nonfinite="skip"),
             ValueError,
             "nonfinite must be one of 'propagate', 'zero', 'raise', got 'skip'; choose one of these",
         ),
         (
-            lambda: optaxclip.clip(1.0, record="no"),
+            lambda: optaxclip.clip(1.0, scopes.tree(), record="no"),
             ValueError,
             "record must be one of True, False, got 'no'; choose one of these",
         ),
@@ -615,7 +665,7 @@ def test_parts_that_were_not_called_are_refused():
         with pytest.raises(
             TypeError, match=rf"^{name} must be a {name.title()}, got <function .*>; pass one such as {re.escape(example)}$"
         ):
-            optaxclip.clip(1.0, **{name: part})
+            optaxclip.clip(1.0, **{"scope": scopes.tree(), name: part})
 
 
 @pytest.mark.parametrize("axes", ["0", 1.5, True, (0, 1.5), (True,), {0}])
@@ -642,7 +692,8 @@ GRADS = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
 
 
 @pytest.mark.parametrize(
-    "make", [optaxclip.adaptive_grad_clip, lambda: optaxclip.clip(thresholds.at_most(thresholds.relative(0.1), 1.0))]
+    "make",
+    [optaxclip.adaptive_grad_clip, lambda: optaxclip.clip(thresholds.at_most(thresholds.relative(0.1), 1.0), scopes.tree())],
 )
 @pytest.mark.parametrize(
     "params, words",
@@ -686,17 +737,38 @@ def test_parameters_have_the_structure_of_the_updates(params, found):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: optaxclip.clip(1.0, response=lambda gradient, size: gradient), "response must take 3 arguments, got"),
-        (lambda: optaxclip.clip(1.0, response=lambda gradient, size, limit: None), "response must return a gradient"),
-        (lambda: optaxclip.clip(1.0, response=lambda gradient, size, limit: gradient[:1]), "response must return a gradient"),
-        (lambda: optaxclip.clip(lambda: 1.0), "schedule must take one argument, got"),
-        (lambda: optaxclip.clip(lambda step: jnp.ones(3)), "limit must return numbers that broadcast against the sizes, (1,)"),
-        (lambda: optaxclip.clip_by_value(lambda step: "a", 1.0), "schedule must return a number for each step, got 'a'"),
-        (lambda: optaxclip.clip(GROWTH._replace(init=lambda: 1.0)), "threshold.init must take one argument, got"),
-        (lambda: optaxclip.clip({"tree": GROWTH._replace(limit=len)}), "threshold['tree'].limit must take 3 arguments"),
-        (lambda: optaxclip.clip(GROWTH._replace(limit=lambda *seen: None)), "limit must return numbers that broadcast"),
         (
-            lambda: optaxclip.clip({"tree": GROWTH._replace(limit=lambda *seen: None)}),
+            lambda: optaxclip.clip(1.0, scopes.tree(), response=lambda gradient, size: gradient),
+            "response must take 3 arguments, got",
+        ),
+        (
+            lambda: optaxclip.clip(1.0, scopes.tree(), response=lambda gradient, size, limit: None),
+            "response must return a gradient",
+        ),
+        (
+            lambda: optaxclip.clip(1.0, scopes.tree(), response=lambda gradient, size, limit: gradient[:1]),
+            "response must return a gradient",
+        ),
+        (lambda: optaxclip.clip(lambda: 1.0, scopes.tree()), "schedule must take one argument, got"),
+        (
+            lambda: optaxclip.clip(lambda step: jnp.ones(3), scopes.tree()),
+            "limit must return numbers that broadcast against the sizes, (1,)",
+        ),
+        (lambda: optaxclip.clip_by_value(lambda step: "a", 1.0), "schedule must return a number for each step, got 'a'"),
+        (
+            lambda: optaxclip.clip(GROWTH._replace(init=lambda: 1.0), scopes.tree()),
+            "threshold.init must take one argument, got",
+        ),
+        (
+            lambda: optaxclip.clip({"tree": GROWTH._replace(limit=len)}, scopes.tree()),
+            "threshold['tree'].limit must take 3 arguments",
+        ),
+        (
+            lambda: optaxclip.clip(GROWTH._replace(limit=lambda *seen: None), scopes.tree()),
+            "limit must return numbers that broadcast",
+        ),
+        (
+            lambda: optaxclip.clip({"tree": GROWTH._replace(limit=lambda *seen: None)}, scopes.tree()),
             "limit must return numbers that broadcast",
         ),
         (lambda: optaxclip.clip(1.0, scope=scopes.group(lambda path, leaf: path)), "name_of must take one argument, got"),
@@ -725,8 +797,8 @@ def test_functions_take_and_return_what_they_should(make, words):
 @pytest.mark.parametrize(
     "make, kind",
     [
-        (lambda: optaxclip.clip(1.0), "ClipState"),
-        (lambda: optaxclip.carry(optaxclip.clip(1.0)), "CarryState"),
+        (lambda: optaxclip.clip(1.0, scopes.tree()), "ClipState"),
+        (lambda: optaxclip.carry(optaxclip.clip(1.0, scopes.tree())), "CarryState"),
         (lambda: optaxclip.skip_nonfinite(optax.sgd(1.0)), "GuardState"),
         (lambda: optaxclip.skip_spikes(optax.sgd(1.0), 1.0), "GuardState"),
         (lambda: optaxclip.scale_by_stable_adam(), "PreconditionedState"),
@@ -741,7 +813,7 @@ def test_a_state_of_another_transform_is_refused(make, kind):
 
 
 def test_a_tree_is_of_arrays():
-    clip = optaxclip.clip(1.0)
+    clip = optaxclip.clip(1.0, scopes.tree())
     for tree in {"a": "text"}, {"a": object()}:
         with pytest.raises(TypeError, match="^updates must be a tree of arrays, got .* at 'a'; take it out, or hide it"):
             clip.init(tree)
@@ -750,7 +822,7 @@ def test_a_tree_is_of_arrays():
 
 
 def test_parameters_are_not_looked_at_where_no_limit_needs_them():
-    clip = optaxclip.clip(1.0)
+    clip = optaxclip.clip(1.0, scopes.tree())
     for params in None, {"other": jnp.ones(1)}:
         clip.update(GRADS, clip.init(GRADS), params)
 
@@ -771,7 +843,7 @@ def test_a_gradient_may_be_none_where_the_parameters_say_what_it_was():
 
 def test_every_function_of_validate_is_in_the_tables_above():
     functions = {name for name, value in vars(_validate).items() if inspect.isfunction(value) and not name.startswith("_")}
-    assert functions == set(REFUSALS) == set(ACCEPTED)
+    assert functions - {"checks_keywords"} == set(REFUSALS) == set(ACCEPTED)
 
 
 def raises(path):
@@ -782,7 +854,7 @@ def raises(path):
 
 def test_every_refusal_of_validate_has_a_case_above():
     tree = ast.parse((SOURCE / "_validate.py").read_text())
-    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]:
+    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in REFUSALS]:
         expected = sum(isinstance(node, ast.Raise) for node in ast.walk(function))
         kinds = {(error, words.split(" got ")[0].split(" has ")[-1][:15]) for _, _, error, words in REFUSALS[function.name]}
         assert len(kinds) >= max(expected, 1), function.name
@@ -803,4 +875,5 @@ def test_every_refusal_gives_the_value_and_advice():
     for path in SOURCE.rglob("*.py"):
         for node in raises(path):
             words = ast.unparse(node)
-            assert re.search(r"\bgot\b|\bhas\b|\bchose\b", words) and ";" in words, words
+            gives = re.search(r"\bgot\b|\bhas\b|\bchose\b", words) and ";" in words
+            assert gives or words.startswith("raise TypeError('clip() needs a scope:"), words

@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("clip", lambda s, **o: optaxclip.clip(s, **o), whole_tree, l2),
+    Case("clip", lambda s, **o: optaxclip.clip(s, optaxclip.scopes.tree(), **o), whole_tree, l2),
     Case(
         "clip",
         lambda s, **o: optaxclip.clip(s, scope=optaxclip.scopes.leaf(), norm=optaxclip.norms.l1(), **o),

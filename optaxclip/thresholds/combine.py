@@ -29,7 +29,7 @@ def switch(steps: int, before: Any, after: Any) -> Threshold:
     Example:
         >>> import jax.numpy as jnp, optaxclip
         >>> from optaxclip import thresholds
-        >>> clip = optaxclip.clip(thresholds.switch(2, 0.1, 1.0))
+        >>> clip = optaxclip.clip(thresholds.switch(2, 0.1, 1.0), optaxclip.scopes.tree())
         >>> grads = jnp.array([3.0, 4.0])
         >>> state = clip.init(grads)
         >>> for _ in range(3):
@@ -129,7 +129,7 @@ def patient(threshold: Any, patience: int) -> Threshold:
     Example:
         >>> import jax.numpy as jnp, optaxclip
         >>> from optaxclip import thresholds
-        >>> clip = optaxclip.clip(thresholds.patient(thresholds.growth(1.0), patience=3))
+        >>> clip = optaxclip.clip(thresholds.patient(thresholds.growth(1.0), patience=3), optaxclip.scopes.tree())
         >>> state = clip.init(jnp.zeros(1))
         >>> for size in 1.0, 10.0, 10.0, 10.0, 10.0:
         ...     updates, state = clip.update(jnp.array([size]), state)

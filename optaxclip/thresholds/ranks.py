@@ -30,7 +30,7 @@ def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshol
     Example:
         >>> import jax.numpy as jnp, optaxclip
         >>> from optaxclip import thresholds
-        >>> clip = optaxclip.clip(thresholds.quantile(0.5, window=3))
+        >>> clip = optaxclip.clip(thresholds.quantile(0.5, window=3), optaxclip.scopes.tree())
         >>> state = clip.init(jnp.zeros(1))
         >>> for size in 1.0, 3.0, 100.0, 2.0:
         ...     updates, state = clip.update(jnp.array([size]), state)

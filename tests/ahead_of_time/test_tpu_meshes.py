@@ -80,7 +80,7 @@ def test_every_transform_on_16_chips(name, topology):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_every_transform_on_16_chips_in_shard_map(name):
-    options = {"axis_name": FAN_IN} if name == "adaptive_grad_clip" else {}
+    options = {"sharded_over": FAN_IN} if name == "adaptive_grad_clip" else {}
     assert_cheap(name, on_layer(training(name, **options), "shard_map"))
 
 
@@ -109,7 +109,7 @@ def test_any_scope_down_to_leaves_takes_exactly_one_message(scope, where):
 
 def test_a_norm_of_powers_takes_a_second_read_and_message():
     for where in "jit", "shard_map":
-        ours = on_layer(with_adam(optaxclip.clip(1.0, norm=norms.lp(3))), where)
+        ours = on_layer(with_adam(optaxclip.clip(1.0, scopes.tree(), norm=norms.lp(3))), where)
         assert ours.messages == 2 and ours.units <= 9
 
 

@@ -713,7 +713,7 @@ def optax_unitwise_norm(there, here):
 
 @line(
     "`optax.normalize_by_update_norm()`",
-    "`clip(1.0, response=responses.normalize)`",
+    "`clip(1.0, scopes.tree(), response=responses.normalize)`",
     "Same; Optax adds 1e-6 to the norm, so a gradient of 1e-6 gets the length 0.5 there and 1 here",
 )
 def optax_normalize(there, here):
@@ -842,7 +842,7 @@ def optax_l2_ball(there, here):
 def optax_linf_ball(there, here):
     same(applied(here, LARGE), applied(there, LARGE))
     projected = applied("optax.projections.projection_l1_ball(grads, 1.0)", [np.float32([3.0, 0.1])])
-    clipped = applied("clip(1.0, norm=norms.l1()).update(grads, None)[0]", [np.float32([3.0, 0.1])])
+    clipped = applied("clip(1.0, scopes.tree(), norm=norms.l1()).update(grads, None)[0]", [np.float32([3.0, 0.1])])
     assert projected[0][1] == 0 < clipped[0][1]
 
 
@@ -893,7 +893,7 @@ def privacy_unit_norm(there, here):
     for grads in LARGE, SMALL:
         same(ours(here, grads)[0], privately(there, grads))
     direction = privately(there.replace("4.0", "0.0"), LARGE)
-    same(ours("clip(1.0, response=responses.normalize)", LARGE)[0], direction)
+    same(ours("clip(1.0, scopes.tree(), response=responses.normalize)", LARGE)[0], direction)
 
 
 PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.array(0.3)}
