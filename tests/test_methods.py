@@ -58,7 +58,13 @@ ROWS = {
     "adaptive_grad_clip": row(optaxclip.adaptive_grad_clip, lambda g, w, c: reference.adaptive_grad_clip(g, w, c)),
 }
 each_row = pytest.mark.parametrize("make, definition", ROWS.values(), ids=list(ROWS))
-FIRST = {"clip": "threshold", "clip_by_value": "limit", "clip_by_block_rms": "max_rms", "adaptive_grad_clip": "ratio"}
+FIRST = {
+    "global_clip": "threshold",
+    "clip": "threshold",
+    "clip_by_value": "limit",
+    "clip_by_block_rms": "max_rms",
+    "adaptive_grad_clip": "ratio",
+}
 
 
 @each_row
