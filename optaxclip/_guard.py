@@ -11,6 +11,7 @@ from jax.experimental import checkify
 from jax.extend.core import Literal
 
 from optaxclip import _sharding, _validate, norms, scopes
+from optaxclip._layout import lay_out
 from optaxclip._programs import bind
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, patient
@@ -207,7 +208,7 @@ def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:
 
 
 def _norm(tree: Any, sharded_over: Any) -> Array:
-    layout = scopes.lay_out(scopes.tree(), tree)
+    layout = lay_out(scopes.tree(), tree)
     names = layout.names_of_axes(sharded_over)
     (norm,) = norms.measure(norms.l2(), layout.gradients, groups=layout.groups, axis_names=names)
     return jnp.sum(norm)  # of no group, if nothing can be measured

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 _reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # by the version of JAX
@@ -82,6 +83,29 @@ def unsharded(x: Any, last: int) -> Any:
 def is_explicit(x: Any) -> bool:
     """Whether an explicit mesh splits `x`."""
     return any(_spec(x))
+
+
+def zeros_beside(leaf: Any, shape: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of this shape, split over devices as the leaf is, along the axes that have the same length."""
+    sharding = getattr(leaf, "sharding", None) if isinstance(leaf, Array) and not isinstance(leaf, Tracer) else shape.sharding
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) <= len(shape.shape):
+        own = zip(sharding.spec, jnp.shape(leaf), shape.shape, strict=False)  # a spec may be short
+        spec = PartitionSpec(*[axes if length == kept else None for axes, length, kept in own])
+        return jax.lax.full(shape.shape, 0, shape.dtype, sharding=NamedSharding(sharding.mesh, spec))
+    return jnp.zeros_like(shape)
+
+
+def placed(state: Any, sizes: Array) -> Any:
+    """The state of a block, of arrays that end in its shape, split over devices as its sizes are."""
+
+    def place(x: Any) -> Any:
+        x = jnp.asarray(x)
+        if isinstance(sizes, Tracer) or not isinstance(sizes.sharding, NamedSharding):
+            return x + sizes.astype(x.dtype)  # zeros
+        spec = PartitionSpec(*[None] * (x.ndim - sizes.ndim), *sizes.sharding.spec)
+        return jax.device_put(x, NamedSharding(sizes.sharding.mesh, spec))
+
+    return jax.tree.map(place, state)
 
 
 def sharded_like(x: Any, like: Any) -> Any:

@@ -478,6 +478,36 @@ def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
         )
 
 
+def same_groups(given: Sequence[str], known: Sequence[str] | None) -> None:
+    """Refuses updates whose groups are not those of the state; `known` is None where a state does not tell.
+
+    Raises:
+        ValueError: a group is missing, is new, or stands at another place.
+    """
+    if known is not None and list(given) != list(known):
+        new, gone = ([name for name in these if name not in those][:3] for these, those in ((given, known), (known, given)))
+        how = f"{new} only in updates and {gone} only in state" if new or gone else "the same ones in another order"
+        raise ValueError(
+            f"updates has {len(given)} groups, but state was made for {len(known)}, got {how}; call init on a tree with the "
+            "same leaves, or update(updates, state, params) if some gradients are None"
+        )
+
+
+def state_tree(treedef: Any, tree: Any) -> None:
+    """Refuses a state whose trees are not like the updates.
+
+    Raises:
+        ValueError: the structure differs.
+    """
+    try:
+        treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"updates has another structure than the tree that state was made for, got {treedef}; call init on a tree with the "
+            "same leaves, or update(updates, state, params) if some gradients are None"
+        ) from error
+
+
 def same_blocks(given: int, known: int) -> None:
     """Refuses updates that have other groups than the tree that the state was made for.
 

@@ -15,6 +15,7 @@ from jax import Array
 from optaxclip import _validate, norms, scopes
 from optaxclip._clip import clip
 from optaxclip._guard import GuardState
+from optaxclip._layout import by_path
 from optaxclip._types import ClipState, Norm, Reading, Scope
 from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
 
@@ -42,7 +43,7 @@ def readings(opt_state: Any) -> list[Reading]:
 
 def group_names(reading: Reading) -> list[str]:
     """The groups of a reading: paths of leaves, names of groups, or `"tree"`."""
-    return [name for group in reading.names for name in group]
+    return list(reading.names.known or ())
 
 
 def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[str, Array]:
@@ -252,7 +253,7 @@ def _found(tree: Any, kind: type) -> list[Any]:
 
 def _clips(opt_state: Any) -> list[tuple[ClipState, Reading]]:
     """Every clip that records, and its reading."""
-    return [(state, state.reading) for state in _found(opt_state, ClipState) if state.reading is not None]
+    return [(state, state.reading) for state in _found(opt_state, ClipState) if isinstance(state.reading, Reading)]
 
 
 def _guards(opt_state: Any) -> list[GuardState]:
@@ -268,13 +269,16 @@ def _histories(opt_state: Any) -> list[tuple[str, History]]:
     """The memory of each group of every monitor, by name, in NumPy."""
     found = []
     for state, reading in _clips(opt_state):
-        if not all(isinstance(rule, History) for rule in state.rules):
+        if not isinstance(state.threshold, History):
             continue
         _validate.one_run("opt_state", state.step.shape)
-        names, rules = group_names(reading), jax.tree.map(np.asarray, state.rules)
-        if len(rules) == 1 and rules[0].sketch.origin.ndim == 1:  # one block for all groups
-            rules = [jax.tree.map(lambda x, k=k: x[..., k : k + 1], rules[0]) for k in range(len(names))]
-        found += zip(names, rules, strict=True)
+        names, history = group_names(reading), jax.tree.map(np.asarray, state.threshold)
+        origin = history.sketch.origin
+        if isinstance(origin, np.ndarray) and origin.shape == (len(names),):  # one number for each group
+            found += [(name, jax.tree.map(lambda x, k=k: x[..., k : k + 1], history)) for k, name in enumerate(names)]
+        else:  # a tree like the parameters
+            last, first, origin, counts = map(by_path, (history.last, *history.sketch))
+            found += [(name, History(last[name], Sketch(first[name], origin[name], counts[name]))) for name in names]
     return found
 
 

@@ -13,8 +13,14 @@ PACKAGE = Path(optaxclip.__file__).parent
 # Each module may import only modules of earlier levels, and its own package.
 LEVELS = [
     {"_types", "_validate", "_numerics", "_sharding", "_packing", "_programs", "_factored", "responses"},
-    {"norms", "scopes", "thresholds", *(f"thresholds.{name}" for name in ("_blocks", "fixed", "combine", "moments", "ranks"))},
-    {"_record"},
+    {
+        "norms",
+        "scopes",
+        "_layout",
+        "thresholds",
+        *(f"thresholds.{name}" for name in ("_blocks", "fixed", "combine", "moments", "ranks")),
+    },
+    {"_record", "_states"},
     {"_clip", "_carry", "_guard", "_precondition", "_spectral"},
     {"telemetry", "_backward", "per_example", "testing"},
     {"methods", "plots"},
