@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.experimental import checkify
-from jax.extend.core import Literal
 
 from optaxclip import _sharding, _validate, norms, scopes
-from optaxclip._programs import bind
+from optaxclip._jax import Literal, bind
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, patient
 from optaxclip.thresholds.fixed import as_threshold

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-_reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # by the version of JAX
-
-_vary = functools.partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else getattr(jax.lax, "pvary", None)
+from optaxclip import _jax
 
 Names = tuple[Hashable, ...]
 """Names of mapped axes."""
@@ -50,8 +48,8 @@ def bound(names: Names | None) -> Names | None:
 def varying(x: Any) -> Names | None:
     """The axes along which a value differs from device to device; None where its type does not tell (`check_vma=False`)."""
     axes = manual_axes()
-    tracked = bool(axes) and _varying(jax.lax.axis_index(axes[0])) != set()
-    return tuple(axis for axis in axes if axis in _varying(x)) if tracked or not axes else None
+    tracked = bool(axes) and bool(_jax.varying(jax.lax.axis_index(axes[0])))
+    return tuple(axis for axis in axes if axis in _jax.varying(x)) if tracked or not axes else None
 
 
 def split_axes(name: str, given: Names | None, x: Any) -> Names:
@@ -98,7 +96,7 @@ def varying_as(like: Any, tree: Any) -> Any:
 
     def vary(x: Any) -> Any:
         missing = tuple(axis for axis in axes if axis not in (varying(x) or ()))
-        return _vary(x, missing) if missing and _vary else x
+        return _jax.vary(x, missing) if missing else x
 
     return jax.tree.map(vary, tree)
 
@@ -168,7 +166,7 @@ def _largest_jvp(axes: Names, primals: Sequence[Array], tangents: Sequence[Array
 
 def _split(x: Any, spec: tuple[Any, ...], like: Any) -> Any:
     """`x`, split over the explicit mesh of `like`; the mesh is named, as it need not be that of a context."""
-    return _reshard(x, NamedSharding(_sharding_of(like).mesh, PartitionSpec(*spec)))
+    return _jax.reshard(x, NamedSharding(_sharding_of(like).mesh, PartitionSpec(*spec)))
 
 
 def _spec(x: Any) -> tuple[Any, ...]:
@@ -178,8 +176,3 @@ def _spec(x: Any) -> tuple[Any, ...]:
 
 def _sharding_of(x: Any) -> Any:
     return getattr(jax.typeof(x) if isinstance(x, Array) else x, "sharding", None)
-
-
-def _varying(x: Any) -> set[Hashable]:
-    kind = jax.typeof(x)
-    return set(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))

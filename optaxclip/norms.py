@@ -12,22 +12,18 @@ of the sizes of its parts, and derivatives are finite, at zero too.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import primitives
 from jax.typing import ArrayLike, DTypeLike
 
-from optaxclip import _sharding, _validate
+from optaxclip import _jax, _sharding, _validate
 from optaxclip._numerics import share
 from optaxclip._packing import LARGE, alike, common, packing_of, places, stacked
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
-
-_float64: Any = getattr(jax, "enable_x64", None)  # before JAX 0.8 a program without float64 cannot have a part with it
 
 
 def l2() -> Norm:
@@ -201,7 +197,7 @@ def _measured(
     norm: Norm, parts: Sequence[Axes], groups: Sequence[Axes] | None, split: Sequence[Names], leaves: list[ArrayLike]
 ) -> list[Array]:
     exact = functools.partial(_sizes, norm, parts, groups, split)
-    if norm.quick is None or _float64 is None or any(split) or _widest(leaves) == jnp.float64:
+    if norm.quick is None or any(split) or _widest(leaves) == jnp.float64:
         return exact(leaves)
     in_float64 = functools.partial(_in_float64, norm.quick, parts, groups, split, joined=groups is not None)
 
@@ -294,7 +290,7 @@ def _in_float64(
     joined: bool = False,
 ) -> list[Array]:
     """Sizes by a norm that is `quick`; with the kernels of equal leaves `joined`, on a GPU, by a number in common."""
-    with _float64(True):
+    with _jax.float64():
         one = common(jnp.ones(2))[0] if joined else None
         return [size.astype(jnp.float32) for size in _sizes(norm, parts, groups, split, leaves, jnp.float64, one)]
 
@@ -385,9 +381,7 @@ def cast_like(x: Array, like: ArrayLike) -> Array:
     """`x` with the dtype of `like`, and weakly typed if that is (a Python number): no public function does both."""
     like = jnp.asarray(like)
     x = x.astype(like.dtype)
-    if not like.weak_type:
-        return x
-    return primitives.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
+    return _jax.weakly_typed(x) if _jax.is_weakly_typed(like) else x
 
 
 # Norms are made once, so that equal ones are known by their equality, and a program that uses one is traced once.
