@@ -166,7 +166,7 @@ def skip_spikes(
         _validate.not_relative("threshold", rule, watch)
 
     def init(params: Any) -> Any:
-        size, limit = jnp.zeros((2,), jax.eval_shape(lambda params: _norm(params, sharded_over), params).dtype)
+        size, limit = jnp.zeros((2,), jax.eval_shape(lambda params: _norm(params, ()), params).dtype)
         return _start(optimizer, params)._replace(watch=Watch(size, limit, rule.init(size[None])))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:

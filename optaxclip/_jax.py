@@ -59,6 +59,20 @@ def varying(x: Any) -> frozenset[Hashable]:
     return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)
 
 
+# In `jax.core` on 0.8.2, in `jax.extend.core` on 0.10.2 and 0.12.0. Only errors use it, so it may be missing.
+def axis_names() -> tuple[Hashable, ...]:
+    """The axes that are mapped here by `shard_map`, `pmap` and `vmap`."""
+    name = "unsafe_get_axis_names_DO_NOT_USE"
+    names = getattr(core, name, None) or getattr(jax.core, name, None)
+    return tuple(names()) if names else tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+# A string that begins "<axis 0x" on 0.8.2, one constant on 0.10.2 and 0.12.0; there is no public way to ask.
+def is_nameless(axis: Hashable) -> bool:
+    """Whether JAX made up this axis for a `pmap` without `axis_name`, so that no collective can name it."""
+    return str(axis).startswith(("<axis 0x", "_internal_pmap_axis_name"))
+
+
 # 0.8.2 to 0.12.0: replaces `jax.lax.pvary`, which is gone since 0.10.
 def vary(x: Array, axes: Sequence[Hashable]) -> Array:
     """`x`, said to vary along the axes of `shard_map`, along which it has not varied."""

@@ -177,6 +177,8 @@ def measure(
         operands = zip(leaves, params, strict=True) if norm.uses_params and params is not None else zip(leaves, strict=True)
         return [norm.magnitude(*map(widen, operand)) for operand in operands]
 
+    for names in axis_names or ():
+        _sharding.all_bound("sharded_over", names)
     if axes is not None and not any(axes):
         return magnitudes()
     if axes is None and not leaves:

@@ -108,6 +108,32 @@ def varying():
     assert seen == [[frozenset("x"), *run_alone[1:]], run_alone]
 
 
+def axis_names():
+    def seen(run):
+        found = []
+        run(lambda x: (found.append(_jax.axis_names()), x)[1])
+        return found[-1]
+
+    assert seen(lambda f: f(1.0)) == () == seen(lambda f: jax.jit(f)(1.0))
+    assert seen(in_shard_map) == ("x",)
+    assert seen(lambda f: jax.vmap(f, axis_name="v")(jnp.ones(2))) == ("v",)
+    assert seen(lambda f: in_shard_map(jax.vmap(f, axis_name="v"))) == ("x", "v")
+    assert seen(lambda f: jax.pmap(f, "p", devices=jax.devices()[:2])(jnp.ones(2))) == ("p",)
+
+
+def is_nameless():
+    found = []
+
+    def run(x):
+        found.append(list(map(_jax.is_nameless, jax.sharding.get_abstract_mesh().manual_axes)))
+        return x
+
+    jax.pmap(run, devices=jax.devices()[:2])(jnp.ones(2))
+    jax.pmap(run, "p", devices=jax.devices()[:2])(jnp.ones(2))
+    in_shard_map(run)
+    assert found == [[True], [False], [False]]
+
+
 def vary():
     seen = []
 
@@ -126,9 +152,8 @@ def reshard():
         assert jax.typeof(run(jax.device_put(jnp.ones(4), split.update(spec=P())), split)).sharding.spec == P("x")
 
 
-PARTS = {"Literal": literal} | {
-    part.__name__: part for part in (bind, context, float64, weakly_typed, is_weakly_typed, varying, vary, reshard)
-}
+OTHERS = [bind, context, float64, weakly_typed, is_weakly_typed, varying, axis_names, is_nameless, vary, reshard]
+PARTS = {"Literal": literal, **{part.__name__: part for part in OTHERS}}
 
 
 @pytest.mark.parametrize("name", PARTS)
