@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.experimental import checkify
-from jax.extend.core import Literal
 
 from optaxclip import _sharding, _validate, norms, scopes
+from optaxclip._jax import Literal, bind
 from optaxclip._layout import lay_out
-from optaxclip._programs import bind
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, patient
 from optaxclip.thresholds.fixed import as_threshold
@@ -168,7 +167,7 @@ def skip_spikes(
         _validate.not_relative("threshold", rule, watch)
 
     def init(params: Any) -> Any:
-        size, limit = jnp.zeros((2,), jax.eval_shape(lambda params: _norm(params, sharded_over), params).dtype)
+        size, limit = jnp.zeros((2,), jax.eval_shape(lambda params: _norm(params, ()), params).dtype)
         return _start(optimizer, params)._replace(watch=Watch(size, limit, rule.init(size[None])))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:

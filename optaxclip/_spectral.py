@@ -61,7 +61,7 @@ def on_whole_matrices(clip: optax.GradientTransformationExtraArgs, sharded_over:
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         layout = lay_out(scopes.leaf(), updates, params)
         for path, leaf, names in zip(layout.paths, layout.gradients, layout.names_of_axes(sharded_over), strict=True):
-            _validate.not_split(path, _sharding.split_axes("sharded_over", names, leaf))
+            _validate.not_split(path, _sharding.split_axes("sharded_over", _sharding.all_bound("sharded_over", names), leaf))
         whole, weights = (jax.tree.map(lambda x: _sharding.unsharded(x, 2), tree) for tree in (updates, params))
         clipped, state = clip.update(whole, state, weights, **extra_args)
         return jax.tree.map(_sharding.sharded_like, clipped, updates), state

@@ -14,7 +14,8 @@ from jax.core import Tracer
 
 from optaxclip._types import Threshold
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def number(
@@ -394,6 +395,34 @@ def not_split(path: str, axes: tuple[Any, ...]) -> None:
         raise ValueError(
             f"updates has at {path!r} a matrix that is split along {axes}, of which no device knows the singular values; "
             "clip under jit, or gather it first with jax.lax.all_gather"
+        )
+
+
+def mapped(name: str, missing: tuple[Any, ...], axes: tuple[Any, ...]) -> None:
+    """Refuses names of axes that are not mapped where they are used.
+
+    Raises:
+        ValueError: a name is `missing` among the `axes` that are mapped.
+    """
+    if not missing:
+        return
+    advice = f"pass some of {axes}, or () if every device has the whole of each leaf"
+    if not axes:
+        advice = f"call this in shard_map, pmap or vmap with this axis_name, or leave {name} out, which is right under jit"
+    raise ValueError(f"{name} must name mapped axes, got {missing} where {axes or 'none'} are mapped; {advice}")
+
+
+def tracked(name: str, given: Any, axes: tuple[Any, ...]) -> None:
+    """Refuses to guess whether gradients are sharded.
+
+    Raises:
+        ValueError: nothing is `given`.
+    """
+    if given is None:
+        raise ValueError(
+            f"{name} must be given where JAX does not track what differs between devices (pmap, or shard_map with "
+            f"check_vma=False), got None; pass those of {axes} over which each leaf is sharded or, for gradients that "
+            f"pmean made equal on all devices, {name}=()"
         )
 
 

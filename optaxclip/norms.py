@@ -12,7 +12,6 @@ of the sizes of its parts, and derivatives are finite, at zero too.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +19,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optaxclip import _sharding, _validate
+from optaxclip import _jax, _sharding, _validate
 from optaxclip._numerics import share
 from optaxclip._packing import LARGE, alike, common, packing_of, places, stacked
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
-
-_float64: Any = getattr(jax, "enable_x64", None)  # before JAX 0.8 a program without float64 cannot have a part with it
 
 
 def l2() -> Norm:
@@ -180,6 +177,8 @@ def measure(
         operands = zip(leaves, params, strict=True) if norm.uses_params and params is not None else zip(leaves, strict=True)
         return [norm.magnitude(*map(widen, operand)) for operand in operands]
 
+    for names in axis_names or ():
+        _sharding.all_bound("sharded_over", names)
     if axes is not None and not any(axes):
         return magnitudes()
     if axes is None and not leaves:
@@ -200,7 +199,7 @@ def _measured(
     norm: Norm, parts: Sequence[Axes], groups: Sequence[Axes] | None, split: Sequence[Names], leaves: list[ArrayLike]
 ) -> list[Array]:
     exact = functools.partial(_sizes, norm, parts, groups, split)
-    if norm.quick is None or _float64 is None or any(split) or _widest(leaves) == jnp.float64:
+    if norm.quick is None or any(split) or _widest(leaves) == jnp.float64:
         return exact(leaves)
     in_float64 = functools.partial(_in_float64, norm.quick, parts, groups, split, joined=groups is not None)
 
@@ -293,7 +292,7 @@ def _in_float64(
     joined: bool = False,
 ) -> list[Array]:
     """Sizes by a norm that is `quick`; with the kernels of equal leaves `joined`, on a GPU, by a number in common."""
-    with _float64(True):
+    with _jax.float64():
         one = common(jnp.ones(2))[0] if joined else None
         return [size.astype(jnp.float32) for size in _sizes(norm, parts, groups, split, leaves, jnp.float64, one)]
 

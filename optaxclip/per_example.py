@@ -175,6 +175,7 @@ def aggregate(
 
     def update(updates: Any, state: Any, params: Any = None, *, mask: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
+        _sharding.all_bound("sharded_over", parts.axes)
         mask = _mask(mask, _validate.batch("updates", updates), updates)
         if state is None:
             state = parts.init(_first(updates))
@@ -211,6 +212,7 @@ class ClippedGrad:
             ValueError: arrays differ in the length of their first axis, or `microbatch` does not divide it.
         """
         parts = self._parts
+        _sharding.all_bound("sharded_over", parts.axes)
         size = _validate.batch("batch", batch)
         mask, varied = _mask(mask, size, batch), _sharding.varying_as(batch, params)
         if state is None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import _validate, norms
+from optaxclip import _jax, _validate, norms
 from optaxclip._clip import clip
 from optaxclip._layout import lay_out
 from optaxclip._types import Context, Scope, Threshold
@@ -278,7 +278,7 @@ def _normal_tree() -> dict[str, Any]:
 
 def _described(tree: Any) -> list[tuple[str, str]]:
     return [
-        (_name(path), jnp.asarray(x).aval.str_short() + ("~" if jnp.asarray(x).weak_type else ""))
+        (_name(path), f"{jnp.result_type(x)}{list(jnp.shape(x))}" + ("~" if _jax.is_weakly_typed(jnp.asarray(x)) else ""))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     ]
 

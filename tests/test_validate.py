@@ -280,6 +280,32 @@ REFUSALS = {
             f"norm must not be relative to parameters, got {RELATIVE!r}; pass one such as norms.l2()",
         )
     ],
+    "mapped": [
+        (
+            ("sharded_over", ("y",), ("x", "z")),
+            {},
+            ValueError,
+            "sharded_over must name mapped axes, got ('y',) where ('x', 'z') are mapped; pass some of ('x', 'z'), "
+            "or () if every device has the whole of each leaf",
+        ),
+        (
+            ("sharded_over", ("y",), ()),
+            {},
+            ValueError,
+            "sharded_over must name mapped axes, got ('y',) where none are mapped; call this in shard_map, pmap or vmap "
+            "with this axis_name, or leave sharded_over out, which is right under jit",
+        ),
+    ],
+    "tracked": [
+        (
+            ("sharded_over", None, ("x",)),
+            {},
+            ValueError,
+            "sharded_over must be given where JAX does not track what differs between devices (pmap, or shard_map with "
+            "check_vma=False), got None; pass those of ('x',) over which each leaf is sharded or, for gradients that "
+            "pmean made equal on all devices, sharded_over=()",
+        )
+    ],
     "not_mapped": [
         (
             ("scope", ("x",)),
@@ -434,6 +460,8 @@ ACCEPTED = {
     "loss": [((1.0,), {}), ((np.float32(-1),), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
     "absolute": [(("norm", norms.l2()), {})],
+    "mapped": [(("sharded_over", (), ("x",)), {}), (("sharded_over", (), ()), {})],
+    "tracked": [(("sharded_over", (), ("x",)), {}), (("sharded_over", ("x",), ("x",)), {})],
     "not_mapped": [(("scope", ()), {})],
     "one_run": [(("opt_state", ()), {})],
     "same_on_all": [(("value", ()), {}), (("value", None), {})],
@@ -864,7 +892,6 @@ def test_all_refusals_are_in_validate_but_those_of_axes_and_of_what_is_drawn():
     elsewhere = [path.name for path in sorted(SOURCE.rglob("*.py")) if path.name != "_validate.py" for _ in raises(path)]
     others = [name for name in elsewhere if name != "plots.py"]  # tested in `test_plots.py`
     assert others == [
-        "_sharding.py",
         "scopes.py",
         "scopes.py",
         "scopes.py",
