@@ -103,6 +103,14 @@ def varying_as(like: Any, tree: Any) -> Any:
     return jax.tree.map(vary, tree)
 
 
+def mapped_as(like: Array, x: Array) -> Array:
+    """`x` in the shape of `like`, and mapped by `jax.vmap` if that is; the compiler drops the selection.
+
+    On an explicit mesh JAX refuses to stack what is mapped with what is not.
+    """
+    return jnp.where(True, x, like)
+
+
 def gathered(x: Array, axes: Names) -> Array:
     """`[n, ...]` of every device one after the other, the same on all of them."""
     if not axes:
