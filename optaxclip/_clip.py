@@ -166,7 +166,7 @@ def clip(
             contexts = _contexts(rules, context, lambda: measure(layout.matching(params)))
             limits = packing.pack(list(map(_limit, rules, blocks, states, contexts)))
         several = 1 if layout.axes is None else packing.several  # of these each has a limit of its own
-        limits[:several] = map(jnp.broadcast_to, limits[:several], [size.shape for size in sizes[:several]])
+        limits[:several] = map(_sharding.mapped_as, sizes[:several], limits[:several])
         clipped, clipped_sizes = _respond(response, nonfinite, layout, packing, sizes, limits)
         if jax.tree.leaves(learned):
             kept = clipped_sizes if response in CUTS else list(map(_not_dropped, sizes, clipped_sizes, limits))

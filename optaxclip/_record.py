@@ -98,10 +98,11 @@ def _column(*source: Array) -> Array:
         numbers, limit = source
         size = jnp.abs(numbers)
         top = jnp.max(jnp.maximum(numbers, -numbers))
+        limit = _sharding.mapped_as(top, limit)
         largest = [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
     else:
         size, clipped_size, limit = source
-        largest = [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
+        largest = [jnp.max(block, initial=0) for block in (size, clipped_size, _sharding.mapped_as(size, limit))]
     # Through int8, because XLA adds converted booleans one by one on CPU.
     share = _is_over(size, limit).astype(jnp.int8).sum(dtype=jnp.float32) / max(size.size, 1)
     return jnp.stack([*largest, share])
