@@ -17,6 +17,9 @@ from jax.typing import ArrayLike
 # 0.8.2 to 0.12.0: constants in a jaxpr; replaces `jax.core.Literal`, which is gone since 0.4.36.
 Literal = core.Literal
 
+# 0.8.2 to 0.12.0: a traced program, with its constants, and the function that runs it.
+Jaxpr, ClosedJaxpr, jaxpr_as_fun = core.Jaxpr, core.ClosedJaxpr, core.jaxpr_as_fun
+
 
 # 0.8.2 to 0.12.0: `ctx.manager` restores the mesh and the options of an equation; there is no public way.
 def context(equation: Any) -> AbstractContextManager[Any]:

@@ -221,6 +221,33 @@ def part(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}; pass one such as {example}")
 
 
+def transform(name: str, value: Any) -> None:
+    """Refuses all but an optimizer: something with functions `init` and `update`.
+
+    Raises:
+        TypeError: `value` is something else, such as a function that makes optimizers and was not called.
+    """
+    has_both = callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+    if not has_both or isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a GradientTransformation, got {value!r}; "
+            "pass one such as optax.adam(1e-3), or anything with its init and update"
+        )
+
+
+def same_state(name: str, before: Any, after: Any) -> None:
+    """Refuses a step after which the state is another tree, so that there is no choosing between the two.
+
+    Raises:
+        TypeError: its structure differs.
+    """
+    old, new = jax.tree.structure(before), jax.tree.structure(after)
+    if old != new:
+        raise TypeError(
+            f"{name} must keep the structure of its state, got {new} after {old}; let its init return what update returns"
+        )
+
+
 def function(name: str, value: Any, example: str, *, takes: int | None = None) -> None:
     """Refuses what cannot be called, or not with as many arguments as it `takes`.
 

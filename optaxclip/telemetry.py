@@ -14,7 +14,7 @@ from jax import Array
 
 from optaxclip import _validate, norms, scopes
 from optaxclip._clip import clip
-from optaxclip._guard import GuardState
+from optaxclip._guard import GuardState, Watch
 from optaxclip._layout import by_path
 from optaxclip._types import ClipState, Norm, Reading, Scope
 from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
@@ -105,7 +105,7 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
     guards = _guards(opt_state)
     if guards:
         found[f"{prefix}/skipped_steps"] = sum((guard.skipped_steps for guard in guards[1:]), guards[0].skipped_steps)
-    watches = [guard.watch for guard in guards if guard.watch is not None]
+    watches = [guard.watch for guard in guards if isinstance(guard.watch, Watch)]
     for i, watch in enumerate(watches):
         number = "" if len(watches) == 1 else f"_{i}"
         found |= {f"{prefix}/watched{number}": watch.size, f"{prefix}/watched_limit{number}": watch.limit}

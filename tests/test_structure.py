@@ -14,7 +14,7 @@ import optaxclip
 PACKAGE = Path(optaxclip.__file__).parent
 # Each module may import only modules of earlier levels, and its own package.
 LEVELS = [
-    {"_types", "_validate", "_numerics", "_sharding", "_packing", "_jax", "_factored", "responses"},
+    {"_types", "_validate", "_numerics", "_sharding", "_packing", "_jax", "_programs", "_factored", "responses"},
     {
         "norms",
         "scopes",
