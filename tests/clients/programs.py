@@ -1,4 +1,4 @@
-"""What the training programs in this folder share: batches with one NaN and one spike, an optimizer, and what a run must show."""
+"""What the training programs in this folder share: batches with a NaN and a spike, an optimizer, and what a run must show."""
 
 import functools
 
