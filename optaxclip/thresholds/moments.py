@@ -34,7 +34,9 @@ class Moments(NamedTuple):
     variance: Array
 
 
-def ema(factor: float | Array = 1.05, *, decay: float | Array = 0.98, warmup: int | Array = 1, start: str = "mean") -> Threshold:
+def ema(
+    factor: float | Array = 1.05, *, decay: float | Array = 0.98, warmup: int | Array = 1, start: str = "mean"
+) -> Threshold:
     r"""Learns the clipped size: a multiple of its exponential moving average, :math:`c = \lambda \gamma`.
 
     .. math:: \gamma \leftarrow \beta \gamma + (1 - \beta) \min(s, \lambda \gamma)
