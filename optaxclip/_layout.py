@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental.sparse import JAXSparse
 
 from optaxclip import _validate
 from optaxclip._packing import columns, common
@@ -176,7 +177,11 @@ def is_absent(leaf: Any) -> bool:
 
 def _flattened(tree: Any) -> tuple[list[Any], list[Any], Any]:
     """Keys and nodes of the leaves, among them None, `MaskedNode` and boxes; and the structure."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_absent(node) or _is_box(node))
+
+    def is_leaf(node: Any) -> bool:
+        return is_absent(node) or isinstance(node, JAXSparse) or _is_box(node)
+
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [key for key, _ in flat], [node for _, node in flat], treedef
 
 
@@ -241,5 +246,6 @@ def _zeros(param: Any) -> Any:
 def _is_inexact(path: str, leaf: Any) -> bool:
     if is_absent(leaf):
         return False
+    _validate.sparse(path, leaf)
     _validate.leaf(path, leaf)
     return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact)

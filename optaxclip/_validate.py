@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from optaxclip._types import Threshold
@@ -44,6 +45,7 @@ def number(
         )
     if isinstance(value, Tracer):
         return
+    value = np.asarray(value)[()] if array else value  # which needs no operation, and so can be looked at under `jit`
     if not (low < value < high if exclusive else low <= value <= high):
         bounds = f"({low:g}, {high:g})" if exclusive else f"[{low:g}, {high:g}]"
         advice = "pass a number inside"
@@ -103,6 +105,7 @@ def count(name: str, value: Any, *, low: int = 1, high: int | None = None, trace
         raise ValueError(f"{name} must be one count, got an array of shape {value.shape}; try several at once with jax.vmap")
     if isinstance(value, Tracer):
         return
+    value = np.asarray(value)[()] if array else value
     if not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value}; pass a larger count")
     if high is not None and value > high:
@@ -386,13 +389,13 @@ def state(value: Any, kind: type) -> None:
     raise TypeError(f"state must be the {kind.__name__} that init returned, got {type(value).__name__}; {advice}")
 
 
-def transform(name: str, value: Any) -> None:
+def not_a_transform(name: str, value: Any) -> None:
     """Refuses an optimizer where its state is meant.
 
     Raises:
-        TypeError: `value` has both `init` and `update`.
+        TypeError: `value` is one.
     """
-    if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
+    if isinstance(value, optax.GradientTransformation | optax.MultiSteps):
         raise TypeError(
             f"{name} must be a state, got the {type(value).__name__} that makes it; pass the state that init or update returned"
         )
