@@ -442,7 +442,7 @@ def sparse(path: str, value: Any) -> None:
     Raises:
         TypeError: `value` is one.
     """
-    if _is_sparse(value):
+    if is_sparse(value):
         raise TypeError(
             f"updates must be a tree of dense arrays, got a {type(value).__name__} at {path!r}; pass its todense(), "
             "or clip the data of its sum_duplicates()"
@@ -655,19 +655,6 @@ def state_tree(treedef: Any, tree: Any) -> None:
         ) from error
 
 
-def same_blocks(given: int, known: int) -> None:
-    """Refuses updates that have other groups than the tree that the state was made for.
-
-    Raises:
-        ValueError: their numbers differ.
-    """
-    if given != known:
-        raise ValueError(
-            f"updates has {given} groups, but state was made for {known}; call init on a tree with the same leaves, "
-            "or update(updates, state, params) if some gradients are None"
-        )
-
-
 def not_both(first: str, one: Any, second: str, other: Any, advice: str) -> None:
     """Refuses two arguments that exclude each other.
 
@@ -704,7 +691,8 @@ def _is_named(value: Any) -> bool:
     return hasattr(value, "_fields") or (isinstance(value, tuple) and any(map(_is_named, value)))
 
 
-def _is_sparse(value: Any) -> bool:
+def is_sparse(value: Any) -> bool:
+    """Whether it is a sparse array."""
     return hasattr(type(value), "todense")  # of JAX, SciPy and others, none of which need be imported
 
 

@@ -330,13 +330,48 @@ REFUSALS = {
             "params has nothing at 'a', where updates has shape (); pass the params that these are updates of",
         ),
     ],
-    "same_blocks": [
+    "same_groups": [
         (
-            (3, 2),
+            (["a", "c"], ["a", "b", "d"]),
             {},
             ValueError,
-            "updates has 3 groups, but state was made for 2; call init on a tree with the same leaves, "
-            "or update(updates, state, params) if some gradients are None",
+            "updates has 2 groups, but state was made for 3, got ['c'] only in updates and ['b', 'd'] only in state; "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
+        ),
+        (
+            (["a", "b"], ("b", "a")),
+            {},
+            ValueError,
+            "updates has 2 groups, but state was made for 2, got the same ones in another order; "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
+        ),
+    ],
+    "state_tree": [
+        (
+            (jax.tree.structure({"a": 1}), {"b": 1}),
+            {},
+            ValueError,
+            "updates has another structure than the tree that state was made for, got PyTreeDef({'a': *}); "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
+        )
+    ],
+    "transform": [
+        (
+            ("inner", value),
+            {},
+            TypeError,
+            f"inner must be a GradientTransformation, got {value!r}; "
+            "pass one such as optax.adam(1e-3), or anything with its init and update",
+        )
+        for value in (optax.adam, 1.0, optax.MultiSteps)
+    ],
+    "same_state": [
+        (
+            ("inner", (1.0, 2.0), [1.0]),
+            {},
+            TypeError,
+            "inner must keep the structure of its state, got PyTreeDef([*]) after PyTreeDef((*, *)); "
+            "let its init return what update returns",
         )
     ],
     "whole": [
@@ -576,7 +611,10 @@ ACCEPTED = {
     "names": [((["b", "a"], ["a", "b", "a"]), {}), (([], []), {})],
     "params_given": [((np.ones(2),), {}), (([],), {})],
     "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
-    "same_blocks": [((2, 2), {})],
+    "same_groups": [((["a", "b"], ("a", "b")), {}), ((["a"], None), {})],
+    "state_tree": [((jax.tree.structure({"a": 1}), {"a": [1, 2]}), {})],
+    "transform": [(("inner", x), {}) for x in (optax.adam(1.0), optax.MultiSteps(optax.sgd(1.0), 2))],
+    "same_state": [(("inner", (1.0, {"a": 2}), (3.0, {"a": 4})), {})],
     "whole": [(("sharded_over", (2, 3), ()), {})],
     "not_split": [(("a", ()), {})],
     "not_relative": [(("threshold", thresholds.constant(1.0), "loss"), {})],
@@ -1028,7 +1066,8 @@ def test_a_gradient_may_be_none_where_the_parameters_say_what_it_was():
     clip, grads = optaxclip.clip(1.0, scope=scopes.leaf()), {"a": GRADS["a"], "b": None}
     assert clip.update(grads, clip.init(GRADS), GRADS)[0]["b"] is None
     words = (
-        "updates has 1 groups, but state was made for 2; call init on a tree with the same leaves, "
+        "updates has 1 groups, but state was made for 2, got [] only in updates and ['b'] only in state; "
+        "call init on a tree with the same leaves, "
         "or update(updates, state, params) if some gradients are None"
     )
     with pytest.raises(ValueError, match=exactly(words)):
@@ -1040,7 +1079,7 @@ def test_a_gradient_may_be_none_where_the_parameters_say_what_it_was():
 
 def test_every_function_of_validate_is_in_the_tables_above():
     functions = {name for name, value in vars(_validate).items() if inspect.isfunction(value) and not name.startswith("_")}
-    assert functions - {"checks_keywords"} == set(REFUSALS) == set(ACCEPTED)
+    assert functions - {"checks_keywords", "is_sparse"} == set(REFUSALS) == set(ACCEPTED)
 
 
 def raises(path):
@@ -1061,6 +1100,7 @@ def test_all_refusals_are_in_validate_but_those_of_axes_and_of_what_is_drawn():
     elsewhere = [path.name for path in sorted(SOURCE.rglob("*.py")) if path.name != "_validate.py" for _ in raises(path)]
     others = [name for name in elsewhere if name != "plots.py"]  # tested in `test_plots.py`
     assert others == [
+        "_layout.py",
         "scopes.py",
         "scopes.py",
         "scopes.py",
