@@ -63,7 +63,7 @@ def varying(x: Any) -> frozenset[Hashable]:
 def axis_names() -> tuple[Hashable, ...]:
     """The axes that are mapped here by `shard_map`, `pmap` and `vmap`."""
     name = "unsafe_get_axis_names_DO_NOT_USE"
-    names = getattr(core, name, None) or getattr(jax.core, name, None)
+    names = getattr(core, name, None) or getattr(getattr(jax, "core", None), name, None)
     return tuple(names()) if names else tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
