@@ -17,6 +17,9 @@ from jax.typing import ArrayLike
 # 0.8.2 to 0.12.0: constants in a jaxpr; replaces `jax.core.Literal`, which is gone since 0.4.36.
 Literal = core.Literal
 
+# 0.8.2 to 0.12.0: a traced program, with its constants, and the function that runs it.
+Jaxpr, ClosedJaxpr, jaxpr_as_fun = core.Jaxpr, core.ClosedJaxpr, core.jaxpr_as_fun
+
 
 # 0.8.2 to 0.12.0: `ctx.manager` restores the mesh and the options of an equation; there is no public way.
 def context(equation: Any) -> AbstractContextManager[Any]:
@@ -38,12 +41,6 @@ def bind(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
 def float64() -> AbstractContextManager[Any]:
     """Allows float64 within, also in a part of a program that has none."""
     return jax.enable_x64(True)
-
-
-# 0.8.2 to 0.12.0: no public function makes a weak type of a given array.
-def weakly_typed(x: Array) -> Array:
-    """`x`, typed weakly as a Python number is."""
-    return core.primitives.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
 
 
 # 0.8.2 to 0.12.0: `aval.weak_type`, for which there is no function.

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxclip import _jax, _validate
@@ -93,6 +95,29 @@ def is_explicit(x: Any) -> bool:
     return any(_spec(x))
 
 
+def zeros_beside(leaf: Any, shape: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of this shape, split over devices as the leaf is, along the axes that have the same length."""
+    sharding = getattr(leaf, "sharding", None) if isinstance(leaf, Array) and not isinstance(leaf, Tracer) else shape.sharding
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) <= len(shape.shape):
+        own = zip(sharding.spec, jnp.shape(leaf), shape.shape, strict=False)  # a spec may be short
+        spec = PartitionSpec(*[axes if length == kept else None for axes, length, kept in own])
+        return jax.lax.full(shape.shape, 0, shape.dtype, sharding=NamedSharding(sharding.mesh, spec))
+    return jnp.zeros_like(shape)
+
+
+def placed(state: Any, sizes: Array) -> Any:
+    """The state of a block, of arrays that end in its shape, split over devices as its sizes are."""
+
+    def place(x: Any) -> Any:
+        x = jnp.asarray(x)
+        if isinstance(sizes, Tracer) or not isinstance(sizes.sharding, NamedSharding):
+            return x + sizes.astype(x.dtype)  # zeros
+        spec = PartitionSpec(*[None] * (x.ndim - sizes.ndim), *sizes.sharding.spec)
+        return jax.device_put(x, NamedSharding(sizes.sharding.mesh, spec))
+
+    return jax.tree.map(place, state)
+
+
 def sharded_like(x: Any, like: Any) -> Any:
     """`x`, on an explicit mesh split over it as `like` is."""
     return _split(x, _spec(like), like) if any(_spec(like)) else x
@@ -110,6 +135,73 @@ def varying_as(like: Any, tree: Any) -> Any:
         return _jax.vary(x, missing) if missing else x
 
     return jax.tree.map(vary, tree)
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """The explicit mesh that an array of the tree is on, or None."""
+    meshes = [getattr(_sharding_of(x), "mesh", None) for x in jax.tree.leaves(tree) if isinstance(x, Array)]
+    return next((mesh for mesh in meshes if getattr(mesh, "explicit_axes", ())), None)
+
+
+def compiled_on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled if it is called with arrays on an explicit mesh: one by one, some operations do not run there."""
+    compiled = jax.jit(function)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        here = any(isinstance(x, Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(args))
+        return (compiled if here and explicit_mesh(args) is not None else function)(*args)
+
+    return run
+
+
+def batch_axes(batch: Any) -> Any:
+    """How an explicit mesh splits the first axis of the arrays: by the first of them that it splits; None if none is."""
+    return next((spec[0] for x in jax.tree.leaves(batch) if any((spec := _spec(x))[:1])), None)
+
+
+def on_mesh(mesh: Any, *spec: Any) -> NamedSharding | None:
+    """Split over an explicit mesh like this; None without one."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def spec_on(mesh: Any, x: Any) -> tuple[Any, ...]:
+    """Of each axis, how the explicit mesh splits it; all None for what is on no mesh."""
+    return tuple(_spec(x)) if mesh is not None and isinstance(x, Array) else (None,) * jnp.ndim(x)
+
+
+def parts_of(mesh: Any, axes: Any) -> int:
+    """How many parts what is split along these axes of the mesh has."""
+    return math.prod(mesh.shape[axis] for axis in names_of(axes) or ())
+
+
+def resharded(tree: Any, out: Any) -> Any:
+    """The tree, split as `out`, a tree of shardings that it starts with; as it is where that is None."""
+    return jax.tree.map(lambda to, part: part if to is None else _jax.reshard(part, to), out, tree, is_leaf=lambda x: x is None)
+
+
+def automatic(mesh: Any, function: Callable[..., Any], out: Any, *args: Any) -> Any:
+    """`function(*args)`, where the compiler chooses how to split what lies between.
+
+    JAX refuses some operations along explicit axes, such as a product that sums over one.
+
+    Args:
+        mesh: the explicit mesh; without one the function is only called.
+        function: closes over no array.
+        out: how to split the result, a tree of shardings that it starts with.
+        args: trees of arrays.
+    """
+    if mesh is None:
+        return function(*args)
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out)(*args)
+
+
+def mapped_as(like: Array, x: Array) -> Array:
+    """`x` in the shape of `like`, and mapped by `jax.vmap` if that is; the compiler drops the selection.
+
+    On an explicit mesh JAX refuses to stack what is mapped with what is not.
+    """
+    return jnp.where(True, x, like)
 
 
 def gathered(x: Array, axes: Names) -> Array:

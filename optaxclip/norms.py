@@ -303,7 +303,10 @@ def _in_float32(
     """The same where float32 is exact, which is seen afterwards; else in float64."""
     sizes = _sizes(norm, parts, groups, split, leaves)
     # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
-    exact = [(size == jax.lax.clamp(2.0**-30, size, jnp.finfo(size.dtype).max)).all() for size in stacked(sizes, alike(sizes))]
+    exact = [
+        (size == jax.lax.clamp(size.dtype.type(2.0**-30), size, jnp.finfo(size.dtype).max)).all()
+        for size in stacked(sizes, alike(sizes))
+    ]
     in_float64 = functools.partial(_in_float64, norm, parts, groups, split)
     return jax.lax.cond(jnp.array(exact).all(), lambda _: sizes, in_float64, leaves)
 
@@ -357,13 +360,13 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tup
     def over_members(function: Callable[..., Array]) -> Join:
         return lambda tree: jax.tree.map(lambda x: function(x, 1, keepdims=True), tree)
 
-    members = tuple(jnp.take(jnp.append(values, 0), members, mode="clip") for values in moments)
+    members = tuple(jnp.take(jnp.pad(values, (0, 1)), members, mode="clip") for values in moments)
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
 
 
 def _widest(leaves: Sequence[ArrayLike]) -> DTypeLike:
     """The real type that all of them can be measured in."""
-    return jnp.finfo(jnp.promote_types(jnp.result_type(*leaves), jnp.float32)).dtype
+    return jnp.finfo(jnp.result_type(*map(wide, leaves))).dtype
 
 
 def _alike(leaves: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
@@ -374,16 +377,21 @@ def _alike(leaves: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
     return [widen(leaf, widest) for leaf in leaves]
 
 
+def wide(x: ArrayLike, least: DTypeLike = jnp.float32) -> DTypeLike:
+    """The dtype that `x` is measured in: the `least` precision or wider, complex if `x` is."""
+    dtype = jnp.result_type(x)
+    narrow = not jnp.issubdtype(dtype, jnp.complexfloating) and dtype.itemsize < 4  # JAX promotes no floats of 8 bits and less
+    return jnp.dtype(least) if narrow else jnp.promote_types(dtype, least)
+
+
 def widen(x: ArrayLike, least: DTypeLike = jnp.float32) -> Array:
     """`x` in the `least` precision or wider, complex if it is."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), least))
+    return jnp.asarray(x).astype(wide(x, least))
 
 
 def cast_like(x: Array, like: ArrayLike) -> Array:
-    """`x` with the dtype of `like`, and weakly typed if that is (a Python number): no public function does both."""
-    like = jnp.asarray(like)
-    x = x.astype(like.dtype)
-    return _jax.weakly_typed(x) if _jax.is_weakly_typed(like) else x
+    """`x` with the dtype of `like`."""
+    return x.astype(jnp.asarray(like).dtype)
 
 
 # Norms are made once, so that equal ones are known by their equality, and a program that uses one is traced once.

@@ -85,12 +85,6 @@ def float64():
         assert wide and jnp.asarray(number).dtype == jnp.float32
 
 
-def weakly_typed():
-    for run in _jax.weakly_typed, jax.jit(_jax.weakly_typed), jax.vmap(_jax.weakly_typed):
-        x = run(jnp.ones(3))
-        assert _jax.is_weakly_typed(x) and (x + jnp.bfloat16(1)).dtype == jnp.bfloat16
-
-
 def is_weakly_typed():
     assert [_jax.is_weakly_typed(x) for x in (1.0, jnp.asarray(1.0), jnp.ones(()), np.ones(2))] == [True, True, False, False]
 
@@ -152,7 +146,7 @@ def reshard():
         assert jax.typeof(run(jax.device_put(jnp.ones(4), split.update(spec=P())), split)).sharding.spec == P("x")
 
 
-OTHERS = [bind, context, float64, weakly_typed, is_weakly_typed, varying, axis_names, is_nameless, vary, reshard]
+OTHERS = [bind, context, float64, is_weakly_typed, varying, axis_names, is_nameless, vary, reshard]
 PARTS = {"Literal": literal, **{part.__name__: part for part in OTHERS}}
 
 
