@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.experimental.sparse import JAXSparse as JAXSparse
 from jax.extend import core
 from jax.sharding import Sharding
 from jax.typing import ArrayLike
@@ -17,8 +18,10 @@ from jax.typing import ArrayLike
 # 0.8.2 to 0.12.0: constants in a jaxpr; replaces `jax.core.Literal`, which is gone since 0.4.36.
 Literal = core.Literal
 
-# 0.8.2 to 0.12.0: a traced program, with its constants, and the function that runs it.
+# A traced program, one with its constants, and what runs it: two classes on 0.8.2 and 0.10.2, one class on 0.12.0.
 Jaxpr, ClosedJaxpr, jaxpr_as_fun = core.Jaxpr, core.ClosedJaxpr, core.jaxpr_as_fun
+
+# 0.8.2 to 0.12.0: `JAXSparse`, imported above, is the class of all sparse arrays, which `jax.Array` does not include.
 
 
 # 0.8.2 to 0.12.0: `ctx.manager` restores the mesh and the options of an equation; there is no public way.

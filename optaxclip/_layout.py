@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.experimental.sparse import JAXSparse
 
-from optaxclip import _validate
+from optaxclip import _jax, _validate
 from optaxclip._packing import columns, common
 from optaxclip._sharding import Names, is_names, names_of
 from optaxclip._types import Axes, Scope
@@ -179,7 +178,7 @@ def _flattened(tree: Any) -> tuple[list[Any], list[Any], Any]:
     """Keys and nodes of the leaves, among them None, `MaskedNode` and boxes; and the structure."""
 
     def is_leaf(node: Any) -> bool:
-        return is_absent(node) or isinstance(node, JAXSparse) or _is_box(node)
+        return is_absent(node) or isinstance(node, _jax.JAXSparse) or _is_box(node)
 
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [key for key, _ in flat], [node for _, node in flat], treedef
