@@ -18,16 +18,15 @@ from optaxclip import norms, scopes, telemetry, thresholds
 PARAMS = {"kernel": jnp.linspace(-1.0, 1.0, 32).reshape(8, 4), "bias": jnp.linspace(0.5, 2.0, 8)}
 GRADS = jax.tree.map(lambda x: 3 * x[::-1], PARAMS)
 
+BY_NAME = {"bias": 1.0, "kernel": thresholds.ema()}
 # Every public transform. Those of the contract, with the names they have there and a limit that clips; then all else.
 TRANSFORMS = {f"{case.name} {k}": functools.partial(case.make, 1.0) for k, case in enumerate([*CASES, *SCALERS])}
 TRANSFORMS |= {
     "ema by element": lambda **o: optaxclip.clip(thresholds.ema(), scopes.element(), norm=norms.linf(), **o),
     "zscore by unit": lambda **o: optaxclip.clip(thresholds.zscore(), scopes.unit(), **o),
     "quantile by unit": lambda **o: optaxclip.clip(thresholds.quantile(0.5, window=3), scopes.unit(), **o),
-    "dict by group": lambda **o: optaxclip.clip(
-        {"bias": 1.0, "kernel": thresholds.ema()}, scopes.group(lambda path: path), **o
-    ),
-    "dict by unit": lambda **o: optaxclip.clip({"bias": 1.0, "kernel": thresholds.ema()}, scopes.unit(), **o),
+    "dict by group": lambda **o: optaxclip.clip(BY_NAME, scopes.group(lambda path: path), **o),
+    "dict by unit": lambda **o: optaxclip.clip(BY_NAME, scopes.unit(), **o),
     "carry": lambda **o: optaxclip.carry(optaxclip.clip_by_norm(1.0, **o)),
     "carry around a rule": lambda **o: optaxclip.carry(optaxclip.spam_clip(**o), decay=0.5),
     "chain": lambda **o: optax.chain(optaxclip.adagc(**o), optaxclip.spam_clip(**o)),
