@@ -257,7 +257,7 @@ class ClippedGrad:
 
         def some(totals: list[Array], part: Any) -> tuple[Any, Any]:
             own, examples = part
-            (losses, aux), gradients = jax.vmap(lambda *example: self._gradient(varied, *example))(*examples)
+            (losses, aux), gradients = self._gradients(mesh, varied, examples)
             leaves, reading, finite, factors = parts.clip_factored(gradients, state, params, mesh, own)
             counted = own & finite
             weights = [jnp.where(counted, factor, 0) for factor in factors]
@@ -300,6 +300,19 @@ class ClippedGrad:
         found = jax.eval_shape(lambda params, example: self._gradient(params, *example)[1], params, examples)
         paths = scopes.lay_out(scopes.leaf(), params).paths
         return {path: "factors" if isinstance(x, tuple) else "stored" for path, x in zip(paths, found, strict=True)}
+
+    def _gradients(self, mesh: Any, params: Any, examples: Any) -> Any:
+        """What `_gradient` returns for each example."""
+
+        def compute(params: Any, *examples: Any) -> Any:
+            return jax.vmap(lambda *example: self._gradient(params, *example))(*examples)
+
+        try:
+            return compute(params, *examples)
+        except Exception:  # JAX cannot map every operation over an explicit axis, such as the gradient of a convolution
+            if mesh is None:
+                raise
+        return _sharding.automatic(mesh, compute, _sharding.on_mesh(mesh, _sharding.batch_axes(examples)), params, *examples)
 
     def _gradient(self, params: Any, *example: Any) -> Any:
         """The loss and what is with it, and the gradients by the leaves that are floats."""
