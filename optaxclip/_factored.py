@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Literal
 
-from optaxclip._programs import bind
+from optaxclip._jax import Literal, bind, context
 
 _fixed = functools.partial(dataclasses.field, metadata={"static": True})
 
@@ -345,7 +344,7 @@ def _run(program: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         return v.val if isinstance(v, Literal) else values[v]
 
     for equation in program.eqns:
-        with equation.ctx.manager:
+        with context(equation):
             outs = _outputs(equation, list(map(read, equation.invars)))
         values.update(zip(equation.outvars, outs, strict=True))
     return list(map(read, program.outvars))

@@ -4,17 +4,20 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from optaxclip._types import Threshold
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
+RULES = ("thresholds", "per_example")  # modules whose functions make rules
 
 
 def number(
@@ -28,12 +31,13 @@ def number(
         TypeError: `value` is not a real number.
         ValueError: it is an array of several numbers, NaN, or out of range.
     """
-    array = isinstance(value, jax.Array | np.ndarray)
-    real = jnp.isrealobj(value) and value.dtype != bool if array else isinstance(value, numbers.Real)
-    if not real or isinstance(value, bool | np.bool_):
-        raise TypeError(
-            f"{name} must be a real number, got {value!r} ({type(value).__name__}); pass a float such as 1.0{others}"
-        )
+    array, real = _is_number(value)
+    if not real:
+        advice = f"pass a float such as 1.0{others}"
+        if value is None and low <= 0:  # what a configuration says for "off"
+            off = "-inf" if low < 0 else "inf"
+            advice += f'; float("{off}") as a threshold means no clipping'
+        raise TypeError(f"{name} must be a real number, got {value!r} ({type(value).__name__}); {advice}")
     if array and value.shape != ():
         raise ValueError(
             f"{name} must be one number, got an array of shape {value.shape}; give groups limits of their own "
@@ -41,9 +45,13 @@ def number(
         )
     if isinstance(value, Tracer):
         return
+    value = np.asarray(value)[()] if array else value  # which needs no operation, and so can be looked at under `jit`
     if not (low < value < high if exclusive else low <= value <= high):
         bounds = f"({low:g}, {high:g})" if exclusive else f"[{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be in {bounds}, got {value}; pass a number inside")
+        advice = "pass a number inside"
+        if array and value.dtype.itemsize < 4:  # 0.999 is 1 in bfloat16, and injected numbers get the dtype of the parameters
+            advice += f" that {value.dtype} has not rounded; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
+        raise ValueError(f"{name} must be in {bounds}, got {value}; {advice}")
 
 
 def returned(name: str, value: Any) -> None:
@@ -59,21 +67,62 @@ def returned(name: str, value: Any) -> None:
         )
 
 
-def count(name: str, value: Any, *, low: int = 1, high: int | None = None) -> None:
-    """Refuses all but an integer of at least `low`, and at most `high` if that is given.
+def called(name: str, value: Any) -> None:
+    """Refuses the function that makes a rule in place of the rule; it would pass for a schedule.
 
     Raises:
-        TypeError: `value` is not an integer.
-        ValueError: it is below `low` or above `high`.
+        TypeError: `value` is a function of `optaxclip.thresholds` or `optaxclip.per_example`.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    made = getattr(value, "func", value)  # of a functools.partial
+    package, module = ([*str(getattr(made, "__module__", "")).split("."), ""])[:2]
+    if package != __package__ or module not in RULES or "." in made.__qualname__:
+        return
+    function, parameters = f"{module}.{made.__name__}", inspect.signature(value).parameters.values()
+    needs = any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
+    raise TypeError(
+        f"{name} must be a threshold, got a function: {function} was not called; pass {function}({'...' if needs else ''})"
+    )
+
+
+def count(name: str, value: Any, *, low: int = 1, high: int | None = None, traced: bool = False) -> None:
+    """Refuses all but an integer of at least `low`, and at most `high` if that is given.
+
+    With `traced` one number in an array passes as well, of any real dtype, because schedules make floats: such a count
+    may only be compared. Without it the count decides about shapes.
+
+    Raises:
+        TypeError: `value` is not an integer, or an array where it must not be one.
+        ValueError: it is an array of several numbers, below `low`, or above `high`.
+    """
+    array, real = _is_number(value)
+    if not real or not (array or isinstance(value, numbers.Integral)):
         raise TypeError(
             f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass a count such as {max(low, 1)}"
         )
-    if value < low:
+    if not traced:
+        static(name, value)
+    if array and value.shape != ():
+        raise ValueError(f"{name} must be one count, got an array of shape {value.shape}; try several at once with jax.vmap")
+    if isinstance(value, Tracer):
+        return
+    value = np.asarray(value)[()] if array else value
+    if not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value}; pass a larger count")
-    if high is not None and int(value) > high:
+    if high is not None and value > high:
         raise ValueError(f"{name} must be at most {high}, got {value}; pass a smaller count")
+
+
+def static(name: str, value: Any) -> None:
+    """Refuses an array, as `optax.inject_hyperparams` makes of every number, where a Python value is needed.
+
+    Raises:
+        TypeError: `value` is an array.
+    """
+    if isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{name} must be a Python value, got {value!r}; convert it, or with optax.inject_hyperparams pass "
+            f'static_args="{name}"'
+        )
 
 
 def memoryless(name: str, rule: Any) -> None:
@@ -188,6 +237,18 @@ def renamed(function: str, keywords: dict[str, Any]) -> None:
         )
 
 
+def keywords(function: str, given: dict[str, Any], known: Iterable[str]) -> None:
+    """Refuses keywords that a function does not have, in its own name.
+
+    Raises:
+        TypeError: one of those given is not known.
+    """
+    renamed(function, given)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}; it takes {', '.join(known)}")
+
+
 def checks_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The function, with keywords of old names refused."""
 
@@ -218,6 +279,33 @@ def part(name: str, value: Any, kind: type, example: str) -> None:
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}; pass one such as {example}")
+
+
+def transform(name: str, value: Any) -> None:
+    """Refuses all but an optimizer: something with functions `init` and `update`.
+
+    Raises:
+        TypeError: `value` is something else, such as a function that makes optimizers and was not called.
+    """
+    has_both = callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+    if not has_both or isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a GradientTransformation, got {value!r}; "
+            "pass one such as optax.adam(1e-3), or anything with its init and update"
+        )
+
+
+def same_state(name: str, before: Any, after: Any) -> None:
+    """Refuses a step after which the state is another tree, so that there is no choosing between the two.
+
+    Raises:
+        TypeError: its structure differs.
+    """
+    old, new = jax.tree.structure(before), jax.tree.structure(after)
+    if old != new:
+        raise TypeError(
+            f"{name} must keep the structure of its state, got {new} after {old}; let its init return what update returns"
+        )
 
 
 def function(name: str, value: Any, example: str, *, takes: int | None = None) -> None:
@@ -283,15 +371,33 @@ def response(value: Any, shape: tuple[int, ...]) -> None:
 
 
 def state(value: Any, kind: type) -> None:
-    """Refuses a state that another transform made.
+    """Refuses a state that another transform made, or that a checkpoint has lost the type of.
 
     Raises:
         TypeError: `value` is not of the type `kind`.
     """
-    if not isinstance(value, kind):
+    if isinstance(value, kind):
+        return
+    plain = value is None or isinstance(value, Mapping | list) or (type(value) is tuple and not any(map(_is_named, value)))
+    if plain or type(value).__name__ == "EmptyState":
+        advice = (
+            "restore with the state of init as the target, or start from init if the checkpoint has no such state "
+            "(the order is update(updates, state, params))"
+        )
+    else:
+        advice = "pass the state of this very transform (a chain has a tuple of states, and is updated as a whole)"
+    raise TypeError(f"state must be the {kind.__name__} that init returned, got {type(value).__name__}; {advice}")
+
+
+def not_a_transform(name: str, value: Any) -> None:
+    """Refuses an optimizer where its state is meant.
+
+    Raises:
+        TypeError: `value` is one.
+    """
+    if isinstance(value, optax.GradientTransformation | optax.MultiSteps):
         raise TypeError(
-            f"state must be the {kind.__name__} that init returned, got {type(value).__name__}; "
-            "pass the state of this very transform (a chain has a tuple of states, and is updated as a whole)"
+            f"{name} must be a state, got the {type(value).__name__} that makes it; pass the state that init or update returned"
         )
 
 
@@ -327,6 +433,19 @@ def leaf(path: str, value: Any) -> None:
     if not isinstance(value, numbers.Number) and not hasattr(value, "dtype") and not hasattr(value, "__jax_array__"):
         raise TypeError(
             f"updates must be a tree of arrays, got {value!r} at {path!r}; take it out, or hide it with optax.masked"
+        )
+
+
+def sparse(path: str, value: Any) -> None:
+    """Refuses a sparse array, whose numbers are no elements: several of one index are added up later.
+
+    Raises:
+        TypeError: `value` is one.
+    """
+    if _is_sparse(value):
+        raise TypeError(
+            f"updates must be a tree of dense arrays, got a {type(value).__name__} at {path!r}; pass its todense(), "
+            "or clip the data of its sum_duplicates()"
         )
 
 
@@ -394,6 +513,34 @@ def not_split(path: str, axes: tuple[Any, ...]) -> None:
         raise ValueError(
             f"updates has at {path!r} a matrix that is split along {axes}, of which no device knows the singular values; "
             "clip under jit, or gather it first with jax.lax.all_gather"
+        )
+
+
+def mapped(name: str, missing: tuple[Any, ...], axes: tuple[Any, ...]) -> None:
+    """Refuses names of axes that are not mapped where they are used.
+
+    Raises:
+        ValueError: a name is `missing` among the `axes` that are mapped.
+    """
+    if not missing:
+        return
+    advice = f"pass some of {axes}, or () if every device has the whole of each leaf"
+    if not axes:
+        advice = f"call this in shard_map, pmap or vmap with this axis_name, or leave {name} out, which is right under jit"
+    raise ValueError(f"{name} must name mapped axes, got {missing} where {axes or 'none'} are mapped; {advice}")
+
+
+def tracked(name: str, given: Any, axes: tuple[Any, ...]) -> None:
+    """Refuses to guess whether gradients are sharded.
+
+    Raises:
+        ValueError: nothing is `given`.
+    """
+    if given is None:
+        raise ValueError(
+            f"{name} must be given where JAX does not track what differs between devices (pmap, or shard_map with "
+            f"check_vma=False), got None; pass those of {axes} over which each leaf is sharded or, for gradients that "
+            f"pmean made equal on all devices, {name}=()"
         )
 
 
@@ -478,6 +625,36 @@ def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
         )
 
 
+def same_groups(given: Sequence[str], known: Sequence[str] | None) -> None:
+    """Refuses updates whose groups are not those of the state; `known` is None where a state does not tell.
+
+    Raises:
+        ValueError: a group is missing, is new, or stands at another place.
+    """
+    if known is not None and list(given) != list(known):
+        new, gone = ([name for name in these if name not in those][:3] for these, those in ((given, known), (known, given)))
+        how = f"{new} only in updates and {gone} only in state" if new or gone else "the same ones in another order"
+        raise ValueError(
+            f"updates has {len(given)} groups, but state was made for {len(known)}, got {how}; call init on a tree with the "
+            "same leaves, or update(updates, state, params) if some gradients are None"
+        )
+
+
+def state_tree(treedef: Any, tree: Any) -> None:
+    """Refuses a state whose trees are not like the updates.
+
+    Raises:
+        ValueError: the structure differs.
+    """
+    try:
+        treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"updates has another structure than the tree that state was made for, got {treedef}; call init on a tree with the "
+            "same leaves, or update(updates, state, params) if some gradients are None"
+        ) from error
+
+
 def same_blocks(given: int, known: int) -> None:
     """Refuses updates that have other groups than the tree that the state was made for.
 
@@ -512,6 +689,23 @@ def real(dtype: Any) -> None:
             f"bounds that differ by sign need real updates, got {dtype}; "
             "cut complex numbers by magnitude with clip_by_value(limit)"
         )
+
+
+def _is_number(value: Any) -> tuple[bool, bool]:
+    """Whether it is an array, and whether it is real: booleans and complex numbers are not."""
+    array = isinstance(value, jax.Array | np.ndarray)
+    if array:
+        return True, jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    return False, isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+
+
+def _is_named(value: Any) -> bool:
+    """Whether it is a NamedTuple, as states are, or a chain of them."""
+    return hasattr(value, "_fields") or (isinstance(value, tuple) and any(map(_is_named, value)))
+
+
+def _is_sparse(value: Any) -> bool:
+    return hasattr(type(value), "todense")  # of JAX, SciPy and others, none of which need be imported
 
 
 def _remembers(rule: Any) -> bool:

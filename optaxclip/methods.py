@@ -9,6 +9,7 @@ What learns never learns from NaN, infinity or zeros, nor from a lone size ten t
 (`thresholds.plausible`); a method that can lock itself in has its way out in `thresholds.patient`.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -27,11 +28,24 @@ Row = Callable[..., optax.GradientTransformationExtraArgs]
 
 
 def _row(method: Row) -> Row:
-    """Spells out the keywords of `clip` in the signature, for `help` and for `optax.inject_hyperparams`."""
+    """Spells out the keywords of `clip` in the signature, for `help` and for `optax.inject_hyperparams`.
+
+    There, `response=None` stands for the row's own response: inject_hyperparams takes any function for a schedule.
+    """
     own = [p for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    rest = [inspect.signature(clip).parameters[name] for name in ("nonfinite", "sharded_over", "record")]
-    method.__dict__["__signature__"] = inspect.Signature([*own, *rest], return_annotation=optax.GradientTransformationExtraArgs)
-    return method
+    shared = inspect.signature(clip).parameters
+    rest = [shared["response"].replace(default=None), *(shared[name] for name in ("nonfinite", "sharded_over", "record"))]
+    signature = inspect.Signature([*own, *rest], return_annotation=optax.GradientTransformationExtraArgs)
+
+    @functools.wraps(method)
+    def row(*args: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+        _validate.keywords(method.__name__, options, signature.parameters)
+        if options.get("response") is None:
+            options.pop("response", None)
+        return method(*args, **options)
+
+    row.__dict__["__signature__"] = signature
+    return row
 
 
 @_row
@@ -204,6 +218,7 @@ def adaptive_grad_clip(
         Brock, De, Smith and Simonyan, [High-performance large-scale image recognition without
         normalization](https://arxiv.org/abs/2102.06171), 2021.
     """
+    _validate.static("axes", axes)
     _validate.not_both("axes", axes, "scope", scope, "pass scope=scopes.unit(axes) or axes alone")
     return clip(thresholds.relative(ratio, floor=floor), scope=scope or scopes.unit(axes), norm=norm, **options)
 
@@ -290,7 +305,7 @@ def zclip(
     z: Any = 2.5,
     *,
     decay: Any = 0.97,
-    warmup: int = 25,
+    warmup: Any = 25,
     max_norm: Any = None,
     scope: Scope = scopes.tree(),
     norm: Norm = norms.l2(),
@@ -337,7 +352,7 @@ def adagc(
     factor: Any = 1.05,
     *,
     decay: Any = 0.98,
-    warmup: int = 100,
+    warmup: Any = 100,
     max_norm: Any = 1.0,
     scope: Scope = scopes.leaf(),
     norm: Norm = norms.l2(),
@@ -386,7 +401,7 @@ def history_clip(
     deviations: Any = 3.0,
     *,
     window: int = 128,
-    warmup: int = 64,
+    warmup: Any = 64,
     scope: Scope = scopes.tree(),
     norm: Norm = norms.l2(),
     **options: Any,
@@ -502,7 +517,7 @@ def growth_clip(
 
 @_row
 def spam_clip(
-    factor: Any = 5000.0, *, decay: Any = 0.999, warmup: int = 20, scope: Scope = scopes.element(), **options: Any
+    factor: Any = 5000.0, *, decay: Any = 0.999, warmup: Any = 20, scope: Scope = scopes.element(), **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     r"""SPAM's spike clip: cuts each element at :math:`\sqrt{\theta v}`, where :math:`v` averages its squares.
 
@@ -676,7 +691,7 @@ def scale_by_stable_adam(
 def spectral_clip(
     max_norm: Any,
     *,
-    response: Response = responses.rescale,
+    response: Response | None = None,
     iterations: int | None = None,
     nonfinite: str = "propagate",
     sharded_over: Any = None,
@@ -692,7 +707,7 @@ def spectral_clip(
 
     Args:
         max_norm: the limit :math:`c` to singular values.
-        response: what happens to singular values that are larger.
+        response: what happens to singular values that are larger; `responses.rescale` if None.
         iterations: of Newton and Schulz instead of a decomposition, 10 in SPECTRA; for `responses.smooth`. What is recorded
             as the size is then the Frobenius norm.
         nonfinite: as for `clip`, by matrix.
@@ -715,7 +730,7 @@ def spectral_clip(
     References:
         SPECTRA, [arXiv:2603.14315](https://arxiv.org/abs/2603.14315), 2026, for the soft clip.
     """
-    limit = thresholds.as_thresholds(max_norm, name="max_norm")
+    limit, response = thresholds.as_thresholds(max_norm, name="max_norm"), response or responses.rescale
     options = {"nonfinite": nonfinite, "sharded_over": (), "record": record}
     if iterations is None:
         rules = limit.values() if isinstance(limit, dict) else [limit]

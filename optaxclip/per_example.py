@@ -31,6 +31,7 @@ from jax import Array
 
 from optaxclip import _factored, _sharding, _validate, norms, responses, scopes
 from optaxclip._clip import clip
+from optaxclip._layout import lay_out
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope
 from optaxclip.thresholds import as_thresholds
 
@@ -104,7 +105,7 @@ def quantile(
         >>> clip = per_example.aggregate(per_example.quantile(0.5, initial=10.0))
         >>> state = clip.init(jnp.zeros(2))
         >>> _, state = clip.update(jnp.array([[3.0, 4.0], [0.0, 2.0]]), state)  # both within 10
-        >>> state.rules
+        >>> state.threshold
         Array([9.048374], dtype=float32)
 
     References:
@@ -195,13 +196,14 @@ def aggregate(
 
     def update(updates: Any, state: Any, params: Any = None, *, mask: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
+        _sharding.all_bound("sharded_over", parts.axes)
         size = _validate.batch("updates", updates)
         mask = _mask(mask, size)
         if size:
             return compute(updates, state, params, mask)
         state = parts.init(jax.tree.map(_like_one, updates)) if state is None else state
         result, after = compute(jax.tree.map(_example, updates), state, params, _nobody())
-        return result, after._replace(rules=state.rules)
+        return result, after._replace(threshold=state.threshold)
 
     return optax.GradientTransformationExtraArgs(parts.init, update)
 
@@ -233,6 +235,7 @@ class ClippedGrad:
         Raises:
             ValueError: arrays differ in the length of their first axis, or `microbatch` does not divide it.
         """
+        _sharding.all_bound("sharded_over", self._parts.axes)
         size = _validate.batch("batch", batch)
         mask = _mask(mask, size)
         if size:
@@ -242,7 +245,7 @@ class ClippedGrad:
         (loss, seen), gradients = self._computed(1)(params, jax.tree.map(_example, batch), _nobody(), state)
         each = (seen.losses, seen.aux, seen.sizes, seen.clipped, seen.counted)
         losses, aux, sizes, clipped, counted = jax.tree.map(lambda x: x[:0], each)
-        after = seen.state._replace(rules=state.rules)
+        after = seen.state._replace(threshold=state.threshold)
         seen = Seen(losses, aux, sizes, seen.limits, clipped, counted, seen.dropped, after)
         return (loss, seen), gradients
 
@@ -298,7 +301,7 @@ class ClippedGrad:
         """
         examples = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], jax.tree.map(_example, batch)), batch)
         found = jax.eval_shape(lambda params, example: self._gradient(params, *example)[1], params, examples)
-        paths = scopes.lay_out(scopes.leaf(), params).paths
+        paths = lay_out(scopes.leaf(), params).paths
         return {path: "factors" if isinstance(x, tuple) else "stored" for path, x in zip(paths, found, strict=True)}
 
     def _gradients(self, mesh: Any, params: Any, examples: Any) -> Any:
@@ -432,22 +435,21 @@ class _Parts:
     def init(self, params: Any) -> Any:
         """The state before the first step."""
         start: Any = clip(0.0, scope=self.scope, norm=self.norm, sharded_over=()).init(params)
-        return start._replace(rules=self.rule.init(len(start.reading.names)) if self.rule else ())
+        return start._replace(threshold=self.rule.init(len(start.reading.names.known)) if self.rule else ())
 
     def clip_each(self, gradients: Any, state: Any, params: Any) -> tuple[Any, Reading, Array]:
         """Gradients, readings, and whether all of a gradient is finite, each with the examples in front."""
         if self.scope.axes is not None:  # a reading of many groups in a leaf is that of all devices, here of other examples
             _validate.not_mapped("scope", _sharding.manual_axes())
-        names = [name for (name,) in state.reading.names]
+        names = state.reading.names.known
         engine = self.engine(self._limits(state), names)
 
         def one(gradient: Any) -> tuple[Any, Reading, Array]:
             start: Any = engine.init(gradient)
             after: Any
             clipped, after = engine.update(gradient, start._replace(step=state.step), params)
-            layout = scopes.lay_out(self.scope, gradient)
-            others = [x for i, x in enumerate(layout.leaves) if i not in layout.measured and hasattr(x, "dtype")]
-            finite = [after.reading.size_before, *filter(_is_float, others)]
+            layout = lay_out(self.scope, gradient)
+            finite = [after.reading.size_before, *filter(_is_float, layout.others)]
             return clipped, after.reading, jnp.array([jnp.isfinite(x).all() for x in finite]).all()
 
         return jax.vmap(one)(gradients)
@@ -480,16 +482,16 @@ class _Parts:
         seen = _sharding.resharded((reading.measured, mask, counted), _sharding.on_mesh(mesh))
         measured, mask, counted = (_sharding.gathered(x, self.axes) for x in seen)
         reading = reading._replace(measured=measured)
-        rules, limits = state.rules, self._limits(state)
+        rule_state, limits = state.threshold, self._limits(state)
         if self.rule and limits is not None:
-            rules = self.rule.learn(reading.size_before, counted, limits, rules, Context(state.step))
+            rule_state = self.rule.learn(reading.size_before, counted, limits, rule_state, Context(state.step))
         weights = counted / jnp.maximum(jnp.sum(counted), 1)
         means = jnp.tensordot(weights, jnp.where(counted[:, None, None], reading.measured, 0), 1)
         events = jnp.array([(means[3] > 0).any(), (mask & ~counted).any()], jnp.int32)
         reading = state.reading._replace(
             measured=means.astype(state.reading.measured.dtype), counted=state.reading.counted + events
         )
-        return ClipState(jnp.asarray(optax.safe_increment(state.step)), rules, reading)
+        return ClipState(jnp.asarray(optax.safe_increment(state.step)), rule_state, reading)
 
     def over_all(self, tree: Any) -> Any:
         """Sums over the devices that have the batch between them."""
@@ -499,7 +501,7 @@ class _Parts:
         """What the rule allows each group; None without a rule."""
         if not self.rule:
             return None
-        return jnp.broadcast_to(self.rule.limit(state.rules, Context(state.step)), (len(state.reading.names),))
+        return jnp.broadcast_to(self.rule.limit(state.threshold, Context(state.step)), (len(state.reading.names.known),))
 
 
 def _mask(mask: Any, size: int) -> Any:

@@ -4,6 +4,7 @@ Every `clip` keeps a `Reading` of its last step and counts of all steps in its s
 makes a dict of arrays of them, for any logger, and works under `jit`, `scan` and `vmap`.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from jax import Array
 
 from optaxclip import _validate, norms, scopes
 from optaxclip._clip import clip
-from optaxclip._guard import GuardState
+from optaxclip._guard import GuardState, Watch
+from optaxclip._layout import by_path
 from optaxclip._types import ClipState, Norm, Reading, Scope
 from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
 
@@ -27,7 +29,11 @@ def readings(opt_state: Any) -> list[Reading]:
 
     Args:
         opt_state: state of any transform, however nested (`optax.chain`, `masked`, `partition`, `MultiSteps`,
-            `inject_hyperparams`, ...), or a Flax `TrainState` or `nnx.Optimizer` that has one.
+            `inject_hyperparams`, ...), or anything that holds one or several: a Flax `TrainState` or `nnx.Optimizer`,
+            a dataclass, a dict.
+
+    Raises:
+        TypeError: `opt_state` is an optimizer, and not its state.
 
     Example:
         >>> import jax.numpy as jnp, optax, optaxclip
@@ -42,7 +48,7 @@ def readings(opt_state: Any) -> list[Reading]:
 
 def group_names(reading: Reading) -> list[str]:
     """The groups of a reading: paths of leaves, names of groups, or `"tree"`."""
-    return [name for group in reading.names for name in group]
+    return list(reading.names.known or ())
 
 
 def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[str, Array]:
@@ -58,6 +64,12 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
     | `clip/skipped_steps` | steps that guards (`skip_nonfinite`, `skip_spikes`) kept from what is inside, if there are any |
     | `clip/watched`, `clip/watched_limit` | the norm or loss that `skip_spikes` looked at, and what it may be |
 
+    Before the first step there is nothing to tell: everything is NaN then, except `clip/largest`, which is -1, and the counts,
+    which are 0. The keys are always the same.
+
+    Between two steps of a clip the numbers stay as they are. So inside `optax.MultiSteps` those of one step are there again
+    for each micro-batch until the next step, and inside a guard for each step that it skips. `clip/steps` grows only at a step.
+
     Several clips in one state are `clip_0`, `clip_1` and so on, in the order of the chain. A state that is vmapped over
     seeds gives arrays over seeds. Without a clip that records, the dict is empty.
 
@@ -65,6 +77,9 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
         opt_state: as for `readings`.
         params: if given, and if there are several groups, their numbers by name as well: `clip/size_before/encoder/kernel`.
         prefix: what keys begin with.
+
+    Raises:
+        TypeError: `opt_state` is an optimizer, and not its state.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -100,15 +115,21 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
         if params is not None and len(groups) > 1:
             for k, group in enumerate(groups):
                 for key in ("size_before", "size_after", "limit", "clipped_share"):
-                    found[f"{name}/{key}/{group}"] = getattr(reading, key)[..., k]
+                    found[f"{name}/{key}/{group}"] = _once_seen(state.step, getattr(reading, key)[..., k])
     guards = _guards(opt_state)
     if guards:
         found[f"{prefix}/skipped_steps"] = sum((guard.skipped_steps for guard in guards[1:]), guards[0].skipped_steps)
-    watches = [guard.watch for guard in guards if guard.watch is not None]
-    for i, watch in enumerate(watches):
+    watches = [(guard.steps, guard.watch) for guard in guards if isinstance(guard.watch, Watch)]
+    for i, (steps, watch) in enumerate(watches):
         number = "" if len(watches) == 1 else f"_{i}"
-        found |= {f"{prefix}/watched{number}": watch.size, f"{prefix}/watched_limit{number}": watch.limit}
+        found[f"{prefix}/watched{number}"] = _once_seen(steps, watch.size)
+        found[f"{prefix}/watched_limit{number}"] = _once_seen(steps, watch.limit)
     return found
+
+
+def _once_seen(steps: Array, value: Array, otherwise: float = jnp.nan) -> Array:
+    """The value of the last step, `otherwise` before the first."""
+    return jnp.where(steps > 0, value, jnp.asarray(otherwise, jnp.result_type(value)))
 
 
 def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
@@ -120,13 +141,15 @@ def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
     def of_largest(values: Array) -> Array:
         return jnp.take_along_axis(values, largest[..., None], -1)[..., 0]
 
-    return {
+    last = {
         "size_before": of_largest(before),
         "size_after": of_largest(after),
         "limit": of_largest(limit),
         "scale": jnp.min(jnp.where(before == 0, 1, after / jnp.where(before == 0, 1, before)), -1),
         "clipped_share": jnp.mean(share, -1),
-        "largest": largest,
+    }
+    return {key: _once_seen(step, value) for key, value in last.items()} | {
+        "largest": _once_seen(step, largest, -1),
         "steps": step,
         "clipped_steps": reading.clipped_steps,
         "nonfinite_steps": reading.nonfinite_steps,
@@ -245,14 +268,23 @@ def suggest(opt_state: Any) -> list[Suggestion]:
 
 def _found(tree: Any, kind: type) -> list[Any]:
     """The nodes of a type in a tree, with arrays for what wraps arrays, as Flax does."""
-    tree = getattr(tree, "opt_state", tree)
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
-    return [jax.tree.map(jnp.asarray, node, is_leaf=_wraps_an_array) for node in nodes if isinstance(node, kind)]
+    _validate.not_a_transform("opt_state", tree)
+    return [jax.tree.map(jnp.asarray, node, is_leaf=_wraps_an_array) for node in _nodes(tree, kind, set())]
+
+
+def _nodes(tree: Any, kind: type, seen: set[int]) -> Iterator[Any]:
+    """The nodes of a type, in order; also in the attributes of objects that JAX takes for leaves."""
+    for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind)):
+        if isinstance(node, kind):
+            yield node
+        elif isinstance(getattr(node, "__dict__", None), dict) and not hasattr(node, "dtype") and id(node) not in seen:
+            seen.add(id(node))
+            yield from _nodes(vars(node), kind, seen)
 
 
 def _clips(opt_state: Any) -> list[tuple[ClipState, Reading]]:
     """Every clip that records, and its reading."""
-    return [(state, state.reading) for state in _found(opt_state, ClipState) if state.reading is not None]
+    return [(state, state.reading) for state in _found(opt_state, ClipState) if isinstance(state.reading, Reading)]
 
 
 def _guards(opt_state: Any) -> list[GuardState]:
@@ -268,13 +300,16 @@ def _histories(opt_state: Any) -> list[tuple[str, History]]:
     """The memory of each group of every monitor, by name, in NumPy."""
     found = []
     for state, reading in _clips(opt_state):
-        if not all(isinstance(rule, History) for rule in state.rules):
+        if not isinstance(state.threshold, History):
             continue
         _validate.one_run("opt_state", state.step.shape)
-        names, rules = group_names(reading), jax.tree.map(np.asarray, state.rules)
-        if len(rules) == 1 and rules[0].sketch.origin.ndim == 1:  # one block for all groups
-            rules = [jax.tree.map(lambda x, k=k: x[..., k : k + 1], rules[0]) for k in range(len(names))]
-        found += zip(names, rules, strict=True)
+        names, history = group_names(reading), jax.tree.map(np.asarray, state.threshold)
+        origin = history.sketch.origin
+        if isinstance(origin, np.ndarray) and origin.shape == (len(names),):  # one number for each group
+            found += [(name, jax.tree.map(lambda x, k=k: x[..., k : k + 1], history)) for k, name in enumerate(names)]
+        else:  # a tree like the parameters
+            last, first, origin, counts = map(by_path, (history.last, *history.sketch))
+            found += [(name, History(last[name], Sketch(first[name], origin[name], counts[name]))) for name in names]
     return found
 
 

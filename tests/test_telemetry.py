@@ -1,5 +1,7 @@
 """What clipping did is found wherever the clip is, under every transformation of JAX."""
 
+import dataclasses
+
 import chex
 import flax.serialization
 import jax
@@ -76,6 +78,85 @@ def test_readings_are_found_in_the_states_of_flax():
         assert telemetry.metrics(holder)["clip/steps"] == 1
 
 
+GUARDED = optaxclip.skip_nonfinite(optax.chain(CLIP, optax.sgd(0.1)))
+GUARDS = optaxclip.skip_nonfinite(
+    optax.MultiSteps(optaxclip.skip_spikes(GUARDED, 100.0), 2).gradient_transformation()
+)  # one in another
+
+
+class TwoOptimizers(TrainState):
+    other: optax.OptState = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Registered:
+    opt_state: optax.OptState
+    average: optax.OptState
+
+
+class Trainer:
+    """An object that JAX takes for a leaf, and that holds itself, too."""
+
+    def __init__(self, **states):
+        self.states, self.me, self.optimizer = states, self, CLIP
+
+
+def train_state(optimizer, other):
+    return TwoOptimizers.create(apply_fn=None, params=GRADS, tx=optimizer, other=other)
+
+
+def nnx_optimizer(optimizer):
+    return nnx.Optimizer(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optimizer, wrt=nnx.Param)
+
+
+HOLDERS = {  # what holds states, and how many clips and guards are in it
+    "sam": (lambda: optax.contrib.sam(GUARDED, optax.chain(GUARDED)).init(GRADS), 2, 2),
+    "train state": (lambda: train_state(GUARDED, GUARDED.init(GRADS)), 2, 2),
+    "second state only": (lambda: train_state(optax.sgd(1.0), {"head": GUARDED.init(GRADS)}), 1, 1),
+    "nnx optimizer": (lambda: nnx_optimizer(GUARDED), 1, 1),
+    "nnx optimizers": (lambda: {"generator": nnx_optimizer(GUARDED), "critic": (nnx_optimizer(CLIP),)}, 2, 1),
+    "dict": (lambda: {"a": GUARDED.init(GRADS), "params": GRADS, "b": [CLIP.init(GRADS)]}, 2, 1),
+    "tuple": (lambda: (GRADS, GUARDED.init(GRADS), 0, None, "text", len), 1, 1),
+    "dataclass": (lambda: Registered(GUARDED.init(GRADS), GUARDED.init(GRADS)), 2, 2),
+    "object": (lambda: Trainer(a=GUARDED.init(GRADS), b=nnx_optimizer(CLIP)), 2, 1),
+    "guards in guards": (lambda: GUARDS.init(GRADS), 1, 3),
+    "guards in guards in a dict": (lambda: {"opt_state": (), "all": {"mine": GUARDS.init(GRADS)}}, 1, 3),
+    "no state": (lambda: {"params": GRADS, "model": nnx.Linear(2, 1, rngs=nnx.Rngs(0))}, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_clips_and_guards_are_found_whatever_holds_them(name):
+    make, clips, guards = HOLDERS[name]
+    holder = make()
+    assert len(telemetry.readings(holder)) == clips
+    found = telemetry.metrics(holder)
+    assert len([key for key in found if key.endswith("/limit")]) == clips
+    assert ("clip/skipped_steps" in found) == (guards > 0)
+    assert telemetry.last_sizes(holder) == {} and telemetry.suggest(holder) == []
+
+
+def test_the_steps_that_guards_in_guards_skipped_are_counted():
+    optimizer = optaxclip.skip_nonfinite(optax.MultiSteps(optaxclip.skip_spikes(GUARDED, 10.0), 2).gradient_transformation())
+    state = optimizer.init(GRADS)
+    for scale in jnp.nan, 1.0, 1.0, 0.1, 0.1:  # the outer one skips the first, the next one the mean of two
+        _, state = optimizer.update(jax.tree.map(lambda x, scale=scale: x * scale, GRADS), state, GRADS)
+    found = telemetry.metrics({"opt_state": (), "guarded": [state, state]})
+    assert found["clip/skipped_steps"] == 2 * (1 + 1) and found["clip_0/steps"] == 1
+
+
+@pytest.mark.parametrize("read", [telemetry.readings, telemetry.metrics, telemetry.last_sizes, telemetry.suggest])
+@pytest.mark.parametrize(
+    "transform",
+    [CLIP, optax.chain(CLIP, optax.sgd(1.0)), GUARDED, optax.MultiSteps(CLIP, 2), optax.adam(1.0), telemetry.monitor()],
+)
+def test_an_optimizer_in_place_of_its_state_is_refused(read, transform):
+    words = f"opt_state must be a state, got the {type(transform).__name__} that makes it; pass the state that init or"
+    with pytest.raises(TypeError, match="^" + words):
+        read(transform)
+
+
 def numbers(metrics):
     return {name: float(value) for name, value in metrics.items()}
 
@@ -132,6 +213,54 @@ def test_several_clips_are_counted_from_zero():
 
 def test_a_state_without_clips_has_no_metrics():
     assert telemetry.metrics(optax.adam(1e-3).init(GRADS)) == {}
+
+
+STEPLESS = {"size_before", "size_after", "limit", "scale", "clipped_share", "watched", "watched_limit"}
+
+
+def assert_nothing_is_told(found):
+    for key, value in found.items():
+        kind = key.split("/")[1]
+        if kind in STEPLESS:
+            assert np.isnan(value).all(), key
+        else:
+            assert (np.asarray(value) == (-1 if kind == "largest" else 0)).all(), key
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [CLIP, optaxclip.clip_by_norm(1.0), optaxclip.clip_by_value(1.0), telemetry.monitor(), optaxclip.skip_spikes(CLIP, 1e3)],
+)
+def test_before_the_first_step_nothing_is_told_and_the_keys_are_the_same(clip):
+    state, params = clip.init(GRADS), GRADS
+    after = telemetry.metrics(stepped(clip), params)
+    for found in telemetry.metrics(state, params), jax.jit(lambda: telemetry.metrics(clip.init(GRADS), params))():
+        assert_nothing_is_told(found)
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, after)
+    assert not any(np.isnan(value) for value in after.values()) and after.get("clip/largest", 0) >= 0
+    assert_nothing_is_told(telemetry.metrics(jax.vmap(lambda x: clip.init(jax.tree.map(lambda g: x * g, GRADS)))(jnp.ones(3))))
+
+
+def test_multi_steps_tell_nothing_before_the_first_real_step_and_repeat_the_last_one_after_it():
+    optimizer = optax.MultiSteps(optax.chain(optaxclip.skip_spikes(CLIP, 1e3), optax.sgd(1.0)), 3)
+
+    def step(state, scale):
+        _, state = optimizer.update(jax.tree.map(lambda x: scale * x, GRADS), state, GRADS)
+        return state, telemetry.metrics(state)
+
+    state, found = jax.jit(lambda scales: jax.lax.scan(step, optimizer.init(GRADS), scales))(jnp.arange(1.0, 9.0))
+    assert_nothing_is_told({key: value[:2] for key, value in found.items()})
+    np.testing.assert_allclose(found["clip/size_before"][2:], 13 * np.array([2, 2, 2, 5, 5, 5]), rtol=1e-6)
+    np.testing.assert_allclose(found["clip/watched"][2:], 13 * np.array([2, 2, 2, 5, 5, 5]), rtol=1e-6)
+    np.testing.assert_array_equal(found["clip/steps"], [0, 0, 1, 1, 1, 2, 2, 2])
+
+
+def test_seeds_of_which_some_have_not_begun_are_told_apart():
+    _, one = CLIP.update(GRADS, CLIP.init(GRADS))
+    states = jax.tree.map(lambda *x: jnp.stack(x), CLIP.init(GRADS), one)
+    found = telemetry.metrics(states)
+    np.testing.assert_array_equal(found["clip/size_before"], [np.nan, 13])
+    np.testing.assert_array_equal(found["clip/largest"], [-1, 0])
 
 
 def test_empty_trees_and_zero_gradients_have_metrics_without_nan():
@@ -269,7 +398,7 @@ def test_the_memories_of_several_runs_are_not_mixed(read):
 def test_a_memory_has_a_fixed_size():
     before, after = telemetry.monitor(history=7).init(GRADS), stepped(telemetry.monitor(history=7), 3)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(before.rules)) == 4 * (7 + 1024 + 1 + 1024)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(before.threshold)) == 4 * (7 + 1024 + 1 + 1024)
 
 
 def test_a_memory_is_a_rule_without_a_limit():

@@ -1,19 +1,23 @@
 import ast
+import functools
 import inspect
 import math
 import pathlib
 import re
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import sparse
 
 import optaxclip
 from optaxclip import _validate, norms, scopes, thresholds
 
 GROWTH = thresholds.growth()
+CLIP_STATE = optaxclip.clip_by_global_norm(1.0).init(np.ones(1))
 RELATIVE = norms.relative_linf(0.1, 1e-7)
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
@@ -33,7 +37,28 @@ REFUSALS = {
             TypeError,
             "c must be a real number, got '1.0' (str); pass a float such as 1.0, or a schedule",
         ),
-        (("c", None), {}, TypeError, "c must be a real number, got None (NoneType); pass a float such as 1.0"),
+        (
+            ("c", None),
+            {},
+            TypeError,
+            "c must be a real number, got None (NoneType); pass a float such as 1.0; "
+            'float("inf") as a threshold means no clipping',
+        ),
+        (
+            ("c", None),
+            {"low": -math.inf, "high": 0.0},
+            TypeError,
+            "c must be a real number, got None (NoneType); pass a float such as 1.0; "
+            'float("-inf") as a threshold means no clipping',
+        ),
+        (("c", None), {"low": 1.0}, TypeError, "c must be a real number, got None (NoneType); pass a float such as 1.0"),
+        (
+            ("c", jnp.bfloat16(0.999) * jnp.ones((), jnp.bfloat16)),
+            {"high": 1.0, "exclusive": True},
+            ValueError,
+            "c must be in (0, 1), got 1.0; pass a number inside that bfloat16 has not rounded; "
+            "with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32",
+        ),
         (("c", True), {}, TypeError, "c must be a real number, got True (bool); pass a float such as 1.0"),
         (("c", np.True_), {}, TypeError, "c must be a real number, got np.True_ (bool); pass a float such as 1.0"),
         (("c", np.array(True)), {}, TypeError, "c must be a real number, got array(True) (ndarray); pass a float such as 1.0"),
@@ -67,6 +92,28 @@ REFUSALS = {
         (("n", np.int64(1)), {"low": 0, "high": 0}, ValueError, "n must be at most 0, got 1; pass a smaller count"),
         (("n", 0), {"high": 5}, ValueError, "n must be at least 1, got 0; pass a larger count"),
         (("n", 2.0), {"high": 5}, TypeError, "n must be an integer, got 2.0 (float); pass a count such as 1"),
+        (("n", 2.0), {"traced": True}, TypeError, "n must be an integer, got 2.0 (float); pass a count such as 1"),
+        (
+            ("n", np.array(True)),
+            {"traced": True},
+            TypeError,
+            "n must be an integer, got array(True) (ndarray); pass a count such as 1",
+        ),
+        (
+            ("n", np.array(2)),
+            {},
+            TypeError,
+            'n must be a Python value, got array(2); convert it, or with optax.inject_hyperparams pass static_args="n"',
+        ),
+        (
+            ("n", np.ones(2)),
+            {"traced": True},
+            ValueError,
+            "n must be one count, got an array of shape (2,); try several at once with jax.vmap",
+        ),
+        (("n", jnp.array(0.5)), {"traced": True}, ValueError, "n must be at least 1, got 0.5; pass a larger count"),
+        (("n", np.array(np.nan)), {"traced": True}, ValueError, "n must be at least 1, got nan; pass a larger count"),
+        (("n", jnp.array(6)), {"high": 5, "traced": True}, ValueError, "n must be at most 5, got 6; pass a smaller count"),
     ],
     "option": [(("o", "c", ("a", "b")), {}, ValueError, "o must be one of 'a', 'b', got 'c'; choose one of these")],
     "part": [(("p", 3, optaxclip.Norm, "norms.l2()"), {}, TypeError, "p must be a Norm, got 3; pass one such as norms.l2()")],
@@ -132,10 +179,80 @@ REFUSALS = {
             (value, optaxclip.ClipState),
             {},
             TypeError,
-            f"state must be the ClipState that init returned, got {found}; "
-            "pass the state of this very transform (a chain has a tuple of states, and is updated as a whole)",
+            f"state must be the ClipState that init returned, got {found}; {advice}",
         )
-        for value, found in [((), "tuple"), (optax.EmptyState(), "EmptyState"), (None, "NoneType")]
+        for advice, values in {
+            "pass the state of this very transform (a chain has a tuple of states, and is updated as a whole)": [
+                ((CLIP_STATE, optax.EmptyState()), "tuple"),
+                (((CLIP_STATE,), ()), "tuple"),
+                (optax.ScaleByScheduleState(0), "ScaleByScheduleState"),
+                (np.ones(1), "ndarray"),
+            ],
+            "restore with the state of init as the target, or start from init if the checkpoint has no such state "
+            "(the order is update(updates, state, params))": [
+                ((), "tuple"),
+                (((), np.ones(1)), "tuple"),
+                ([np.ones(1)], "list"),
+                ({"step": 0}, "dict"),
+                (optax.EmptyState(), "EmptyState"),
+                (None, "NoneType"),
+            ],
+        }.items()
+        for value, found in values
+    ],
+    "static": [
+        (
+            ("axes", value),
+            {},
+            TypeError,
+            f'axes must be a Python value, got {value!r}; convert it, or with optax.inject_hyperparams pass static_args="axes"',
+        )
+        for value in (np.array(0), jnp.array(0))
+    ],
+    "called": [
+        (
+            ("threshold", value),
+            {},
+            TypeError,
+            f"threshold must be a threshold, got a function: {found} was not called; pass {advice}",
+        )
+        for value, found, advice in [
+            (thresholds.ema, "thresholds.ema", "thresholds.ema()"),
+            (thresholds.quantile, "thresholds.quantile", "thresholds.quantile(...)"),
+            (functools.partial(thresholds.at_most, bound=1.0), "thresholds.at_most", "thresholds.at_most(...)"),
+            (optaxclip.per_example.quantile, "per_example.quantile", "per_example.quantile()"),
+        ]
+    ],
+    "keywords": [
+        (
+            ("zclip", {"zz": 1}, ["z", "decay"]),
+            {},
+            TypeError,
+            "zclip() got an unexpected keyword argument 'zz'; it takes z, decay",
+        )
+    ],
+    "not_a_transform": [
+        (
+            ("opt_state", value),
+            {},
+            TypeError,
+            f"opt_state must be a state, got the {found} that makes it; pass the state that init or update returned",
+        )
+        for value, found in [
+            (optax.sgd(1.0), "GradientTransformationExtraArgs"),
+            (optax.GradientTransformation(len, len), "GradientTransformation"),
+            (optax.MultiSteps(optax.sgd(1.0), 2), "MultiSteps"),
+        ]
+    ],
+    "sparse": [
+        (
+            ("a/b", kind.fromdense(jnp.eye(2))),
+            {},
+            TypeError,
+            f"updates must be a tree of dense arrays, got a {kind.__name__} at 'a/b'; pass its todense(), "
+            "or clip the data of its sum_duplicates()",
+        )
+        for kind in (sparse.BCOO, sparse.BCSR, sparse.CSR, sparse.CSC, sparse.COO)
     ],
     "group_name": [
         (
@@ -280,6 +397,32 @@ REFUSALS = {
             f"norm must not be relative to parameters, got {RELATIVE!r}; pass one such as norms.l2()",
         )
     ],
+    "mapped": [
+        (
+            ("sharded_over", ("y",), ("x", "z")),
+            {},
+            ValueError,
+            "sharded_over must name mapped axes, got ('y',) where ('x', 'z') are mapped; pass some of ('x', 'z'), "
+            "or () if every device has the whole of each leaf",
+        ),
+        (
+            ("sharded_over", ("y",), ()),
+            {},
+            ValueError,
+            "sharded_over must name mapped axes, got ('y',) where none are mapped; call this in shard_map, pmap or vmap "
+            "with this axis_name, or leave sharded_over out, which is right under jit",
+        ),
+    ],
+    "tracked": [
+        (
+            ("sharded_over", None, ("x",)),
+            {},
+            ValueError,
+            "sharded_over must be given where JAX does not track what differs between devices (pmap, or shard_map with "
+            "check_vma=False), got None; pass those of ('x',) over which each leaf is sharded or, for gradients that "
+            "pmean made equal on all devices, sharded_over=()",
+        )
+    ],
     "not_mapped": [
         (
             ("scope", ("x",)),
@@ -409,6 +552,7 @@ ACCEPTED = {
         (("n", 0), {"low": 0}),
         (("n", 5), {"high": 5}),
         (("n", 1), {"high": 5}),
+        *[(("n", x), {"high": 5, "traced": True}) for x in (1, np.int32(1), np.array(1), jnp.array(2.5), np.array(5))],
     ],
     "option": [(("o", "a", ("a", "b")), {})],
     "part": [(("p", norms.l2(), optaxclip.Norm, ""), {})],
@@ -419,7 +563,12 @@ ACCEPTED = {
     "rule": [(("rule", GROWTH), {}), (("rule", thresholds.constant(1.0)), {})],
     "limits": [((x, (2, 3)), {}) for x in (1, 1.0, np.float32(1), np.ones(3), jnp.ones((1, 3)), jnp.ones((2, 3)))],
     "response": [((np.ones(2), (2,)), {}), ((1.0, ()), {}), ((jnp.ones(()), ()), {})],
-    "state": [((optax.EmptyState(), optax.EmptyState), {})],
+    "state": [((optax.EmptyState(), optax.EmptyState), {}), ((CLIP_STATE, optaxclip.ClipState), {})],
+    "static": [(("axes", x), {}) for x in (0, None, (0, 1), len, np.int64(1))],
+    "called": [(("threshold", x), {}) for x in (1.0, None, GROWTH, optax.constant_schedule(1.0), lambda step: 1.0, len)],
+    "keywords": [(("zclip", {"z": 1}, ["z", "decay"]), {}), (("zclip", {}, []), {})],
+    "not_a_transform": [(("opt_state", x), {}) for x in (CLIP_STATE, {}, None, {"tx": optax.sgd(1.0)})],
+    "sparse": [(("a", x), {}) for x in (1.0, None, np.ones(2), jnp.ones(2))],
     "group_name": [(("a/b", name), {}) for name in ("a", None, 3, ("a", 1))],
     "axes_of": [(("axes", axes, "a/b"), {}) for axes in (0, -1, np.int64(1), (), (0, 1), [0], range(2))],
     "leaf": [(("a", x), {}) for x in (1, 1.0, 1j, True, np.float32(1), jnp.ones(2), np.ones(2), jax.random.key(0))],
@@ -434,6 +583,8 @@ ACCEPTED = {
     "loss": [((1.0,), {}), ((np.float32(-1),), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
     "absolute": [(("norm", norms.l2()), {})],
+    "mapped": [(("sharded_over", (), ("x",)), {}), (("sharded_over", (), ()), {})],
+    "tracked": [(("sharded_over", (), ("x",)), {}), (("sharded_over", ("x",), ("x",)), {})],
     "not_mapped": [(("scope", ()), {})],
     "one_run": [(("opt_state", ()), {})],
     "same_on_all": [(("value", ()), {}), (("value", None), {})],
@@ -538,7 +689,7 @@ BAD_NUMBERS = [
     (math.nan, ValueError, r"must be in \[0, inf\], got nan; pass a number inside"),
     (np.ones(2), ValueError, r"must be one number, got an array of shape \(2,\); give groups limits of their own with a dict"),
     ("1.0", TypeError, r"must be a real number, got '1\.0' \(str\); pass a float such as 1\.0"),
-    (None, TypeError, r"must be a real number, got None \(NoneType\); pass a float such as 1\.0"),
+    (None, TypeError, r"must be a real number, got None \(NoneType\); pass a float .*; float\(.inf.\) as a threshold means"),
     (True, TypeError, r"must be a real number, got True \(bool\); pass a float such as 1\.0"),
     (1j, TypeError, r"must be a real number, got 1j \(complex\); pass a float such as 1\.0"),
     ([1.0], TypeError, r"must be a real number, got \[1\.0\] \(list\); pass a float such as 1\.0"),
@@ -686,6 +837,41 @@ def test_rows_check_the_keywords_of_clip():
             make(1.0, treshold=2.0)
 
 
+@pytest.mark.parametrize("name", [name for name, value in vars(thresholds).items() if inspect.isfunction(value)])
+def test_a_rule_that_was_not_called_is_refused_at_once(name):
+    rule, words = getattr(thresholds, name), rf"thresholds\.{name} was not called; pass thresholds\.{name}\("
+    for argument, make in [
+        ("threshold", lambda: optaxclip.clip(rule, scopes.tree())),
+        ("threshold['a']", lambda: optaxclip.clip({"a": rule}, scopes.tree())),
+        ("max_norm", lambda: optaxclip.clip_by_norm(rule)),
+        ("bound", lambda: thresholds.at_most(1.0, rule)),
+        ("low", lambda: optaxclip.clip_by_value(rule, 1.0)),
+        ("threshold", lambda: optaxclip.skip_spikes(optax.sgd(1.0), rule)),
+        ("schedule", lambda: thresholds.scheduled(rule)),
+    ]:
+        with pytest.raises(TypeError, match=rf"^{re.escape(argument)} must be a threshold, got a function: {words}"):
+            make()
+
+
+ROWS = [name for name in dir(optaxclip) if getattr(getattr(optaxclip, name), "__module__", None) == "optaxclip.methods"]
+
+
+@pytest.mark.parametrize("name", ["clip", *ROWS])
+def test_none_as_a_threshold_is_told_how_to_switch_clipping_off(name):
+    make = getattr(optaxclip, name)
+    first = next(iter(inspect.signature(make).parameters))
+    with pytest.raises(TypeError, match=rf"^{first} must be .*, got None .*float\(\"inf\"\) as a threshold means no clipping$"):
+        make(**{first: None} | ({"scope": scopes.tree()} if name == "clip" else {}))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_wrong_keyword_is_refused_in_the_name_of_the_row(name):
+    make = getattr(optaxclip, name)
+    given = {p.name: 1.0 for p in inspect.signature(make).parameters.values() if p.default is p.empty}
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'clipping'"):
+        make(**given, clipping=0.1)
+
+
 # On update
 
 GRADS = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
@@ -807,9 +993,20 @@ def test_functions_take_and_return_what_they_should(make, words):
 def test_a_state_of_another_transform_is_refused(make, kind):
     transform = make()
     chained = optax.chain(transform, optax.sgd(1.0)).init(GRADS)
-    for state, found in (chained, "tuple"), (GRADS, "dict"):
-        with pytest.raises(TypeError, match=f"^state must be the {kind} that init returned, got {found}; pass the state of"):
-            transform.update(GRADS, state, GRADS)
+    restored = flax.serialization.to_state_dict(transform.init(GRADS))
+    before = optax.clip_by_global_norm(1.0).init(GRADS)
+    for state, found, advice in [
+        (chained, "tuple", "pass the state of this very transform"),
+        (optax.scale_by_adam().init(GRADS), "ScaleByAdamState", "pass the state of this very transform"),
+        (GRADS, "dict", "restore with the state of init as the target"),
+        (restored, "dict", "restore with the state of init as the target"),
+        (before, "EmptyState", "restore with the state of init as the target"),
+        (jax.tree.leaves(transform.init(GRADS)), "list", "restore with the state of init as the target"),
+        (tuple(jax.tree.leaves(transform.init(GRADS))), "tuple", "restore with the state of init as the target"),
+    ]:
+        for update in transform.update, jax.jit(transform.update):
+            with pytest.raises(TypeError, match=f"^state must be the {kind} that init returned, got {found}; {advice}"):
+                update(GRADS, state, GRADS)
 
 
 def test_a_tree_is_of_arrays():
@@ -864,7 +1061,6 @@ def test_all_refusals_are_in_validate_but_those_of_axes_and_of_what_is_drawn():
     elsewhere = [path.name for path in sorted(SOURCE.rglob("*.py")) if path.name != "_validate.py" for _ in raises(path)]
     others = [name for name in elsewhere if name != "plots.py"]  # tested in `test_plots.py`
     assert others == [
-        "_sharding.py",
         "scopes.py",
         "scopes.py",
         "scopes.py",

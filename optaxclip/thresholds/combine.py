@@ -14,7 +14,7 @@ from optaxclip.thresholds._blocks import count
 from optaxclip.thresholds.fixed import as_threshold
 
 
-def switch(steps: int, before: Any, after: Any) -> Threshold:
+def switch(steps: int | Array, before: Any, after: Any) -> Threshold:
     """One rule for the first steps, another from then on; both learn from the first step.
 
     Args:
@@ -39,7 +39,7 @@ def switch(steps: int, before: Any, after: Any) -> Threshold:
         [0.06 0.08]
         [0.6 0.8]
     """
-    _validate.count("steps", steps, low=0)
+    _validate.count("steps", steps, low=0, traced=True)
     return _combine([before, after], ["before", "after"], lambda limits, context: jnp.where(context.step < steps, *limits))
 
 
@@ -111,7 +111,7 @@ def jointly(threshold: Any) -> Threshold:
     return rule._replace(limit=limit)
 
 
-def patient(threshold: Any, patience: int) -> Threshold:
+def patient(threshold: Any, patience: int | Array) -> Threshold:
     """The rule, but what was over its limit so many times in a row is no spike: it starts afresh from there.
 
     Guards rules that take long to follow a lasting change, or never do. It belongs around the rule itself: what
@@ -141,7 +141,7 @@ def patient(threshold: Any, patience: int) -> Threshold:
         [10.]
     """
     rule = as_threshold(threshold)
-    _validate.count("patience", patience)
+    _validate.count("patience", patience, traced=True)
 
     def limit(sizes: Array, state: tuple[Any, Array], context: Context) -> Array:
         return rule.limit(sizes, state[0], context)
@@ -196,10 +196,10 @@ def plausible(rule: Threshold) -> Threshold:
     return Threshold(init, limit, learn, rule.uses_params)
 
 
-def _lasts(so: Array, streak: Array, needed: int) -> tuple[Array, Array]:
+def _lasts(so: Array, streak: Array, needed: int | Array) -> tuple[Array, Array]:
     """Whether it is so for the last of as many steps in a row as are needed, and how many in a row it has been since then."""
     streak = jnp.where(so, streak + 1, 0)
-    accepted = streak >= needed
+    accepted = so & (streak >= needed)
     return accepted, jnp.where(accepted, 0, streak)
 
 
@@ -223,8 +223,9 @@ def _combine(thresholds: Sequence[Any], names: Sequence[str], choose: Callable[[
     )
 
 
-def side_by_side(rules: Sequence[Threshold]) -> Threshold:
-    """One rule for a block `[groups]`, made of a rule for each group, in their order."""
+def side_by_side(rules: Sequence[Threshold], order: Sequence[int]) -> Threshold:
+    """One rule for a block `[groups]`, made of a rule for each group; its state has theirs in the given order."""
+    place = {i: k for k, i in enumerate(order)}
 
     def one(block: Any, i: int) -> Any:
         return None if block is None else block[i : i + 1]
@@ -235,16 +236,18 @@ def side_by_side(rules: Sequence[Threshold]) -> Threshold:
         return [function(i, *[one(block, i) for block in blocks], own[i]) for i in range(len(rules))]
 
     def init(sizes: Array) -> tuple[Any, ...]:
-        return tuple(rule.init(one(sizes, i)) for i, rule in enumerate(rules))
+        return tuple(rules[i].init(one(sizes, i)) for i in order)
 
     def limit(sizes: Array, states: tuple[Any, ...], context: Context) -> Array:
-        limits = each(lambda i, size, own: rules[i].limit(size, states[i], own), context, sizes)
+        limits = each(lambda i, size, own: rules[i].limit(size, states[place[i]], own), context, sizes)
         return jnp.concatenate([jnp.broadcast_to(limit, (1,)) for limit in limits])
 
     def learn(sizes: Array, clipped_sizes: Array, states: tuple[Any, ...], context: Context) -> tuple[Any, ...]:
-        return tuple(
-            each(lambda i, size, clipped, own: rules[i].learn(size, clipped, states[i], own), context, sizes, clipped_sizes)
-        )
+        def learn_one(i: int, size: Array, clipped: Array, own: Context) -> Any:
+            return rules[i].learn(size, clipped, states[place[i]], own)
+
+        learned = each(learn_one, context, sizes, clipped_sizes)
+        return tuple(learned[i] for i in order)
 
     return Threshold(init, limit, learn, any(rule.uses_params for rule in rules))
 

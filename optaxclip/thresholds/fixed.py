@@ -48,6 +48,7 @@ def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
         [1.5 2. ]
         [0.75 1.  ]
     """
+    _validate.called("schedule", schedule)
     _validate.function("schedule", schedule, "optax.linear_schedule(1.0, 0.1, 1000)", takes=1)
 
     def limit(sizes: Array, context: Context) -> Array:
@@ -97,6 +98,7 @@ def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
         _validate.rule(name, threshold)
         return threshold
     if isinstance(threshold, Callable):
+        _validate.called(name, threshold)
         return scheduled(threshold)
     _validate.number(name, threshold, others=", a schedule, or a rule such as thresholds.ema(2.0)")
     return constant(threshold)
@@ -122,6 +124,7 @@ def negated(bound: Any, *, name: str) -> Threshold:
         ValueError: `bound` is positive or NaN.
     """
     if isinstance(bound, Callable):
+        _validate.called(name, bound)
         below = scheduled(bound)
         return below._replace(limit=lambda sizes, state, context: -below.limit(sizes, state, context))
     _validate.number(name, bound, low=-math.inf, high=0.0)

@@ -24,7 +24,7 @@ class Moments(NamedTuple):
     """Arrays of the block's shape.
 
     Attributes:
-        seen: int32, how many sizes, as far as they are counted.
+        seen: int32, how many sizes.
         mean: of the sizes, or of their logarithms.
         variance: of the sizes divided by their mean, or of their logarithms.
     """
@@ -34,7 +34,9 @@ class Moments(NamedTuple):
     variance: Array
 
 
-def ema(factor: float | Array = 1.05, *, decay: float | Array = 0.98, warmup: int = 1, start: str = "mean") -> Threshold:
+def ema(
+    factor: float | Array = 1.05, *, decay: float | Array = 0.98, warmup: int | Array = 1, start: str = "mean"
+) -> Threshold:
     r"""Learns the clipped size: a multiple of its exponential moving average, :math:`c = \lambda \gamma`.
 
     .. math:: \gamma \leftarrow \beta \gamma + (1 - \beta) \min(s, \lambda \gamma)
@@ -57,12 +59,12 @@ def ema(factor: float | Array = 1.05, *, decay: float | Array = 0.98, warmup: in
     """
     _validate.number("factor", factor)
     _validate.number("decay", decay, high=1.0, exclusive=True)
-    _validate.count("warmup", warmup)
+    _validate.count("warmup", warmup, traced=True)
     _validate.option("start", start, STARTS)
 
     def limit(sizes: Array, state: tuple[Array, Array], context: Context) -> Array:
         count, average = state
-        return jnp.where(count < warmup, jnp.inf, factor * average)
+        return jnp.where(_blocks.is_early(count, warmup), jnp.inf, factor * average)
 
     def learn(sizes: Array, clipped_sizes: Array, state: tuple[Array, Array], context: Context) -> tuple[Array, Array]:
         count, average = state
@@ -70,12 +72,12 @@ def ema(factor: float | Array = 1.05, *, decay: float | Array = 0.98, warmup: in
         least = jnp.where(count == 0, clipped_sizes, jnp.minimum(average, clipped_sizes))
         moved = decay * average + (1 - decay) * clipped_sizes
         first = mean if start == "mean" else least
-        return jnp.minimum(count + 1, warmup), jnp.where(count < warmup, first, moved)
+        return _blocks.one_more(count), jnp.where(_blocks.is_early(count, warmup), first, moved)
 
     return plausible(Threshold(lambda sizes: (_blocks.count(sizes), jnp.zeros_like(sizes)), limit, learn))
 
 
-def zscore(z: float | Array = 2.5, *, decay: float | Array = 0.97, warmup: int = 25) -> Threshold:
+def zscore(z: float | Array = 2.5, *, decay: float | Array = 0.97, warmup: int | Array = 25) -> Threshold:
     r"""Learns the size cut at its own limit: what is over :math:`z_0` deviations is a spike, and the higher the lower cut.
 
     .. math:: z = (s - \mu) / \sigma, \qquad c = \mu + z_0^2 \sigma / z \text{ if } z > z_0 \text{, else } \infty
@@ -97,25 +99,25 @@ def zscore(z: float | Array = 2.5, *, decay: float | Array = 0.97, warmup: int =
     """
     _validate.number("z", z)
     _validate.number("decay", decay, high=1.0, exclusive=True)
-    _validate.count("warmup", warmup)
+    _validate.count("warmup", warmup, traced=True)
 
     def limit(sizes: Array, state: Moments, context: Context) -> Array:
         mean = jnp.where(state.seen > 0, state.mean, 1)
         deviation = _deviation(state.variance)
         score = (sizes / mean - 1) / deviation
-        spike = (state.seen >= warmup) & (score > z)
+        spike = ~_blocks.is_early(state.seen, warmup) & (score > z)
         return jnp.where(spike, mean * (1 + z * z * deviation / jnp.where(spike, score, 1)), jnp.inf)
 
     def learn(sizes: Array, clipped_sizes: Array, state: Moments, context: Context) -> Moments:
         cut = jnp.minimum(sizes, limit(sizes, state, context))
-        early, mean = state.seen < warmup, jnp.where(state.seen > 0, state.mean, cut)
+        early, mean = _blocks.is_early(state.seen, warmup), jnp.where(state.seen > 0, state.mean, cut)
         weight = jnp.where(early, 1 / (state.seen + 1), 1 - decay)
         offset = cut / mean - 1
         growth = 1 + weight * offset
         # The paper's moving variance is about the new mean on both sides; that of the first sizes is the exact one.
         square = offset**2 * (1 - weight) * jnp.where(early, 1, 1 - weight)
         variance = ((1 - weight) * state.variance + weight * square) / growth**2
-        return Moments(jnp.minimum(state.seen + 1, warmup), mean * growth, variance)
+        return Moments(_blocks.one_more(state.seen), mean * growth, variance)
 
     return plausible(Threshold(_no_moments, limit, learn))
 
@@ -142,13 +144,12 @@ def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) 
     """
     _validate.number("deviations", deviations)
     _validate.number("decay", decay, high=1.0, exclusive=True)
-    most = 2**20  # sizes are counted up to here, where a plain average weighs them less than any sensible decay
 
     def learn(sizes: Array, clipped_sizes: Array, state: Moments, context: Context) -> Moments:
         weight = jnp.maximum(1 - decay, 1 / (state.seen + 1)).astype(sizes.dtype)
         offset = _blocks.logarithm(sizes) - state.mean
         variance = (1 - weight) * (state.variance + weight * offset**2)
-        return Moments(jnp.minimum(state.seen + 1, most), state.mean + weight * offset, variance)
+        return Moments(_blocks.one_more(state.seen), state.mean + weight * offset, variance)
 
     def limit(sizes: Array, state: Moments, context: Context) -> Array:
         now = learn(sizes, sizes, state, context)
@@ -159,7 +160,7 @@ def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) 
     return plausible(Threshold(_no_moments, limit, learn))
 
 
-def window_zscore(deviations: float | Array = 3.0, *, window: int = 128, warmup: int = 64) -> Threshold:
+def window_zscore(deviations: float | Array = 3.0, *, window: int = 128, warmup: int | Array = 64) -> Threshold:
     r"""Learns the raw size: so many deviations above the mean of the last ones, :math:`c = \mu + k \sigma`.
 
     The current size is not among them. Known failure: one spike raises the limit until it leaves the window.
@@ -175,14 +176,15 @@ def window_zscore(deviations: float | Array = 3.0, *, window: int = 128, warmup:
     """
     _validate.number("deviations", deviations)
     _validate.count("window", window)
-    _validate.count("warmup", warmup, high=window)
+    _validate.count("warmup", warmup, high=window, traced=True)
 
     def limit(sizes: Array, state: tuple[Array, Array], context: Context) -> Array:
         count, last = state
         n = jnp.maximum(count, 1)
         mean = jnp.where(count > 0, jnp.sum(last / n, 0), 1)
         variance = jnp.sum(jnp.where(last > 0, last / mean - 1, 0) ** 2, 0) / n  # zeros are places not yet filled
-        return jnp.where(count < warmup, jnp.inf, mean * (1 + deviations * _deviation(variance)))
+        early = _blocks.is_early(count, jnp.minimum(warmup, window))
+        return jnp.where(early, jnp.inf, mean * (1 + deviations * _deviation(variance)))
 
     def learn(sizes: Array, clipped_sizes: Array, state: tuple[Array, Array], context: Context) -> tuple[Array, Array]:
         count, last = state
@@ -219,7 +221,7 @@ def growth(factor: float | Array = 1.01) -> Threshold:
     )
 
 
-def second_moment(factor: float | Array = 5000.0, *, decay: float | Array = 0.999, warmup: int = 20) -> Threshold:
+def second_moment(factor: float | Array = 5000.0, *, decay: float | Array = 0.999, warmup: int | Array = 20) -> Threshold:
     r"""Learns the clipped size: so many times its mean square, :math:`c = \sqrt{\theta v}`.
 
     .. math:: v \leftarrow \beta v + (1 - \beta) \min(s, c)^2
@@ -241,7 +243,7 @@ def second_moment(factor: float | Array = 5000.0, *, decay: float | Array = 0.99
     """
     _validate.number("factor", factor)
     _validate.number("decay", decay, high=1.0, exclusive=True)
-    _validate.count("warmup", warmup, low=0)
+    _validate.count("warmup", warmup, low=0, traced=True)
 
     def limit(sizes: Array, root: Array, context: Context) -> Array:
         return jnp.where((context.step >= warmup) & (root > 0), jnp.sqrt(factor) * root, jnp.inf)
@@ -273,14 +275,13 @@ def mean_to_rms(*, decay: float | Array = 0.7, square_decay: float | Array = 0.9
     """
     _validate.number("decay", decay, high=1.0, exclusive=True)
     _validate.number("square_decay", square_decay, high=1.0, exclusive=True)
-    most = 2**30  # steps, after which nothing is left to correct
 
     def learn(
         sizes: Array, clipped_sizes: Array, state: tuple[Array, Array, Array], context: Context
     ) -> tuple[Array, Array, Array]:
         count, mean, root = state
         mean = jnp.asarray(decay * mean + (1 - decay) * sizes)
-        return jnp.minimum(count + 1, most), mean, _mean_square_root(root, sizes, square_decay)
+        return _blocks.one_more(count), mean, _mean_square_root(root, sizes, square_decay)
 
     def limit(sizes: Array, state: tuple[Array, Array, Array], context: Context) -> Array:
         count, mean, root = learn(sizes, sizes, state, context)
