@@ -872,3 +872,15 @@ def test_any_float_is_measured_in_float32_and_given_back_in_its_own(dtype):
     assert compiled(clipped_grad(linear, np.inf), params, np.ones((1, 6), np.float32))[0][1].sizes[0, 0] == pytest.approx(size)
     out, _ = compiled(aggregate(2.0).update, jnp.ones((3, 4), dtype), None)
     assert out.dtype == dtype and (out == jnp.ones((), dtype)).all()
+
+
+def test_an_axis_that_is_not_mapped_is_named():
+    run = {
+        "clipped_grad": lambda axes: clipped_grad(loss, 1.0, sharded_over=axes)(PARAMS, X, Y),
+        "aggregate": lambda axes: aggregate(1.0, sharded_over=axes).update({"a": jnp.ones((3, 2))}, None),
+    }
+    for call in run.values():
+        with pytest.raises(ValueError, match=r"^sharded_over must name mapped axes, got \('x',\) where none are mapped"):
+            call("x")
+        with pytest.raises(ValueError, match=r"^sharded_over must name mapped axes, got \('x',\) where \('y',\) are mapped"):
+            jax.vmap(lambda _: call(("y", "x")), axis_name="y")(jnp.ones(2))  # noqa: B023
