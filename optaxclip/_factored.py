@@ -263,7 +263,8 @@ def _is_factored(x: Any) -> bool:
 
 def _outlines(terms: Sequence[Term]) -> list[Product]:
     """The factors of terms as shapes."""
-    return [jax.eval_shape(lambda term=term: term.factors()) for term in terms]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), terms, is_leaf=lambda x: isinstance(x, Array))
+    return [jax.eval_shape(lambda term: term.factors(), term) for term in shapes]
 
 
 def _alike(terms: list[Product]) -> list[Product] | None:
@@ -299,11 +300,16 @@ def _einsum(
 ) -> Array:
     names = {axis: chr(ord("a") + i) for i, axis in enumerate(dict.fromkeys((*x_axes, *y_axes)))}
     words = ["".join(names[axis] for axis in axes) for axes in (x_axes, y_axes, out)]
+    x, y = map(_promotable, (x, y))
     return jnp.einsum("{},{}->{}".format(*words), x, y, precision=precision, preferred_element_type=_wide(x, y))
 
 
 def _wide(*arrays: Array) -> Any:
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    return jnp.result_type(jnp.float32, *[x.dtype for x in arrays if x.dtype.itemsize > 1])  # JAX promotes no floats of 8 bits
+
+
+def _promotable(x: Array) -> Array:
+    return x if x.dtype.itemsize > 1 else x.astype(jnp.float32)
 
 
 def _without(x: Array, weights: Array) -> Array:
@@ -326,6 +332,8 @@ def _squeezed(x: Array, axes: tuple[int, ...], axis: int) -> Array:
 
 
 # Running a program
+
+_UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # what parameters of another structure raise
 
 
 def _run(program: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -393,9 +401,11 @@ def _scan(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
 def _ends(equation: Any) -> tuple[int, int] | None:
     """Where in the inputs of a loop the constants end, and where the carry does; None if they are in another order.
 
-    Seen from the shapes, since JAX has told it by other parameters in every other version.
+    Shapes tell it in every version of JAX, the parameters do not.
     """
-    body = equation.params["jaxpr"].jaxpr
+    body = getattr(equation.params["jaxpr"], "jaxpr", None)
+    if body is None:
+        return None
 
     def sliced(outer: Sequence[Any], inner: Sequence[Any]) -> list[bool]:
         return [v.aval.ndim > own.aval.ndim for v, own in zip(outer, inner, strict=True)]
@@ -579,26 +589,31 @@ def _with_axes(term: Any, axes: Sequence[int]) -> Any:
     return term
 
 
-def _inlined(inputs: list[Any], equation: Any) -> Sequence[Any]:
+def _inlined(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
     inner = equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "jaxpr"]
-    return _run(inner.jaxpr, inner.consts, inputs)
+    return _run(inner.jaxpr, inner.consts, inputs) if hasattr(inner, "consts") else None
 
 
-def _computed_again(inputs: list[Any], equation: Any) -> Sequence[Any]:
+def _computed_again(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
     """What is computed again to save memory; the barrier keeps the compiler from merging it with the first computation."""
+    if not hasattr(equation.params["jaxpr"], "eqns"):
+        return None
     return _run(equation.params["jaxpr"], (), jax.lax.optimization_barrier(list(map(_array, inputs))))
 
 
 def _parts(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
     """What an array is split into, or is a stack of."""
     axis, sizes = equation.params["axis"], equation.params.get("sizes")
-    ends = itertools.accumulate(sizes or [1] * len(equation.outvars), initial=0)
 
     def change(term: Any, where: tuple[int, int, int]) -> Any:
         return _part(term, where) if sizes else _without_axes(_part(term, where), [axis])
 
     outs = functools.cache(lambda: _bind(equation, inputs))
-    made = [_each(inputs[0], functools.partial(change, where=(axis, *ends))) for ends in itertools.pairwise(ends)]
+    try:
+        ends = itertools.accumulate(sizes or [1] * len(equation.outvars), initial=0)
+        made = [_each(inputs[0], functools.partial(change, where=(axis, *ends))) for ends in itertools.pairwise(ends)]
+    except _UNREADABLE:
+        return None
     if any(terms is None or None in terms for terms in made):
         return None
     return [
@@ -647,8 +662,6 @@ def _terms(make: Callable[[list[Any], Any], list[Any] | None], needed: str = "",
 
     return _rule(outputs, needed, others)
 
-
-_UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # by parameters of another structure
 
 _CALL = "name inline donated_invars keep_unused ctx_mesh compiler_options_kvs in_layouts out_layouts in_shardings out_shardings"
 _DOT = "precision preferred_element_type out_sharding"

@@ -198,6 +198,7 @@ def aggregate(
         del extra_args
         _sharding.all_bound("sharded_over", parts.axes)
         size = _validate.batch("updates", updates)
+        _sharding.all_bound("sharded_over", parts.axes)
         mask = _mask(mask, size)
         if size:
             return compute(updates, state, params, mask)
@@ -227,16 +228,20 @@ class ClippedGrad:
         In both, an example whose gradient is not finite anywhere counts as zero.
 
         Args:
-            params: what the loss is derived by.
+            params: what the loss is differentiated by. Leaves that are not floats, such as counters and keys, get a float0
+                gradient, as from `jax.grad` with `allow_int=True`. A key in `params` is the same for every example: for
+                dropout that differs, put `jax.random.split(key, batch)` in the batch.
             *batch: trees of arrays `[batch, ...]`.
             mask: bool `[batch]`, False where there is no example, whatever stands there instead.
             state: from `init`, or `seen.state` of the last step; not needed for a threshold that is only numbers.
 
         Raises:
-            ValueError: arrays differ in the length of their first axis, or `microbatch` does not divide it.
+            ValueError: arrays differ in the length of their first axis, `microbatch` does not divide it, or `sharded_over`
+                names an axis that is not mapped here.
         """
         _sharding.all_bound("sharded_over", self._parts.axes)
         size = _validate.batch("batch", batch)
+        _sharding.all_bound("sharded_over", self._parts.axes)
         mask = _mask(mask, size)
         if size:
             count = 1 if self._microbatch is None else _validate.divided("microbatch", self._microbatch, size)
@@ -260,7 +265,7 @@ class ClippedGrad:
 
         def some(totals: list[Array], part: Any) -> tuple[Any, Any]:
             own, examples = part
-            (losses, aux), gradients = jax.vmap(lambda *example: self._gradient(varied, *example))(*examples)
+            (losses, aux), gradients = self._gradients(mesh, varied, examples)
             leaves, reading, finite, factors = parts.clip_factored(gradients, state, params, mesh, own)
             counted = own & finite
             weights = [jnp.where(counted, factor, 0) for factor in factors]
@@ -303,6 +308,19 @@ class ClippedGrad:
         found = jax.eval_shape(lambda params, example: self._gradient(params, *example)[1], params, examples)
         paths = lay_out(scopes.leaf(), params).paths
         return {path: "factors" if isinstance(x, tuple) else "stored" for path, x in zip(paths, found, strict=True)}
+
+    def _gradients(self, mesh: Any, params: Any, examples: Any) -> Any:
+        """What `_gradient` returns for each example."""
+
+        def compute(params: Any, *examples: Any) -> Any:
+            return jax.vmap(lambda *example: self._gradient(params, *example))(*examples)
+
+        try:
+            return compute(params, *examples)
+        except Exception:  # JAX cannot map every operation over an explicit axis, such as the gradient of a convolution
+            if mesh is None:
+                raise
+        return _sharding.automatic(mesh, compute, _sharding.on_mesh(mesh, _sharding.batch_axes(examples)), params, *examples)
 
     def _gradient(self, params: Any, *example: Any) -> Any:
         """The loss and what is with it, and the gradients by the leaves that are floats."""

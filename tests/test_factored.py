@@ -1,6 +1,8 @@
 """Gradients as factors: norms and sums are those of gradients that are stored for each example, whatever the model."""
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -542,3 +544,98 @@ def test_low_precision():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.init(jax.random.key(0), x[0]))
     loss = lambda p, x, y: cross_entropy(model.apply(p, x.astype(jnp.bfloat16)), y)  # noqa: E731
     check(loss, params, x, y, factored=matrices(params), rtol=2**-7)  # gradients that are stored are rounded to bfloat16
+
+
+# Parameters of operations, which JAX may change in any version
+
+
+def every_operation(p, x, places):
+    """Uses each operation that has a rule; the gradients by `w`, `kernel` and `table` are factors."""
+    mixed = jnp.squeeze(jnp.concatenate(jnp.split(p["mixed"], 2, 1), 1)[None], 0).T.reshape(1, 64, 64)[0]
+    mixed = (-mixed / 3 * 2).astype(jnp.bfloat16).astype(jnp.float32)
+    h = jax.checkpoint(lambda h: jnp.sin(h @ mixed) @ mixed)(jax.jit(jnp.sin)(x @ mixed))
+    h = jax.lax.scan(lambda h, t: (jnp.tanh(h @ p["w"] + t), None), h[0], h)[0]
+    h = h[None] @ jnp.concatenate([mixed, jnp.sin(mixed)], 1)[:, :64] + jnp.stack([h, h]) @ jnp.stack([mixed, mixed])[1]
+    image = jax.lax.conv_general_dilated(x[None], p["kernel"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+    return h.sum(0) + image.sum((0, 1)) + jnp.tanh(p["table"][places]).sum(0)
+
+
+def operations(program):
+    for equation in program.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            yield from operations(getattr(value, "jaxpr", value)) if hasattr(value, "eqns") else ()
+
+
+def all_operations():
+    shapes = {"w": (64, 64), "mixed": (64, 64), "kernel": (3, 64, 64), "table": (40, 64)}
+    p = {name: normal(*shape) / 9 for name, shape in shapes.items()}
+    loss = lambda p, x, places: jnp.sum(every_operation(p, x, places) ** 2)  # noqa: E731
+    return p, loss, jax.make_jaxpr(jax.value_and_grad(loss))(p, normal(2, 64), tokens(3))
+
+
+def test_every_operation_that_has_a_rule_has_the_parameters_that_are_known():
+    """If this fails on a new JAX, gradients through what it names are stored: bring its rule up to date."""
+    found = {}
+    for equation in operations(all_operations()[2].jaxpr):
+        rule = _factored._RULES.get(equation.primitive.name)
+        if rule:
+            found.setdefault(equation.primitive.name, rule.knows(equation.params) or sorted(equation.params))
+    unknown = {name: options for name, options in found.items() if options is not True}
+    assert not unknown, f"jax {jax.__version__} has other parameters, and gradients are stored for each example: {unknown}"
+    assert set(_factored._RULES) - set(found) <= {"pjit", "jit", "closed_call", "checkpoint", "remat2", "unstack", "copy"}
+
+
+def gradients_of_all(monkeypatch, **rules):
+    """The gradients of two examples as shapes: `stored` arrays, or terms; with these rules in place of the usual."""
+    p, loss, _ = all_operations()
+    for name, rule in rules.items():
+        monkeypatch.setitem(_factored._RULES, name, rule)
+
+    def both(*one):
+        return _factored.factored_grad(lambda *args: (loss(*args), None), p, *one)[1]
+
+    found = jax.eval_shape(jax.vmap(both), normal(2, 2, 64), tokens(2, 3))
+    return {name for name, x in zip(sorted(p), found, strict=True) if isinstance(x, tuple)}
+
+
+@pytest.mark.parametrize("name", sorted(_factored._RULES))
+def test_an_operation_with_other_parameters_is_computed(monkeypatch, name):
+    rule = _factored._RULES[name]
+    known = rule.needed | rule.others
+    options = dict.fromkeys(rule.needed)
+    assert rule.knows(options) and rule.knows(dict.fromkeys(known))
+    assert not rule.knows(options | {"new": None})
+    assert not any(rule.knows(dict.fromkeys(known - {gone} | {gone + "_renamed"})) for gone in rule.needed)
+    factored = gradients_of_all(monkeypatch)
+    changed = gradients_of_all(monkeypatch, **{name: dataclasses.replace(rule, needed=rule.needed | {"renamed"})})
+    assert factored == {"kernel", "table", "w"} and changed <= factored
+    if name in LOST:
+        assert changed == factored - LOST[name]
+
+
+LOST = {"dot_general": {"w"}, "scan": {"w"}, "conv_general_dilated": {"kernel"}, "scatter-add": {"table"}}
+
+
+@pytest.mark.parametrize(
+    "name", ["dot_general", "conv_general_dilated", "scatter-add", "scan", "jit", "remat2", "split", "slice", "transpose"]
+)
+def test_parameters_of_another_structure_are_not_read(monkeypatch, name):
+    rule = _factored._RULES[name]
+
+    def outputs(inputs, equation):
+        other = types.SimpleNamespace(**{key: getattr(equation, key) for key in ("primitive", "invars", "outvars", "ctx")})
+        other.params = {key: object() for key in equation.params}
+        return rule.outputs(inputs, other)
+
+    changed = gradients_of_all(monkeypatch, **{name: dataclasses.replace(rule, outputs=outputs)})
+    assert changed == {"kernel", "table", "w"} - LOST.get(name, changed ^ {"kernel", "table", "w"})
+
+
+def test_all_is_right_where_nothing_is_known(monkeypatch):
+    p, loss, _ = all_operations()
+    for name in _factored._RULES:
+        monkeypatch.setitem(_factored._RULES, name, _factored.Rule(None, frozenset({"renamed"})))
+    check(loss, p, normal(BATCH, 2, 64), tokens(BATCH, 3), factored=(), rtol=2**-7)

@@ -1,5 +1,6 @@
 """Clipping each example by itself: equal to NumPy in float64 on gradients that are stored for each example."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -376,14 +378,16 @@ def test_noise_is_normal_new_at_each_step_and_the_same_for_the_same_seed():
     np.testing.assert_array_equal(noise(1), drawn[1])
 
 
+LARGEST = per_example.Rule(
+    lambda groups: jnp.ones(()),
+    lambda state, context: state / (1 + context.step),
+    lambda sizes, counted, limits, state, context: jnp.where(counted[:, None], sizes, 0).max(),
+)
+
+
 def test_a_rule_of_ones_own():
-    largest = per_example.Rule(
-        lambda groups: jnp.ones(()),
-        lambda state, context: state / (1 + context.step),
-        lambda sizes, counted, limits, state, context: jnp.where(counted[:, None], sizes, 0).max(),
-    )
     x, y = batches(3)
-    found = run_through(clipped_grad(loss, largest, scope=scopes.leaf()), x, y)
+    found = run_through(clipped_grad(loss, LARGEST, scope=scopes.leaf()), x, y)
     top = [sizes_of(examples(stored(PARAMS, x[t], y[t])), reference.leaf, reference.l2).max() for t in range(3)]
     np.testing.assert_allclose([seen.state.reading.limit[0] for seen in found], [1, top[0] / 2, top[1] / 3], rtol=1e-5)
     assert all((seen.state.reading.limit == seen.state.reading.limit[0]).all() for seen in found)
@@ -632,3 +636,251 @@ def test_wrong_arguments_are_refused():
             per_example.quantile(**options)
     with pytest.raises(TypeError, match="^seed must be an integer"):
         per_example.quantile(seed=0.5)
+
+
+# Explicit meshes, made as users make them
+
+
+def dense(p, x, y):
+    return jnp.sum((jnp.tanh(x @ p["hidden"]) @ p["out"] + p["bias"] - y) ** 2)
+
+
+def convolution(p, x, y):
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    h = jax.lax.conv_general_dilated(x[None], p["kernel"], (1, 1), "SAME", dimension_numbers=dimensions)
+    return jnp.sum((jnp.tanh(h).mean((0, 1, 2)) - y) ** 2)
+
+
+def embedding(p, places, y):
+    return jnp.sum((jnp.tanh(p["table"][places]).sum(0) @ p["out"] - y) ** 2)
+
+
+def recurrent(p, x, y):
+    def step(carry, t):
+        h, cell = carry
+        forget, use, out, new = jnp.split(t @ p["in"] + h @ p["again"], 4)
+        cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(use) * jnp.tanh(new)
+        return (jax.nn.sigmoid(out) * jnp.tanh(cell), cell), None
+
+    (h, _), _ = jax.lax.scan(step, (jnp.zeros(16),) * 2, x)
+    return jnp.sum((h @ p["out"] - y) ** 2)
+
+
+MODELS = {
+    "dense": (dense, {"hidden": (16, 32), "out": (32, 8), "bias": (8,)}, normal(8, 16)),
+    "convolution": (convolution, {"kernel": (3, 3, 16, 8)}, normal(8, 5, 5, 16)),
+    "embedding": (embedding, {"table": (40, 16), "out": (16, 8)}, np.random.default_rng(0).integers(0, 40, (8, 5))),
+    "recurrent": (recurrent, {"in": (16, 64), "again": (16, 64), "out": (16, 8)}, normal(8, 5, 16)),
+}
+WAYS = {
+    "plain": {},
+    "sum": {"reduce": "sum"},
+    "microbatches": {"microbatch": 4},
+    "microbatches of fewer than devices": {"microbatch": 2},
+    "by leaf, clamped": {"scope": scopes.leaf(), "response": responses.clamp},
+    "by unit": {"scope": scopes.unit()},
+    "by l1": {"norm": norms.l1(), "response": responses.automatic},
+    "with aux": {"keep_batch_axis": True, "has_aux": True, "microbatch": 4},
+}
+CALLED = [("eager", False), ("eager", True), ("jit", False), ("jit", True)]
+each_call = pytest.mark.parametrize("call, context", CALLED, ids=[f"{call}, in={inside}" for call, inside in CALLED])
+
+
+def user_mesh():
+    return jax.make_mesh((4, 2), ("fsdp", "tp"))
+
+
+def put(tree, *spec):
+    return jax.device_put(tree, NamedSharding(user_mesh(), P(*spec)))
+
+
+def within(context, run, *args, call="jit"):
+    with jax.set_mesh(user_mesh()) if context else contextlib.nullcontext():
+        return (quickly(run) if call == "jit" else run)(*args)
+
+
+def same_tree(got, want, rtol=3e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5)
+
+
+def on_devices(model, way, call, context, split_out=False, threshold=0.5):
+    loss, shapes, x = MODELS[model]
+    params = {name: normal(*shape) / 4 for name, shape in shapes.items()}
+    batch, mask = (x, normal(8, 8, seed=2)), np.arange(8) != 3
+
+    def with_aux(params, *batch):
+        return jax.vmap(loss, (None, 0, 0))(params, *batch).mean(), {"x": batch[0][0]}
+
+    function = clipped_grad(with_aux if way == "with aux" else loss, threshold, **WAYS[way])
+
+    def run(params, batch):
+        return function(params, *batch, mask=mask)
+
+    want = quickly(run)(params, batch)
+    placed = put(params)
+    if split_out:
+        placed["out"] = put(params["out"], None, "tp")
+    got = within(context, run, placed, put(batch, "fsdp"), call=call)
+    same_tree(got, want)
+    for name, leaf in placed.items():
+        assert got[1][name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_explicit_mesh_changes_nothing(way):
+    on_devices("dense", way, "jit", True, split_out=True)
+
+
+@each_call
+@pytest.mark.parametrize("model", MODELS)
+def test_any_model_on_an_explicit_mesh(model, call, context):
+    on_devices(model, "plain", call, context)
+
+
+def test_a_limit_that_learns_on_an_explicit_mesh():
+    function = clipped_grad(dense, per_example.quantile(0.5), microbatch=4)
+    params = {name: normal(*shape) / 4 for name, shape in MODELS["dense"][1].items()}
+    batch = (normal(8, 16), normal(8, 8, seed=2))
+
+    def run(params, batch):
+        state = function.init(params)
+        for _ in range(2):
+            (_, seen), gradients = function(params, *batch, state=state)
+            state = seen.state
+        return gradients, seen
+
+    same_tree(within(True, run, put(params), put(batch, "fsdp")), quickly(run)(params, batch))
+
+
+@each_call
+@pytest.mark.parametrize("scope", SCOPES)
+def test_aggregate_on_an_explicit_mesh(scope, call, context):
+    clip = aggregate({"1": 1.0, "2": 0.5} if scope == "group" else 0.5, scope=SCOPES[scope][0])
+    gradients = {name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()}
+    gradients["count"] = np.arange(8)
+
+    def run(gradients):
+        return clip.update(gradients, None, mask=np.arange(8) != 2)
+
+    split = put(gradients, "fsdp") | {"w1": put(gradients["w1"], "fsdp", None, "tp")}
+    same_tree(within(context, run, split, call=call), quickly(run)(gradients))
+
+
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_vmap_of_update_on_an_explicit_mesh(scope, context):
+    clip = optaxclip.clip({"1": 1.0, "2": 0.5} if scope == "group" else 0.5, scope=SCOPES[scope][0])
+    gradients = {name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()}
+    one = clip.init(PARAMS)
+    several = jax.tree.map(lambda x: np.stack([x] * 8), one)
+
+    def run(gradients, several):
+        in_all = jax.vmap(clip.update, (0, None))(gradients, one)
+        return in_all, jax.vmap(clip.update)(gradients, several)
+
+    got = within(context, run, put(gradients, "fsdp"), put(several, "fsdp"))
+    same_tree(got, quickly(run)(gradients, several))
+
+
+# Empty batches, and leaves that are no floats
+
+
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_a_batch_of_no_examples_gives_zeros_and_teaches_nothing(reduce, size):
+    for rule in per_example.quantile(0.5, initial=LIMIT), LARGEST:
+        function = clipped_grad(loss, rule, reduce=reduce, microbatch=size)
+        state = function.init(PARAMS)
+        for wrap in (lambda f: f), quickly:
+            x, y, mask = X[:0], Y[:0], np.zeros(0, bool)
+            (value, seen), got = wrap(lambda x, y, mask: function(PARAMS, x, y, mask=mask, state=state))(x, y, mask)  # noqa: B023
+            assert value == 0 and {name: leaf.shape for name, leaf in got.items()} == SHAPES
+            assert not any(leaf.any() for leaf in got.values())
+            assert seen.losses.shape == seen.counted.shape == (0,) and seen.sizes.shape == seen.clipped.shape == (0, 1)
+            assert seen.state.step == 1 and seen.limits.shape == (1,) and (seen.state.reading.counted == 0).all()
+            np.testing.assert_array_equal(seen.state.rules, state.rules)
+    assert function.plan(PARAMS, x, y) == function.plan(PARAMS, X, Y)
+
+
+def test_an_empty_batch_of_keys_and_of_gradients():
+    def noisy(params, x, key):
+        return jnp.sum(params * x * jax.random.uniform(key))
+
+    keys = jax.random.split(jax.random.key(0), 3)[:0]
+    (value, _), got = compiled(clipped_grad(noisy, 1.0), jnp.ones(2), jnp.ones((0, 2)), keys)
+    assert value == 0 and got.tolist() == [0, 0]
+    out, state = compiled(aggregate(LARGEST).update, {"a": jnp.ones((0, 2)), "n": jnp.zeros(0, int)}, None)
+    assert out["a"].tolist() == [0, 0] and out["n"] == 0 and state.step == 1 and state.rules == 1
+
+
+def test_leaves_that_are_no_floats_have_no_gradient():
+    params = {**PARAMS, "count": np.int32(3), "key": jax.random.key(0), "flag": True, "none": None}
+    for options in {}, {"microbatch": 2}, {"norm": norms.l1()}, {"scope": scopes.unit()}:
+        (_, seen), got = compiled(clipped_grad(loss, LIMIT, **options), params, X, Y)
+        (_, plain), want = compiled(clipped_grad(loss, LIMIT, **options), PARAMS, X, Y)
+        for name in "count", "key", "flag":
+            assert got.pop(name).dtype == jax.dtypes.float0
+        assert got.pop("none") is None
+        close(got, want)
+        np.testing.assert_array_equal(seen.sizes, plain.sizes)
+    assert set(clipped_grad(loss, LIMIT).plan(params, X, Y)) == set(PARAMS)
+
+
+def test_aggregate_passes_keys_and_float0():
+    keys = jax.random.split(jax.random.key(0), 3)
+    updates = {"a": np.ones((3, 2), np.float32), "key": keys, "zero": np.zeros((3, 2), jax.dtypes.float0)}
+    out, _ = aggregate(1.0).update(updates, None)
+    assert jnp.all(out["key"] == keys[0]) and out["zero"].dtype == jax.dtypes.float0 and out["zero"].shape == (2,)
+    np.testing.assert_allclose(out["a"], 0.5**0.5, rtol=1e-6)
+
+
+def test_a_module_of_nnx_with_dropout():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.dropout = nnx.Linear(6, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.linear(x))
+
+    net = Net(nnx.Rngs(0))
+    function = clipped_grad(lambda net, x, y: jnp.sum((net(x) - y) ** 2), 0.1)
+    graph, params, rest = nnx.split(net, nnx.Param, ...)
+
+    def merged(params, x, y):
+        copy = nnx.merge(graph, *jax.tree.map(lambda leaf: leaf, (params, rest)))  # variables of this trace
+        return jnp.sum((copy(x) - y) ** 2)
+
+    _, whole = function(net, X, Y)
+    (_, seen), want = clipped_grad(merged, 0.1)(params, X, Y)
+    assert seen.clipped.any()
+    same_tree(nnx.state(whole, nnx.Param), want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"])
+def test_any_float_is_measured_in_float32_and_given_back_in_its_own(dtype):
+    def linear(params, x):
+        return jnp.sum(x @ params["w"].astype(jnp.float32)) + jnp.sum(params["b"].astype(jnp.float32) * x[0])
+
+    params = {"w": jnp.ones((6, 8), dtype), "b": jnp.ones(8, dtype)}
+    for options in {}, {"norm": norms.l1()}, {"scope": scopes.unit()}:
+        (_, seen), got = compiled(clipped_grad(linear, np.inf, reduce="sum", **options), params, np.ones((1, 6), np.float32))
+        assert all(leaf.dtype == dtype and (leaf == jnp.ones((), dtype)).all() for leaf in got.values())
+        assert seen.sizes.dtype == np.float32
+    size = 56**0.5
+    assert compiled(clipped_grad(linear, np.inf), params, np.ones((1, 6), np.float32))[0][1].sizes[0, 0] == pytest.approx(size)
+    out, _ = compiled(aggregate(2.0).update, jnp.ones((3, 4), dtype), None)
+    assert out.dtype == dtype and (out == jnp.ones((), dtype)).all()
+
+
+def test_an_axis_that_is_not_mapped_is_named():
+    run = {
+        "clipped_grad": lambda axes: clipped_grad(loss, 1.0, sharded_over=axes)(PARAMS, X, Y),
+        "aggregate": lambda axes: aggregate(1.0, sharded_over=axes).update({"a": jnp.ones((3, 2))}, None),
+    }
+    for call in run.values():
+        with pytest.raises(ValueError, match=r"^sharded_over must name mapped axes, got \('x',\) where none are mapped"):
+            call("x")
+        with pytest.raises(ValueError, match=r"^sharded_over must name mapped axes, got \('x',\) where \('y',\) are mapped"):
+            jax.vmap(lambda _: call(("y", "x")), axis_name="y")(jnp.ones(2))  # noqa: B023
