@@ -15,7 +15,8 @@ from jax.core import Tracer
 
 from optaxclip._types import Threshold
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 RULES = ("thresholds", "per_example")  # modules whose functions make rules
 
 
@@ -100,8 +101,8 @@ def count(name: str, value: Any, *, low: int = 1, high: int | None = None, trace
         )
     if not traced:
         static(name, value)
-    if array and value.shape != ():
-        raise ValueError(f"{name} must be one count, got an array of shape {value.shape}; try several at once with jax.vmap")
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name} must be one count, got an array of shape {jnp.shape(value)}; try several at once with jax.vmap")
     if isinstance(value, Tracer):
         return
     value = np.asarray(value)[()] if array else value
