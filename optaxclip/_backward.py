@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import _validate, norms, responses, scopes
 from optaxclip._clip import clip
+from optaxclip._layout import lay_out
 from optaxclip._types import Norm, Response, Scope
 
 
@@ -74,7 +75,7 @@ def clip_cotangent(
     clipper(limits)  # what it refuses is refused here, and not in the backward pass
     _validate.absolute("norm", norm)
     if isinstance(limits, dict):
-        _validate.names(limits, scopes.lay_out(scope, x).names)
+        _validate.names(limits, lay_out(scope, x).names)
     return _identity(clipper, x, jax.tree.map(lambda limit: 1.0 * limit, limits))
 
 

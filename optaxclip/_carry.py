@@ -2,20 +2,21 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
 
 from optaxclip import _validate, norms, scopes
+from optaxclip._layout import lay_out
+from optaxclip._states import is_placeholder
 
 
 class CarryState(NamedTuple):
     """State of `carry`.
 
     Attributes:
-        carried: for each float what was cut off, in float32 or wider: one buffer as large as the parameters.
+        carried: a tree like the parameters, of what was cut off, in float32 or wider; a zero for what is no float.
         clip: state of the clip inside.
     """
 
@@ -62,16 +63,19 @@ def carry(clip: optax.GradientTransformation, *, decay: ArrayLike = 1.0) -> opta
     inner = optax.with_extra_args_support(clip)
 
     def init(params: Any) -> CarryState:
-        floats = scopes.lay_out(scopes.leaf(), params).floats()
-        return CarryState(jax.tree.map(lambda x: jnp.zeros_like(norms.widen(x)), floats), inner.init(params))
+        if is_placeholder(params):
+            return CarryState(params, inner.init(params))
+        layout = lay_out(scopes.leaf(), params)
+        nothing = layout.filled(jnp.zeros_like(gradient, norms.wide(gradient)) for gradient in layout.gradients)
+        return CarryState(nothing, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, CarryState]:
         if state is None:  # one step outside of any loop
             state = init(updates if params is None else params)
         _validate.state(state, CarryState)
-        layout = scopes.lay_out(scopes.leaf(), updates, params)
-        carried, treedef = jax.tree.flatten(state.carried)
-        _validate.same_blocks(len(layout.gradients), len(carried))
+        layout = lay_out(scopes.leaf(), updates, params)
+        _validate.state_tree(layout.treedef, state.carried)
+        carried = layout.of(state.carried)
         sums = [norms.widen(g) + d for g, d in zip(layout.gradients, carried, strict=True)]
         # The sum with a zero is not always the same bits.
         parts = zip(layout.gradients, carried, sums, strict=True)
@@ -83,7 +87,7 @@ def carry(clip: optax.GradientTransformation, *, decay: ArrayLike = 1.0) -> opta
             return jnp.where(jnp.isfinite(left), (decay * left).astype(before.dtype), before)
 
         left = map(cut_off, layout.of(clipped), sums, carried)
-        return clipped, CarryState(jax.tree.unflatten(treedef, list(left)), clip_state)
+        return clipped, CarryState(layout.replaced(state.carried, left), clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -18,13 +18,13 @@ import optax
 from jax import Array
 from jax.experimental import checkify
 
-from optaxclip import _sharding, _validate, norms, responses, scopes
+from optaxclip import _sharding, _validate, norms, responses
+from optaxclip._layout import Layout, lay_out
 from optaxclip._packing import Packing, packing_of
-from optaxclip._record import nothing_read, record_step
-from optaxclip._types import ClipState, Context, Norm, Response, Scope, Threshold
-from optaxclip.scopes import Layout
+from optaxclip._record import UNREAD, nothing_read, record_step
+from optaxclip._states import is_placeholder, joined, placeholder_state, rules_of, separate
+from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope, Threshold
 from optaxclip.thresholds import as_thresholds
-from optaxclip.thresholds.combine import observed, side_by_side
 
 POLICIES = ("propagate", "zero", "raise")
 CUTS = (responses.rescale, responses.clamp)  # a single number becomes the smaller of itself and its limit
@@ -61,7 +61,7 @@ def clip(
     | limit infinite | not clipped |
     | traced limit negative or NaN | counts as 0: a zero update, never ascent |
 
-    Structure, shapes, dtypes and weak types of the updates are kept. The state has the same
+    Structure, shapes and dtypes of the updates are kept. The state has the same
     structure, shapes and dtypes from `init` on.
 
     Args:
@@ -118,28 +118,36 @@ def clip(
         return functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups)
 
     def init(params: Any) -> Any:
-        layout = scopes.lay_out(scope, params)
-        names = [
-            _sharding.bound(own) for own in layout.names_of_axes(sharded_over)
-        ]  # a state may be made before axes are mapped
+        step = jnp.zeros((), jnp.int32)
+        if is_placeholder(params):
+            return ClipState(step, placeholder_state(threshold, scope, params), UNREAD if record else optax.EmptyState())
+        layout = lay_out(scope, params)
+        if isinstance(threshold, dict):
+            _validate.names(threshold, layout.names)
+        # A state may be made before axes are mapped.
+        names = [_sharding.bound(own) for own in layout.names_of_axes(sharded_over)]
         measure = functools.partial(measure_of(layout), axis_names=names)
         shapes = jax.eval_shape(lambda leaves: measure(leaves, params=leaves), layout.gradients)
-        sizes = [_sharding.sharded_like(jnp.zeros_like(shape), shape) for shape in shapes]
-        states = tuple(rule.init(size) for rule, size in zip(_rules(threshold, layout), sizes, strict=True))
+        sizes = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
         if layout.axes is not None:  # sizes of parts of leaves are where the leaves are
-            states = tuple(map(_placed, states, sizes))
-        return ClipState(jnp.zeros((), jnp.int32), states, nothing_read(layout, sizes) if record else None)
+            sizes = list(map(_sharding.zeros_beside, layout.gradients, shapes))
+        states = [rule.init(size) for rule, size in zip(rules_of(threshold, layout), sizes, strict=True)]
+        if layout.axes is not None:
+            states = [_sharding.placed(state, size) for state, size in zip(states, sizes, strict=True)]
+        reading = nothing_read(layout, sizes) if record else optax.EmptyState()
+        return ClipState(step, joined(threshold, layout, states), reading)
 
     def update(updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
         if state is None:  # one step outside of any loop
             state = init(updates if params is None else params)
         _validate.state(state, ClipState)
-        layout = scopes.lay_out(scope, updates, params)
-        rules = _rules(threshold, layout)
-        _validate.same_blocks(len(rules), len(state.rules))
-        if state.reading is not None:
-            _validate.same_blocks(len(layout.names), state.reading.measured.shape[1])
+        layout = lay_out(scope, updates, params)
+        if isinstance(state.reading, Reading):
+            _validate.same_groups(layout.names, state.reading.names.known)
+        if isinstance(threshold, dict):
+            _validate.names(threshold, layout.names)
+        rules, states = rules_of(threshold, layout), separate(threshold, layout, state.threshold)
         weights = layout.matching(params) if norm.uses_params else None
         names = layout.names_of_axes(sharded_over)
         measure = functools.partial(measure_of(layout), params=weights, axis_names=names)
@@ -149,47 +157,34 @@ def clip(
         packing = packing_of(blocks, layout.gradients if layout.axes else ())
         sizes = packing.pack(blocks)
         context = Context(state.step, blocks=() if isinstance(threshold, dict) else tuple(sizes))
-        learned = state.rules
+        learned = states
         if context.blocks and not jax.tree.leaves(learned):  # a rule without memory that all share is one function of a size
             contexts = _contexts(rules, context, lambda: packing.pack(measure(layout.matching(params))))
-            limits = list(map(_limit, rules, sizes, state.rules, contexts))
+            limits = list(map(_limit, rules, sizes, states, contexts))
         else:
             (blocks,) = packing.unpack(sizes)  # by kernels that equal blocks share
             contexts = _contexts(rules, context, lambda: measure(layout.matching(params)))
-            limits = packing.pack(list(map(_limit, rules, blocks, state.rules, contexts)))
+            limits = packing.pack(list(map(_limit, rules, blocks, states, contexts)))
         several = 1 if layout.axes is None else packing.several  # of these each has a limit of its own
-        limits[:several] = map(jnp.broadcast_to, limits[:several], [size.shape for size in sizes[:several]])
+        limits[:several] = map(_sharding.mapped_as, sizes[:several], limits[:several])
         clipped, clipped_sizes = _respond(response, nonfinite, layout, packing, sizes, limits)
         if jax.tree.leaves(learned):
             kept = clipped_sizes if response in CUTS else list(map(_not_dropped, sizes, clipped_sizes, limits))
             (after,) = packing.unpack(kept)
-            learned = tuple(map(lambda rule, *seen: rule.learn(*seen), rules, blocks, after, learned, contexts))
+            learned = list(map(lambda rule, *seen: rule.learn(*seen), rules, blocks, after, states, contexts))
         # Of numbers that are cut one by one, the largest tells all that is recorded but the share.
         alone = layout.is_of_elements and norm.magnitude is jnp.abs and response in CUTS and nonfinite != "zero"
         numbers = source if alone else None
-        reading = None
+        reading = optax.EmptyState()
         if record:
-            before = state.reading or nothing_read(layout, blocks)
+            before = state.reading if isinstance(state.reading, Reading) else nothing_read(layout, blocks)
             reading = record_step(before, layout, packing, sizes, clipped_sizes, limits, numbers)
         if nonfinite == "raise":
             _check_finite(layout, blocks)
-        return layout.rebuild(clipped), ClipState(jnp.asarray(optax.safe_increment(state.step)), learned, reading)
+        after = joined(threshold, layout, learned, state.threshold)
+        return layout.rebuild(clipped), ClipState(jnp.asarray(optax.safe_increment(state.step)), after, reading)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _placed(state: Any, zeros: Array) -> Any:
-    """The state of a block, split over devices as the block is: adding its zeros makes it so."""
-    return jax.tree.map(lambda x: x + zeros.astype(x.dtype), state)
-
-
-def _rules(threshold: Threshold | dict[str, Threshold], layout: Layout) -> list[Threshold]:
-    """The rule of each block."""
-    if isinstance(threshold, Threshold):
-        return [observed(threshold)] * layout.blocks
-    _validate.names(threshold, layout.names)
-    rules = [observed(threshold[name]) for name in layout.names]
-    return [side_by_side(rules)] if layout.axes is None else rules
 
 
 def _contexts(rules: list[Threshold], context: Context, measure_params: Callable[[], list[Array]]) -> list[Context]:

@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Literal
 
-from optaxclip._programs import bind
+from optaxclip._jax import Literal, bind, context
 
 _fixed = functools.partial(dataclasses.field, metadata={"static": True})
 
@@ -337,45 +336,16 @@ def _run(program: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         return v.val if isinstance(v, Literal) else values[v]
 
     for equation in program.eqns:
-        with equation.ctx.manager:
+        with context(equation):
             outs = _outputs(equation, list(map(read, equation.invars)))
         values.update(zip(equation.outvars, outs, strict=True))
     return list(map(read, program.outvars))
 
 
 def _outputs(equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    name, options = equation.primitive.name, equation.params
-    if name in ("jit", "pjit", "closed_call"):
-        inner = options.get("jaxpr") or options["call_jaxpr"]
-        return _run(inner.jaxpr, inner.consts, inputs)
-    if name in ("checkpoint", "remat2"):  # the barrier is what keeps it from being merged with the first computation
-        return _run(options["jaxpr"], (), jax.lax.optimization_barrier(list(map(_array, inputs))))
-    if name == "scan":
-        return _scan(equation, inputs)
-    if name in ("split", "unstack"):
-        return _parts(equation, inputs)
-    terms = _RULES[name](inputs, equation) if name in _RULES else None
-    if terms is None or any(term is None for term in terms):
-        return _bind(equation, inputs)
-    return [Lazy(terms, lambda: _bind(equation, inputs)[0], equation.outvars[0].aval)]
-
-
-def _parts(equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    """What an array is split into, or is a stack of."""
-    axis, sizes = equation.params["axis"], equation.params.get("sizes")
-    ends = itertools.accumulate(sizes or [1] * len(equation.outvars), initial=0)
-
-    def change(term: Any, where: tuple[int, int, int]) -> Any:
-        return _part(term, where) if sizes else _without_axes(_part(term, where), [axis])
-
-    outs = functools.cache(lambda: _bind(equation, inputs))
-    made = [_each(inputs[0], functools.partial(change, where=(axis, *ends))) for ends in itertools.pairwise(ends)]
-    if any(terms is None or None in terms for terms in made):
-        return outs()
-    return [
-        Lazy(terms or (), lambda i=i: outs()[i], v.aval)
-        for i, (terms, v) in enumerate(zip(made, equation.outvars, strict=True))
-    ]
+    rule = _RULES.get(equation.primitive.name)
+    outs = rule.outputs(inputs, equation) if rule and rule.knows(equation.params) else None
+    return _bind(equation, inputs) if outs is None else outs
 
 
 def _bind(equation: Any, inputs: list[Any]) -> Sequence[Any]:
@@ -386,10 +356,12 @@ def _array(x: Any) -> Any:
     return x.value() if isinstance(x, Lazy) else x
 
 
-def _scan(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+def _scan(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
     """A loop, of which sums in the carry and rows in the outputs are made of factors if these are short."""
-    options, body = equation.params, equation.params["jaxpr"]
-    first, end = options["num_consts"], options["num_consts"] + options["num_carry"]
+    options, body, ends = equation.params, equation.params["jaxpr"], _ends(equation)
+    if ends is None:
+        return None
+    first, end = ends
     consts, start, xs = list(map(_array, inputs[:first])), inputs[first:end], list(map(_array, inputs[end:]))
     length = options["length"]
     sums, rows = _short(body, first, end)
@@ -416,6 +388,23 @@ def _scan(equation: Any, inputs: list[Any]) -> Sequence[Any]:
         return Lazy(own, lambda: sum((term.multiply() for term in own), jnp.zeros(like.shape)).astype(like.dtype), like)
 
     return [result(i, v.aval) for i, v in enumerate(equation.outvars)]
+
+
+def _ends(equation: Any) -> tuple[int, int] | None:
+    """Where in the inputs of a loop the constants end, and where the carry does; None if they are in another order.
+
+    Seen from the shapes, since JAX has told it by other parameters in every other version.
+    """
+    body = equation.params["jaxpr"].jaxpr
+
+    def sliced(outer: Sequence[Any], inner: Sequence[Any]) -> list[bool]:
+        return [v.aval.ndim > own.aval.ndim for v, own in zip(outer, inner, strict=True)]
+
+    xs, ys = sliced(equation.invars, body.invars), sliced(equation.outvars, body.outvars)
+    end, carry = len(xs) - sum(xs), len(ys) - sum(ys)
+    kinds = [[(v.aval.shape, v.aval.dtype) for v in vs] for vs in (body.invars[end - carry : end], body.outvars[:carry])]
+    ordered = xs == sorted(xs) and ys == sorted(ys) and carry <= end and kinds[0] == kinds[1]
+    return (end - carry, end) if ordered else None
 
 
 def _short(body: Any, first: int, end: int) -> tuple[set[int], set[int]]:
@@ -590,21 +579,109 @@ def _with_axes(term: Any, axes: Sequence[int]) -> Any:
     return term
 
 
-_RULES: dict[str, Callable[[list[Any], Any], list[Any] | None]] = {
-    "dot_general": _dot,
-    "conv_general_dilated": _convolution,
-    "scatter-add": _add_rows,
-    "add": _add,
-    "add_any": _add,
-    "broadcast_in_dim": _broadcast,
-    "transpose": _transposed,
-    "convert_element_type": _converted,
-    "mul": _times,
-    "div": _divided,
-    "neg": _negative,
-    "reshape": _reshaped,
-    "squeeze": _reshaped,
-    "reduce_sum": _reshaped,
-    "slice": _sliced,
-    "copy": _converted,
+def _inlined(inputs: list[Any], equation: Any) -> Sequence[Any]:
+    inner = equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "jaxpr"]
+    return _run(inner.jaxpr, inner.consts, inputs)
+
+
+def _computed_again(inputs: list[Any], equation: Any) -> Sequence[Any]:
+    """What is computed again to save memory; the barrier keeps the compiler from merging it with the first computation."""
+    return _run(equation.params["jaxpr"], (), jax.lax.optimization_barrier(list(map(_array, inputs))))
+
+
+def _parts(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
+    """What an array is split into, or is a stack of."""
+    axis, sizes = equation.params["axis"], equation.params.get("sizes")
+    ends = itertools.accumulate(sizes or [1] * len(equation.outvars), initial=0)
+
+    def change(term: Any, where: tuple[int, int, int]) -> Any:
+        return _part(term, where) if sizes else _without_axes(_part(term, where), [axis])
+
+    outs = functools.cache(lambda: _bind(equation, inputs))
+    made = [_each(inputs[0], functools.partial(change, where=(axis, *ends))) for ends in itertools.pairwise(ends)]
+    if any(terms is None or None in terms for terms in made):
+        return None
+    return [
+        Lazy(terms or (), lambda i=i: outs()[i], v.aval)
+        for i, (terms, v) in enumerate(zip(made, equation.outvars, strict=True))
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the outputs of an operation are made of factors, for the parameters that the operation is known with.
+
+    The parameters of JAX's operations are no public interface. With any others the operation is computed as ever, which
+    costs memory and never a result.
+
+    Attributes:
+        outputs: `(inputs, equation) -> outputs`; None for an operation that is to be computed.
+        needed: the parameters that it reads.
+        others: parameters that may be there, and change nothing about the factors.
+    """
+
+    outputs: Callable[[list[Any], Any], Sequence[Any] | None]
+    needed: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
+
+    def knows(self, options: dict[str, Any]) -> bool:
+        """Whether these are parameters that it is written for."""
+        return self.needed <= options.keys() <= self.needed | self.others
+
+
+def _rule(outputs: Callable[[list[Any], Any], Sequence[Any] | None], needed: str = "", others: str = "") -> Rule:
+    return Rule(outputs, frozenset(needed.split()), frozenset(others.split()))
+
+
+def _terms(make: Callable[[list[Any], Any], list[Any] | None], needed: str = "", others: str = "") -> Rule:
+    """The rule of an operation with one output, of which `make` returns the terms; None, also among them, to compute it."""
+
+    def outputs(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
+        try:
+            terms = make(inputs, equation)
+        except _UNREADABLE:
+            return None
+        if terms is None or any(term is None for term in terms):
+            return None
+        return [Lazy(terms, lambda: _bind(equation, inputs)[0], equation.outvars[0].aval)]
+
+    return _rule(outputs, needed, others)
+
+
+_UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # by parameters of another structure
+
+_CALL = "name inline donated_invars keep_unused ctx_mesh compiler_options_kvs in_layouts out_layouts in_shardings out_shardings"
+_DOT = "precision preferred_element_type out_sharding"
+
+_RULES: dict[str, Rule] = {
+    "jit": _rule(_inlined, "jaxpr", _CALL),
+    "pjit": _rule(_inlined, "jaxpr", _CALL),
+    "closed_call": _rule(_inlined, "call_jaxpr"),
+    "checkpoint": _rule(_computed_again, "jaxpr", "differentiated policy prevent_cse"),
+    "remat2": _rule(_computed_again, "jaxpr", "differentiated policy prevent_cse"),
+    "scan": _rule(_scan, "jaxpr length reverse unroll", "num_consts num_carry linear _split_transpose ft_in ft_out"),
+    "split": _rule(_parts, "axis sizes"),
+    "unstack": _rule(_parts, "axis"),
+    "dot_general": _terms(_dot, "dimension_numbers", _DOT),
+    "conv_general_dilated": _terms(
+        _convolution,
+        "dimension_numbers window_strides padding lhs_dilation rhs_dilation precision feature_group_count batch_group_count",
+        _DOT,
+    ),
+    "scatter-add": _terms(
+        _add_rows, "dimension_numbers mode", "indices_are_sorted unique_indices update_jaxpr update_consts out_sharding"
+    ),
+    "add": _terms(_add),
+    "add_any": _terms(_add),
+    "broadcast_in_dim": _terms(_broadcast, "broadcast_dimensions shape", "sharding"),
+    "transpose": _terms(_transposed, "permutation"),
+    "convert_element_type": _terms(_converted, "new_dtype", "weak_type sharding"),
+    "mul": _terms(_times, "", "out_dtype"),
+    "div": _terms(_divided),
+    "neg": _terms(_negative),
+    "reshape": _terms(_reshaped, "new_sizes", "dimensions sharding"),
+    "squeeze": _terms(_reshaped, "dimensions"),
+    "reduce_sum": _terms(_reshaped, "axes", "out_sharding"),
+    "slice": _terms(_sliced, "start_indices limit_indices strides"),
+    "copy": _terms(_converted),
 }

@@ -1,20 +1,28 @@
 """Guards around an optimizer: a step that would spoil it is left out, as if its batch had never been."""
 
-from collections.abc import Callable
+import functools
+import inspect
+import itertools
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 from jax.experimental import checkify
-from jax.extend.core import Literal
 
-from optaxclip import _sharding, _validate, norms, scopes
-from optaxclip._programs import bind
+from optaxclip import _jax, _programs, _sharding, _validate, norms, scopes
+from optaxclip._layout import lay_out
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, patient
 from optaxclip.thresholds.fixed import as_threshold
+
+MOST = 2**31 - 1
+"""More steps than this are not counted."""
 
 
 class Watch(NamedTuple):
@@ -39,14 +47,14 @@ class GuardState(NamedTuple):
         steps: int32 scalar, updates so far, skipped ones included.
         skipped_steps: int32 scalar, how many of them were skipped.
         consecutive: int32 scalar, how many of the last ones in a row.
-        watch: what `skip_spikes` looked at; None for `skip_nonfinite`.
+        watch: what `skip_spikes` looked at; empty for `skip_nonfinite`.
     """
 
     inner: Any
     steps: Array
     skipped_steps: Array
     consecutive: Array
-    watch: Watch | None = None
+    watch: Watch | optax.EmptyState = optax.EmptyState()
 
 
 @_validate.checks_keywords
@@ -61,11 +69,13 @@ def skip_nonfinite(
     and schedules stand still, and no weight decays. It is a selection, never a product with zero, and it fuses
     into the optimizer's own pass; where a clip by l2 norms is inside, its norm is the one that is looked at.
 
-    Belongs around the whole chain, and around `optax.MultiSteps`, where it leaves out one micro-batch. Inside of that it
-    comes too late: what MultiSteps accumulates stays NaN once it is, so every later step is skipped.
+    Belongs around the whole chain, and around `optax.MultiSteps`, where it leaves out one micro-batch. Inside MultiSteps it
+    comes too late: after one NaN micro-batch the accumulated gradients stay NaN, and every later step is skipped. The signal
+    is a `clip/skipped_steps` that grows at every step. To leave out a whole set of micro-batches, average their gradients
+    yourself, and call the guarded optimizer once for each set, with the mean.
 
     Args:
-        inner: any optimizer or chain.
+        inner: any optimizer or chain, or anything with `init` and `update`, such as `optax.MultiSteps`.
         max_consecutive: more skipped steps than this in a row are an error, under
             `jax.experimental.checkify`. Elsewhere they are counted, and skipped all the same.
         sharded_over: as for `clip`, so that all devices skip the same steps.
@@ -100,7 +110,7 @@ def skip_nonfinite(
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
         if max_consecutive is not None:
             advice = "look at what makes the gradients, such as the learning rate"
-            within = state.consecutive <= max_consecutive
+            within = state.consecutive <= min(max_consecutive, MOST)
             checkify.debug_check(within, "{n} steps in a row were not finite; " + advice, n=state.consecutive)
         return updates, state
 
@@ -113,7 +123,7 @@ def skip_spikes(
     threshold: Any,
     *,
     watch: str = "norm",
-    patience: int = 10,
+    patience: int | None = 10,
     sharded_over: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leaves a step out if its gradient norm, or its loss, is over a threshold; and if its gradient is not finite.
@@ -125,15 +135,17 @@ def skip_spikes(
 
     Of a size over the limit the rule learns the limit, so one spike does not hide the next. What is over the limit for longer
     than `patience` is no spike but a new level: that step is done, and the rule starts afresh from it. So a guard whose
-    threshold is too low slows a run down, but never stops it.
+    threshold is too low slows a run down, but never stops it. With `patience=None` it may stop it: no step over the limit is
+    ever done.
 
     Args:
-        inner: any optimizer or chain.
+        inner: any optimizer or chain, or anything with `init` and `update`, such as `optax.MultiSteps`.
         threshold: a number, a schedule (of the steps that were not skipped), or a rule from `optaxclip.thresholds`.
         watch: `"norm"`, the l2 norm of all updates that the guard gets; or `"loss"`, which is then an argument of each
             update: `update(grads, state, params, value=loss)`, or `loss=`. Rules never learn from a loss
             that is zero or negative: give the guard one that has a positive lower bound.
-        patience: how many steps in a row may be skipped as spikes. Those that are not finite are not counted, and never done.
+        patience: how many steps in a row may be skipped as spikes; None for any number. Those that are not finite are not
+            counted, and never done.
         sharded_over: as for `clip`, so that all devices skip the same steps. A loss has to be the same on all of them.
 
     Returns:
@@ -161,13 +173,16 @@ def skip_spikes(
     """
     optimizer = _optimizer(inner)
     _validate.option("watch", watch, ("norm", "loss"))
-    _validate.count("patience", patience)
-    rule = observed(patient(_learning_limits(as_threshold(threshold)), patience + 1))
+    rule = _learning_limits(as_threshold(threshold))
+    if patience is not None:
+        _validate.count("patience", patience)
+        rule = patient(rule, min(patience, MOST - 1) + 1)
+    rule = observed(rule)
     if watch == "loss":
         _validate.not_relative("threshold", rule, watch)
 
     def init(params: Any) -> Any:
-        size, limit = jnp.zeros((2,), jax.eval_shape(lambda params: _norm(params, sharded_over), params).dtype)
+        size, limit = jnp.zeros((2,), jax.eval_shape(lambda params: _norm(params, ()), params).dtype)
         return _start(optimizer, params)._replace(watch=Watch(size, limit, rule.init(size[None])))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -179,8 +194,11 @@ def skip_spikes(
         context = Context(state.steps - state.skipped_steps, _norm(params, sharded_over)[None] if rule.uses_params else None)
         limit = jnp.broadcast_to(jnp.asarray(rule.limit(size[None], before.rule, context), size.dtype), (1,))[0]
         learned = rule.learn(size[None], jnp.minimum(size, limit)[None], before.rule, context)
-        _, streak = learned  # of sizes over the limit; over again when it is zero
-        ok = jnp.isfinite(norm) & jnp.isfinite(size) & ((size <= limit) | (streak[0] == 0))
+        done = size <= limit
+        if patience is not None:
+            _, streak = learned  # of sizes over the limit; over again when it is zero
+            done |= streak[0] == 0
+        ok = jnp.isfinite(norm) & jnp.isfinite(size) & done
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
         return updates, state._replace(watch=Watch(size, limit, learned))
 
@@ -196,9 +214,18 @@ def _learning_limits(rule: Threshold) -> Threshold:
     return rule._replace(learn=learn)
 
 
-def _optimizer(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    _validate.part("inner", inner, optax.GradientTransformation, "optax.adam(1e-3)")
-    return optax.with_extra_args_support(inner)
+def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Anything with `init` and `update`, as a transform; its `update` gets those extra arguments that it takes."""
+    _validate.transform("inner", inner)
+    if isinstance(inner, optax.GradientTransformation):
+        return optax.with_extra_args_support(inner)
+    takes = inspect.signature(inner.update).parameters
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return inner.update(updates, state, params, **{k: v for k, v in extra_args.items() if every or k in takes})
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:
@@ -207,9 +234,10 @@ def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:
 
 
 def _norm(tree: Any, sharded_over: Any) -> Array:
-    layout = scopes.lay_out(scopes.tree(), tree)
+    layout = lay_out(scopes.tree(), tree)
     names = layout.names_of_axes(sharded_over)
-    (norm,) = norms.measure(norms.l2(), layout.gradients, groups=layout.groups, axis_names=names)
+    gradients = [jax.lax.stop_gradient(g) for g in layout.gradients]  # which steps are skipped has no derivative
+    (norm,) = norms.measure(norms.l2(), gradients, groups=layout.groups, axis_names=names)
     return jnp.sum(norm)  # of no group, if nothing can be measured
 
 
@@ -217,7 +245,7 @@ def _loss(extra_args: dict[str, Any]) -> Array:
     loss = extra_args.get("loss", extra_args.get("value"))
     _validate.loss(loss)
     _validate.same_on_all("value", _sharding.varying(loss))
-    return norms.widen(jnp.asarray(loss))
+    return jax.lax.stop_gradient(norms.widen(jnp.asarray(loss)))
 
 
 def _unless_skipped(
@@ -230,37 +258,122 @@ def _unless_skipped(
 ) -> tuple[Any, Any]:
     """A step of the optimizer, and the state after it with its counts; or, if it is not ok, a step that has never been."""
 
-    def keep(new: Array, old: Array) -> Array:
-        return jnp.where(ok, new, old).astype(jnp.result_type(old))
+    def step(inputs: Any, before: Any) -> tuple[Any, Any]:
+        updates, params, extra_args = inputs
+        updates, after = optimizer.update(updates, before, params, **extra_args)
+        _validate.same_state("inner", before, after)
+        return updates, after
 
-    new, kept = _keeping(lambda g, s: optimizer.update(g, s, params, **extra_args), keep, updates, state.inner)
-    new = jax.tree.map(lambda x: keep(x, jnp.zeros_like(x)), new)
-    steps = jnp.asarray(optax.safe_increment(state.steps))
-    consecutive = jnp.where(ok, 0, state.consecutive + 1)
-    return new, GuardState(kept, steps, state.skipped_steps + ~ok, consecutive)
+    # Outside of jit nothing is compiled, and `update` may look at the numbers.
+    select = _select_early if isinstance(ok, Tracer) else _select
+    updates, inner = select(step, ok, (updates, params, extra_args), state.inner)
+    steps, skipped_steps, consecutive = map(optax.safe_increment, (state.steps, state.skipped_steps, state.consecutive))
+    skipped_steps, consecutive = jnp.where(ok, state.skipped_steps, skipped_steps), jnp.where(ok, 0, consecutive)
+    return updates, GuardState(inner, jnp.asarray(steps), skipped_steps, consecutive, state.watch)
 
 
-def _keeping(update: Callable[..., Any], keep: Callable[[Array, Array], Array], updates: Any, state: Any) -> tuple[Any, Any]:
-    """`update(updates, state)`, with `keep(new, old)` of each array in the state; where they agree, exactly that.
+def _select(step: Callable[[Any, Any], tuple[Any, Any]], ok: Array, inputs: Any, state: Any) -> tuple[Any, Any]:
+    """The updates and the state of `step(inputs, state)` if it is ok, else zeros and the state before."""
+    floats, with_floats = _separate(inputs, _is_float)
+    updates, after = step(with_floats(_harmless(ok, floats)), state)
+    return jax.tree.map(_or_zeros(ok), updates), jax.tree.map(lambda new, old: _or_old(ok, old)(new), after, state)
 
-    Each choice is made where the new array is, before anything else is computed from it: Adam's updates come from the moments
-    that are kept. If they came from others, the compiler would need the old moments, the new and the kept ones at once, and
-    on CPU it makes copies for that: the step is then four times slower than without a guard, and not a third.
+
+def _select_early(step: Callable[[Any, Any], tuple[Any, Any]], ok: Array, inputs: Any, state: Any) -> tuple[Any, Any]:
+    """`_select(step, ok, inputs, state)`, in an order that compiles without copies.
+
+    Each new array of the state is selected where it is computed, and what follows is computed from the selected one: Adam's
+    updates come from the moments that are kept. If they came from others, the compiler would need the old moments, the new
+    and the kept ones at once, and on CPU it makes copies for that: the step is then four times slower than without a guard,
+    and not a third. A step with side effects is not reordered, and the derivative is that of `_select`.
     """
-    arrays, treedef = jax.tree.flatten((updates, state))
-    traced, shape = jax.make_jaxpr(lambda *arrays: update(*jax.tree.unflatten(treedef, arrays)), return_shape=True)(*arrays)
-    program, old = traced.jaxpr, jax.tree.leaves(state)
-    news = program.outvars[len(program.outvars) - len(old) :]
-    values: dict[Any, Any] = dict(zip([*program.invars, *program.constvars], [*arrays, *traced.consts], strict=True))
-    computed = {v for equation in program.eqns for v in equation.outvars}
-    olds = {v: x for v, x in zip(news, old, strict=True) if not isinstance(v, Literal) and v in computed}
+    inputs, with_inputs = _separate(inputs, _is_traced)  # `update` may look at the numbers that are known
+    olds, with_olds = _separate(state, _is_array)
+    unknown, with_unknown = _separate(olds, _is_traced)
+    which = [_is_traced(old) for old in olds]
+    restore: list[Callable[[list[Any]], Any]] = []
 
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else values[v]
+    def arrays_of_step(inputs: list[Any], unknown: list[Any]) -> tuple[list[Any], list[Any]]:
+        updates, after = step(with_inputs(inputs), with_olds(with_unknown(unknown)))
+        (news, with_news), (afters, with_afters) = _separate(updates, _is_array), _separate(after, _is_array)
+        restore[:] = with_news, with_afters
+        return news, afters
 
-    for equation in program.eqns:
-        for v, x in zip(equation.outvars, bind(equation, list(map(read, equation.invars))), strict=True):
-            values[v] = keep(x, olds[v]) if v in olds else x
-    outs = list(map(read, program.outvars[: len(program.outvars) - len(old)]))
-    kept = [read(v) if olds.get(v) is x else keep(read(v), x) for v, x in zip(news, old, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(shape), [*outs, *kept])
+    program, (news, afters) = jax.make_jaxpr(arrays_of_step, return_shape=True)(inputs, unknown)
+
+    def traced_step(inputs: tuple[list[Any], list[Any]], olds: list[Any]) -> tuple[list[Any], list[Any]]:
+        arrays, constants = inputs
+        outs = _jax.jaxpr_as_fun(_jax.ClosedJaxpr(program.jaxpr, constants))(*arrays, *itertools.compress(olds, which))
+        return outs[: len(news)], outs[len(news) :]
+
+    @jax.custom_jvp
+    def early(ok: Array, inputs: tuple[list[Any], list[Any]], olds: list[Any]) -> tuple[list[Any], list[Any]]:
+        arrays, constants = inputs
+        choices = [*(_or_zeros(ok) for _ in news), *(_or_old(ok, old) for old in olds)]
+        arrays = [*arrays, *itertools.compress(olds, which)]
+        outs = _programs.run(program.jaxpr, constants, arrays, choices)
+        return outs[: len(news)], outs[len(news) :]
+
+    plainly = functools.partial(_select, traced_step)
+    early.defjvp(lambda primals, tangents: jax.jvp(plainly, primals, tangents))
+    select = plainly if _programs.has_side_effects(program.jaxpr) else early
+    new, kept = select(ok, (inputs, program.consts), olds)
+    with_news, with_afters = restore
+    return with_news(new), with_afters(kept)
+
+
+def _or_zeros(ok: Array) -> Callable[[Any], Any]:
+    return lambda new: jnp.where(ok, new, jnp.zeros_like(new)) if _is_array(new) else new
+
+
+def _or_old(ok: Array, old: Any) -> Callable[[Any], Any]:
+    def choose(new: Any) -> Any:
+        if not _is_array(old):
+            return new if isinstance(ok, Tracer) or ok else old
+        kept, dtype = jnp.where(ok, new, old), jnp.result_type(old)
+        return kept if kept.dtype == dtype else kept.astype(dtype)
+
+    return choose
+
+
+@jax.custom_jvp
+def _harmless(ok: Array, floats: list[Array]) -> list[Array]:
+    """The floats themselves; but those of a skipped step are ones to a derivative, which would be 0 * NaN otherwise.
+
+    Ones, not zeros, since much has no derivative at zero: norms, and the root in the first step of Adam.
+    """
+    return floats
+
+
+@_harmless.defjvp
+def _(primals: tuple[Array, list[Array]], tangents: tuple[Any, list[Array]]) -> tuple[list[Array], list[Array]]:
+    (ok, floats), (_, tangents_of_floats) = primals, tangents
+    ones = [jnp.where(ok, x, jnp.ones_like(x)) for x in floats]
+    return ones, [jnp.where(ok, dx, jnp.zeros_like(dx)) for dx in tangents_of_floats]
+
+
+def _separate(tree: Any, belongs: Callable[[Any], bool]) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves that belong, and a function that makes the tree again, from these or from others in their places."""
+    leaves, treedef = jax.tree.flatten(tree)
+    which = [belongs(leaf) for leaf in leaves]
+
+    def rebuild(parts: Sequence[Any]) -> Any:
+        parts_in_order = iter(parts)
+        return jax.tree.unflatten(treedef, [next(parts_in_order) if w else x for x, w in zip(leaves, which, strict=True)])
+
+    parts = list(itertools.compress(leaves, which))
+    leaves = [None if w else x for x, w in zip(leaves, which, strict=True)]  # what is traced must not outlive its trace
+    return parts, rebuild
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, Tracer)
+
+
+def _is_array(x: Any) -> bool:
+    """Whether a compiled program can have it: no function, no word, and no gradient of an integer."""
+    return isinstance(x, Array | np.ndarray | np.generic | numbers.Number) and jnp.result_type(x) != jax.dtypes.float0
+
+
+def _is_float(x: Any) -> bool:
+    return _is_array(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)

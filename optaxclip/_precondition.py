@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import optax
 
 from optaxclip import _validate, norms, scopes
+from optaxclip._layout import lay_out
+from optaxclip._states import is_placeholder
 
 
 class PreconditionedState(NamedTuple):
@@ -27,11 +29,12 @@ def clip_after(
     """
 
     def init(params: Any) -> PreconditionedState:
-        return PreconditionedState(inner.init(scopes.lay_out(scopes.leaf(), params).floats()), clip.init(params))
+        floats = params if is_placeholder(params) else lay_out(scopes.leaf(), params).floats()
+        return PreconditionedState(inner.init(floats), clip.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, PreconditionedState]:
         _validate.state(state, PreconditionedState)
-        layout = scopes.lay_out(scopes.leaf(), updates, params)
+        layout = lay_out(scopes.leaf(), updates, params)
         weights = None if params is None else layout._replace(gradients=layout.matching(params)).floats()
         gradients = layout.floats()
         steps, inner_state = inner.update(gradients, state.inner, weights)

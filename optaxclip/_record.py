@@ -8,16 +8,19 @@ import numpy as np
 from jax import Array
 
 from optaxclip import _sharding, norms
+from optaxclip._layout import Layout
 from optaxclip._packing import Packing, alike, places, stacked
-from optaxclip._types import Reading
-from optaxclip.scopes import Layout
+from optaxclip._types import Names, Reading
+
+UNREAD = Reading(np.zeros((4, 0), np.float32), np.zeros(2, np.int32))
+"""Where nothing is known of the groups."""
 
 
 def nothing_read(layout: Layout, sizes: list[Array]) -> Reading:
     """The reading before the first step, of sizes of this kind."""
     dtype = jnp.result_type(*sizes) if sizes else jnp.float32
     counted = jnp.zeros(2, jnp.int32)
-    return Reading(jnp.zeros((4, len(layout.names)), dtype), counted, tuple({name: None} for name in layout.names))
+    return Reading(jnp.zeros((4, len(layout.names)), dtype), counted, Names.of(layout.names))
 
 
 def record_step(
@@ -49,7 +52,7 @@ def record_step(
     if layout.axes is not None:
         measured = _sharding.everywhere(measured)
     counted = jnp.stack([measured[3] > 0, ~jnp.isfinite(measured[0])]).any(1).astype(jnp.int32)
-    return reading._replace(measured=measured.astype(reading.measured.dtype), counted=reading.counted + counted)
+    return Reading(measured.astype(reading.measured.dtype), reading.counted + counted, Names.of(layout.names))
 
 
 def _source(block: tuple[Array, ...], numbers: Any) -> tuple[Array, ...]:
@@ -95,10 +98,11 @@ def _column(*source: Array) -> Array:
         numbers, limit = source
         size = jnp.abs(numbers)
         top = jnp.max(jnp.maximum(numbers, -numbers))
+        limit = _sharding.mapped_as(top, limit)
         largest = [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
     else:
         size, clipped_size, limit = source
-        largest = [jnp.max(block, initial=0) for block in (size, clipped_size, jnp.broadcast_to(limit, size.shape))]
+        largest = [jnp.max(block, initial=0) for block in (size, clipped_size, _sharding.mapped_as(size, limit))]
     # Through int8, because XLA adds converted booleans one by one on CPU.
     share = _is_over(size, limit).astype(jnp.int8).sum(dtype=jnp.float32) / max(size.size, 1)
     return jnp.stack([*largest, share])

@@ -2,17 +2,17 @@
 
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-_reshard = getattr(jax, "reshard", None) or jax.sharding.reshard  # by the version of JAX
-
-_vary = functools.partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else getattr(jax.lax, "pvary", None)
+from optaxclip import _jax, _validate
 
 Names = tuple[Hashable, ...]
 """Names of mapped axes."""
@@ -30,28 +30,43 @@ def names_of(value: Any) -> Names | None:
 
 
 def manual_axes() -> Names:
-    """The axes of the mesh that this code runs on a part of: all of a `shard_map` or `pmap` around it."""
-    return tuple(getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()))
+    """The axes of the `shard_map` or `pmap` around this code.
+
+    A `pmap` without `axis_name` does not count. Its axis has no name, so no collective can use it and each device has
+    gradients of its own, which are whole.
+    """
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in axes if not _jax.is_nameless(axis))
 
 
 def bound(names: Names | None) -> Names | None:
     """Of the names, those of axes that are mapped here."""
+    return names and tuple(filter(_is_bound, names))
 
-    def is_bound(name: Hashable) -> bool:
-        try:
-            jax.lax.axis_index(name)
-        except NameError:
-            return False
-        return True
 
-    return names and tuple(filter(is_bound, names))
+def all_bound(name: str, names: Names | None) -> Names | None:
+    """The names, which the argument `name` gave.
+
+    Raises:
+        ValueError: one of them is no axis that is mapped here.
+    """
+    missing = tuple(axis for axis in names or () if not _is_bound(axis))
+    _validate.mapped(name, missing, tuple(axis for axis in _jax.axis_names() if not _jax.is_nameless(axis)))
+    return names
 
 
 def varying(x: Any) -> Names | None:
-    """The axes along which a value differs from device to device; None where its type does not tell (`check_vma=False`)."""
+    """The axes along which a value differs between devices; None where its type does not tell.
+
+    It is None with `check_vma=False` and in `pmap`. On JAX 0.8.2, 0.10.2 and 0.12.0 `pmap` is a `shard_map` with
+    `check_vma=False`: the mesh, its axis types, the types of values, the kind of trace, the name stack and the trace
+    context are equal. So code inside cannot tell whether gradients are whole, as usual in `pmap`, or sharded, and
+    must ask. Two kinds of `pmap` can be told. There gradients count as whole, as Optax has them: a `pmap` without
+    `axis_name` (see `manual_axes`), and any `pmap` on 0.8.2 with `jax_pmap_shmap_merge=False`.
+    """
     axes = manual_axes()
-    tracked = bool(axes) and _varying(jax.lax.axis_index(axes[0])) != set()
-    return tuple(axis for axis in axes if axis in _varying(x)) if tracked or not axes else None
+    tracked = bool(axes) and bool(_jax.varying(jax.lax.axis_index(axes[0])))
+    return tuple(axis for axis in axes if axis in _jax.varying(x)) if tracked or not axes else None
 
 
 def split_axes(name: str, given: Names | None, x: Any) -> Names:
@@ -61,12 +76,8 @@ def split_axes(name: str, given: Names | None, x: Any) -> Names:
         ValueError: none are given, and JAX does not know.
     """
     known = varying(x)
-    if given is None and known is None:
-        raise ValueError(
-            f"{name} must be given where JAX does not track what differs between devices (shard_map with "
-            "check_vma=False, pmap), got None; pass the mapped axes along which the updates are split or, "
-            f"for gradients that pmean made equal on all devices, {name}=()"
-        )
+    if known is None:
+        _validate.tracked(name, given, manual_axes())
     if given is None or known is None:
         return given or known or ()
     manual = manual_axes()
@@ -84,6 +95,29 @@ def is_explicit(x: Any) -> bool:
     return any(_spec(x))
 
 
+def zeros_beside(leaf: Any, shape: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of this shape, split over devices as the leaf is, along the axes that have the same length."""
+    sharding = getattr(leaf, "sharding", None) if isinstance(leaf, Array) and not isinstance(leaf, Tracer) else shape.sharding
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) <= len(shape.shape):
+        own = zip(sharding.spec, jnp.shape(leaf), shape.shape, strict=False)  # a spec may be short
+        spec = PartitionSpec(*[axes if length == kept else None for axes, length, kept in own])
+        return jax.lax.full(shape.shape, 0, shape.dtype, sharding=NamedSharding(sharding.mesh, spec))
+    return jnp.zeros_like(shape)
+
+
+def placed(state: Any, sizes: Array) -> Any:
+    """The state of a block, of arrays that end in its shape, split over devices as its sizes are."""
+
+    def place(x: Any) -> Any:
+        x = jnp.asarray(x)
+        if isinstance(sizes, Tracer) or not isinstance(sizes.sharding, NamedSharding):
+            return x + sizes.astype(x.dtype)  # zeros
+        spec = PartitionSpec(*[None] * (x.ndim - sizes.ndim), *sizes.sharding.spec)
+        return jax.device_put(x, NamedSharding(sizes.sharding.mesh, spec))
+
+    return jax.tree.map(place, state)
+
+
 def sharded_like(x: Any, like: Any) -> Any:
     """`x`, on an explicit mesh split over it as `like` is."""
     return _split(x, _spec(like), like) if any(_spec(like)) else x
@@ -98,9 +132,76 @@ def varying_as(like: Any, tree: Any) -> Any:
 
     def vary(x: Any) -> Any:
         missing = tuple(axis for axis in axes if axis not in (varying(x) or ()))
-        return _vary(x, missing) if missing and _vary else x
+        return _jax.vary(x, missing) if missing else x
 
     return jax.tree.map(vary, tree)
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """The explicit mesh that an array of the tree is on, or None."""
+    meshes = [getattr(_sharding_of(x), "mesh", None) for x in jax.tree.leaves(tree) if isinstance(x, Array)]
+    return next((mesh for mesh in meshes if getattr(mesh, "explicit_axes", ())), None)
+
+
+def compiled_on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled if it is called with arrays on an explicit mesh: one by one, some operations do not run there."""
+    compiled = jax.jit(function)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        here = any(isinstance(x, Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(args))
+        return (compiled if here and explicit_mesh(args) is not None else function)(*args)
+
+    return run
+
+
+def batch_axes(batch: Any) -> Any:
+    """How an explicit mesh splits the first axis of the arrays: by the first of them that it splits; None if none is."""
+    return next((spec[0] for x in jax.tree.leaves(batch) if any((spec := _spec(x))[:1])), None)
+
+
+def on_mesh(mesh: Any, *spec: Any) -> NamedSharding | None:
+    """Split over an explicit mesh like this; None without one."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def spec_on(mesh: Any, x: Any) -> tuple[Any, ...]:
+    """Of each axis, how the explicit mesh splits it; all None for what is on no mesh."""
+    return tuple(_spec(x)) if mesh is not None and isinstance(x, Array) else (None,) * jnp.ndim(x)
+
+
+def parts_of(mesh: Any, axes: Any) -> int:
+    """How many parts what is split along these axes of the mesh has."""
+    return math.prod(mesh.shape[axis] for axis in names_of(axes) or ())
+
+
+def resharded(tree: Any, out: Any) -> Any:
+    """The tree, split as `out`, a tree of shardings that it starts with; as it is where that is None."""
+    return jax.tree.map(lambda to, part: part if to is None else _jax.reshard(part, to), out, tree, is_leaf=lambda x: x is None)
+
+
+def automatic(mesh: Any, function: Callable[..., Any], out: Any, *args: Any) -> Any:
+    """`function(*args)`, where the compiler chooses how to split what lies between.
+
+    JAX refuses some operations along explicit axes, such as a product that sums over one.
+
+    Args:
+        mesh: the explicit mesh; without one the function is only called.
+        function: closes over no array.
+        out: how to split the result, a tree of shardings that it starts with.
+        args: trees of arrays.
+    """
+    if mesh is None:
+        return function(*args)
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out)(*args)
+
+
+def mapped_as(like: Array, x: Array) -> Array:
+    """`x` in the shape of `like`, and mapped by `jax.vmap` if that is; the compiler drops the selection.
+
+    On an explicit mesh JAX refuses to stack what is mapped with what is not.
+    """
+    return jnp.where(True, x, like)
 
 
 def gathered(x: Array, axes: Names) -> Array:
@@ -166,9 +267,17 @@ def _largest_jvp(axes: Names, primals: Sequence[Array], tangents: Sequence[Array
     return top, jax.lax.psum(here * dx, axes) / jax.lax.psum(here, axes)
 
 
+def _is_bound(name: Hashable) -> bool:
+    try:
+        jax.lax.axis_size(name)
+    except (NameError, TypeError, ValueError):  # no such axis; a set, for one; a number, an axis of an array to JAX
+        return False
+    return True
+
+
 def _split(x: Any, spec: tuple[Any, ...], like: Any) -> Any:
     """`x`, split over the explicit mesh of `like`; the mesh is named, as it need not be that of a context."""
-    return _reshard(x, NamedSharding(_sharding_of(like).mesh, PartitionSpec(*spec)))
+    return _jax.reshard(x, NamedSharding(_sharding_of(like).mesh, PartitionSpec(*spec)))
 
 
 def _spec(x: Any) -> tuple[Any, ...]:
@@ -178,8 +287,3 @@ def _spec(x: Any) -> tuple[Any, ...]:
 
 def _sharding_of(x: Any) -> Any:
     return getattr(jax.typeof(x) if isinstance(x, Array) else x, "sharding", None)
-
-
-def _varying(x: Any) -> set[Hashable]:
-    kind = jax.typeof(x)
-    return set(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))

@@ -8,6 +8,7 @@ import optax
 from jax import Array
 
 from optaxclip import _sharding, _validate, norms, scopes
+from optaxclip._layout import lay_out
 from optaxclip._numerics import share
 from optaxclip._types import Axes, Response
 from optaxclip.responses import smooth
@@ -28,17 +29,17 @@ def on_spectra(
     """
 
     def no_values(tree: Any) -> Any:
-        layout = scopes.lay_out(scopes.leaf(), tree)
+        layout = lay_out(scopes.leaf(), tree)
         matrices = map(_matrices, layout.gradients)
         return layout.rebuild([jnp.zeros((*x.shape[:-2], min(x.shape[-2:])), x.real.dtype) for x in matrices])
 
     def values(tree: Any) -> Any:
-        layout = scopes.lay_out(scopes.leaf(), tree)
+        layout = lay_out(scopes.leaf(), tree)
         return layout.rebuild([s for _, s, _ in _decomposed(list(map(_matrices, layout.gradients)))])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
-        layout = scopes.lay_out(scopes.leaf(), updates, params)
+        layout = lay_out(scopes.leaf(), updates, params)
         matrices = list(map(_matrices, layout.gradients))
         parts = _decomposed(matrices)
         weights = None if params is None else values(params) if uses_params else no_values(params)
@@ -58,9 +59,9 @@ def on_whole_matrices(clip: optax.GradientTransformationExtraArgs, sharded_over:
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        layout = scopes.lay_out(scopes.leaf(), updates, params)
+        layout = lay_out(scopes.leaf(), updates, params)
         for path, leaf, names in zip(layout.paths, layout.gradients, layout.names_of_axes(sharded_over), strict=True):
-            _validate.not_split(path, _sharding.split_axes("sharded_over", names, leaf))
+            _validate.not_split(path, _sharding.split_axes("sharded_over", _sharding.all_bound("sharded_over", names), leaf))
         whole, weights = (jax.tree.map(lambda x: _sharding.unsharded(x, 2), tree) for tree in (updates, params))
         clipped, state = clip.update(whole, state, weights, **extra_args)
         return jax.tree.map(_sharding.sharded_like, clipped, updates), state

@@ -12,9 +12,10 @@ shaped to broadcast against it, where a leaf holds many groups.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 Axes = tuple[int, ...]
@@ -106,6 +107,42 @@ class Threshold(NamedTuple):
     uses_params: bool = False
 
 
+class _ByNames(type):
+    """Types that are equal if their names are, or if those of one are not known."""
+
+    known: tuple[str, ...] | None
+
+    def __eq__(cls, other: object) -> bool:
+        return isinstance(other, _ByNames) and (cls.known is None or other.known is None or cls.known == other.known)
+
+    def __hash__(cls) -> int:
+        return hash(_ByNames)
+
+
+class Names(tuple, metaclass=_ByNames):
+    """The names of groups: an empty NamedTuple, whose type holds them.
+
+    So a state has names that are static under `jit`, and neither leaves nor keys for them: nothing to save, restore or shard.
+    JAX compares NamedTuples by their types. What `optax.tree.map_params` makes of a state has names that are not known; they
+    fit any others, and the next update fills them in.
+    """
+
+    __slots__ = ()
+    _fields: ClassVar[tuple[str, ...]] = ()
+    known: ClassVar[tuple[str, ...] | None] = None
+
+    @staticmethod
+    def of(names: "tuple[str, ...] | list[str]") -> "Names":
+        """These names."""
+        return _ByNames("Names", (Names,), {"__slots__": (), "known": tuple(names)})()
+
+    def __reduce__(self) -> Any:
+        return (Names, ()) if self.known is None else (Names.of, (self.known,))
+
+    def __repr__(self) -> str:
+        return f"Names{self.known}" if self.known else "Names()"
+
+
 class Reading(NamedTuple):
     """What the last step measured and did, and counts over all steps.
 
@@ -116,7 +153,7 @@ class Reading(NamedTuple):
     Attributes:
         measured: float `[4, groups]`, the four below.
         counted: int32 `[2]`, the two below.
-        names: of the groups, in their order, as keys of dicts without values: no arrays, but part of the structure.
+        names: of the groups, in their order; read them with `telemetry.group_names`.
         size_before: `[groups]`, sizes before clipping.
         size_after: `[groups]`, sizes after clipping.
         limit: `[groups]`, what the sizes were allowed to be.
@@ -127,7 +164,7 @@ class Reading(NamedTuple):
 
     measured: Array
     counted: Array
-    names: tuple[dict[str, None], ...] = ()
+    names: Names = Names()
 
     size_before = property(lambda self: self.measured[..., 0, :])
     size_after = property(lambda self: self.measured[..., 1, :])
@@ -142,10 +179,11 @@ class ClipState(NamedTuple):
 
     Attributes:
         step: int32 scalar, updates completed.
-        rules: one state of the threshold rule per block.
-        reading: what the last step measured; None with `record=False`.
+        threshold: state of the threshold rule. For scopes finer than a leaf each of its arrays is a tree like the parameters,
+            with a zero in place of what is not measured; so `optax.tree.map_params` finds it, and shards it as it does them.
+        reading: what the last step measured; `optax.EmptyState` with `record=False`.
     """
 
     step: Array
-    rules: tuple[Any, ...]
-    reading: Reading | None
+    threshold: Any
+    reading: Reading | optax.EmptyState

@@ -281,6 +281,33 @@ def part(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}; pass one such as {example}")
 
 
+def transform(name: str, value: Any) -> None:
+    """Refuses all but an optimizer: something with functions `init` and `update`.
+
+    Raises:
+        TypeError: `value` is something else, such as a function that makes optimizers and was not called.
+    """
+    has_both = callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+    if not has_both or isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a GradientTransformation, got {value!r}; "
+            "pass one such as optax.adam(1e-3), or anything with its init and update"
+        )
+
+
+def same_state(name: str, before: Any, after: Any) -> None:
+    """Refuses a step after which the state is another tree, so that there is no choosing between the two.
+
+    Raises:
+        TypeError: its structure differs.
+    """
+    old, new = jax.tree.structure(before), jax.tree.structure(after)
+    if old != new:
+        raise TypeError(
+            f"{name} must keep the structure of its state, got {new} after {old}; let its init return what update returns"
+        )
+
+
 def function(name: str, value: Any, example: str, *, takes: int | None = None) -> None:
     """Refuses what cannot be called, or not with as many arguments as it `takes`.
 
@@ -362,7 +389,7 @@ def state(value: Any, kind: type) -> None:
     raise TypeError(f"state must be the {kind.__name__} that init returned, got {type(value).__name__}; {advice}")
 
 
-def transform(name: str, value: Any) -> None:
+def not_a_transform(name: str, value: Any) -> None:
     """Refuses an optimizer where its state is meant.
 
     Raises:
@@ -489,6 +516,34 @@ def not_split(path: str, axes: tuple[Any, ...]) -> None:
         )
 
 
+def mapped(name: str, missing: tuple[Any, ...], axes: tuple[Any, ...]) -> None:
+    """Refuses names of axes that are not mapped where they are used.
+
+    Raises:
+        ValueError: a name is `missing` among the `axes` that are mapped.
+    """
+    if not missing:
+        return
+    advice = f"pass some of {axes}, or () if every device has the whole of each leaf"
+    if not axes:
+        advice = f"call this in shard_map, pmap or vmap with this axis_name, or leave {name} out, which is right under jit"
+    raise ValueError(f"{name} must name mapped axes, got {missing} where {axes or 'none'} are mapped; {advice}")
+
+
+def tracked(name: str, given: Any, axes: tuple[Any, ...]) -> None:
+    """Refuses to guess whether gradients are sharded.
+
+    Raises:
+        ValueError: nothing is `given`.
+    """
+    if given is None:
+        raise ValueError(
+            f"{name} must be given where JAX does not track what differs between devices (pmap, or shard_map with "
+            f"check_vma=False), got None; pass those of {axes} over which each leaf is sharded or, for gradients that "
+            f"pmean made equal on all devices, {name}=()"
+        )
+
+
 def not_mapped(name: str, axes: tuple[Any, ...]) -> None:
     """Refuses scopes finer than a leaf for examples that are spread over mapped axes.
 
@@ -568,6 +623,36 @@ def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"params has {was} at {path!r}, where updates has shape {shape}; pass the params that these are updates of"
         )
+
+
+def same_groups(given: Sequence[str], known: Sequence[str] | None) -> None:
+    """Refuses updates whose groups are not those of the state; `known` is None where a state does not tell.
+
+    Raises:
+        ValueError: a group is missing, is new, or stands at another place.
+    """
+    if known is not None and list(given) != list(known):
+        new, gone = ([name for name in these if name not in those][:3] for these, those in ((given, known), (known, given)))
+        how = f"{new} only in updates and {gone} only in state" if new or gone else "the same ones in another order"
+        raise ValueError(
+            f"updates has {len(given)} groups, but state was made for {len(known)}, got {how}; call init on a tree with the "
+            "same leaves, or update(updates, state, params) if some gradients are None"
+        )
+
+
+def state_tree(treedef: Any, tree: Any) -> None:
+    """Refuses a state whose trees are not like the updates.
+
+    Raises:
+        ValueError: the structure differs.
+    """
+    try:
+        treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"updates has another structure than the tree that state was made for, got {treedef}; call init on a tree with the "
+            "same leaves, or update(updates, state, params) if some gradients are None"
+        ) from error
 
 
 def same_blocks(given: int, known: int) -> None:

@@ -12,22 +12,18 @@ of the sizes of its parts, and derivatives are finite, at zero too.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import primitives
 from jax.typing import ArrayLike, DTypeLike
 
-from optaxclip import _sharding, _validate
+from optaxclip import _jax, _sharding, _validate
 from optaxclip._numerics import share
 from optaxclip._packing import LARGE, alike, common, packing_of, places, stacked
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Moments, Norm
-
-_float64: Any = getattr(jax, "enable_x64", None)  # before JAX 0.8 a program without float64 cannot have a part with it
 
 
 def l2() -> Norm:
@@ -181,6 +177,8 @@ def measure(
         operands = zip(leaves, params, strict=True) if norm.uses_params and params is not None else zip(leaves, strict=True)
         return [norm.magnitude(*map(widen, operand)) for operand in operands]
 
+    for names in axis_names or ():
+        _sharding.all_bound("sharded_over", names)
     if axes is not None and not any(axes):
         return magnitudes()
     if axes is None and not leaves:
@@ -201,7 +199,7 @@ def _measured(
     norm: Norm, parts: Sequence[Axes], groups: Sequence[Axes] | None, split: Sequence[Names], leaves: list[ArrayLike]
 ) -> list[Array]:
     exact = functools.partial(_sizes, norm, parts, groups, split)
-    if norm.quick is None or _float64 is None or any(split) or _widest(leaves) == jnp.float64:
+    if norm.quick is None or any(split) or _widest(leaves) == jnp.float64:
         return exact(leaves)
     in_float64 = functools.partial(_in_float64, norm.quick, parts, groups, split, joined=groups is not None)
 
@@ -294,7 +292,7 @@ def _in_float64(
     joined: bool = False,
 ) -> list[Array]:
     """Sizes by a norm that is `quick`; with the kernels of equal leaves `joined`, on a GPU, by a number in common."""
-    with _float64(True):
+    with _jax.float64():
         one = common(jnp.ones(2))[0] if joined else None
         return [size.astype(jnp.float32) for size in _sizes(norm, parts, groups, split, leaves, jnp.float64, one)]
 
@@ -305,7 +303,10 @@ def _in_float32(
     """The same where float32 is exact, which is seen afterwards; else in float64."""
     sizes = _sizes(norm, parts, groups, split, leaves)
     # Squares of what is a 2^-30th of such a size are floats, and what is less adds nothing.
-    exact = [(size == jax.lax.clamp(2.0**-30, size, jnp.finfo(size.dtype).max)).all() for size in stacked(sizes, alike(sizes))]
+    exact = [
+        (size == jax.lax.clamp(size.dtype.type(2.0**-30), size, jnp.finfo(size.dtype).max)).all()
+        for size in stacked(sizes, alike(sizes))
+    ]
     in_float64 = functools.partial(_in_float64, norm, parts, groups, split)
     return jax.lax.cond(jnp.array(exact).all(), lambda _: sizes, in_float64, leaves)
 
@@ -359,13 +360,13 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tup
     def over_members(function: Callable[..., Array]) -> Join:
         return lambda tree: jax.tree.map(lambda x: function(x, 1, keepdims=True), tree)
 
-    members = tuple(jnp.take(jnp.append(values, 0), members, mode="clip") for values in moments)
+    members = tuple(jnp.take(jnp.pad(values, (0, 1)), members, mode="clip") for values in moments)
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
 
 
 def _widest(leaves: Sequence[ArrayLike]) -> DTypeLike:
     """The real type that all of them can be measured in."""
-    return jnp.finfo(jnp.promote_types(jnp.result_type(*leaves), jnp.float32)).dtype
+    return jnp.finfo(jnp.result_type(*map(wide, leaves))).dtype
 
 
 def _alike(leaves: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
@@ -376,18 +377,21 @@ def _alike(leaves: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
     return [widen(leaf, widest) for leaf in leaves]
 
 
+def wide(x: ArrayLike, least: DTypeLike = jnp.float32) -> DTypeLike:
+    """The dtype that `x` is measured in: the `least` precision or wider, complex if `x` is."""
+    dtype = jnp.result_type(x)
+    narrow = not jnp.issubdtype(dtype, jnp.complexfloating) and dtype.itemsize < 4  # JAX promotes no floats of 8 bits and less
+    return jnp.dtype(least) if narrow else jnp.promote_types(dtype, least)
+
+
 def widen(x: ArrayLike, least: DTypeLike = jnp.float32) -> Array:
     """`x` in the `least` precision or wider, complex if it is."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), least))
+    return jnp.asarray(x).astype(wide(x, least))
 
 
 def cast_like(x: Array, like: ArrayLike) -> Array:
-    """`x` with the dtype of `like`, and weakly typed if that is (a Python number): no public function does both."""
-    like = jnp.asarray(like)
-    x = x.astype(like.dtype)
-    if not like.weak_type:
-        return x
-    return primitives.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)
+    """`x` with the dtype of `like`."""
+    return x.astype(jnp.asarray(like).dtype)
 
 
 # Norms are made once, so that equal ones are known by their equality, and a program that uses one is traced once.

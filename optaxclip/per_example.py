@@ -18,16 +18,20 @@ References:
     Xia et al., [Differentially private learning with per-sample adaptive clipping](https://arxiv.org/abs/2212.00328), 2022.
 """
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from optaxclip import _factored, _sharding, _validate, norms, responses, scopes
 from optaxclip._clip import clip
+from optaxclip._layout import lay_out
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope
 from optaxclip.thresholds import as_thresholds
 
@@ -101,7 +105,7 @@ def quantile(
         >>> clip = per_example.aggregate(per_example.quantile(0.5, initial=10.0))
         >>> state = clip.init(jnp.zeros(2))
         >>> _, state = clip.update(jnp.array([[3.0, 4.0], [0.0, 2.0]]), state)  # both within 10
-        >>> state.rules
+        >>> state.threshold
         Array([9.048374], dtype=float32)
 
     References:
@@ -172,15 +176,34 @@ def aggregate(
     """
     parts = _Parts(threshold, scope, norm, response, reduce, sharded_over)
 
+    @_sharding.compiled_on_mesh
+    def compute(updates: Any, state: Any, params: Any, mask: Any) -> tuple[Any, Any]:
+        mesh = _sharding.explicit_mesh(updates)
+        updates, mask = _aligned(mesh, updates, mask)
+        state = parts.init(jax.tree.map(_like_one, updates)) if state is None else state
+        floats = jax.tree.map(lambda x: x if _is_float(x) else optax.MaskedNode(), updates)
+        clipped, reading, finite = parts.clip_each(floats, state, params)
+        counted = mask & finite
+
+        def total(x: Any, own: Any) -> Any:
+            out = _sharding.on_mesh(mesh, *_sharding.spec_on(mesh, x)[1:])
+            if _is_float(x):
+                return _sharding.automatic(mesh, _factored.weighted_sum, out, own, counted)
+            return _sharding.automatic(mesh, lambda x: x[0], out, x)
+
+        totals = jax.tree.map(total, updates, clipped)
+        return parts.reduced(totals, updates, mask), parts.next(state, reading, mask, counted, mesh)
+
     def update(updates: Any, state: Any, params: Any = None, *, mask: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
-        mask = _mask(mask, _validate.batch("updates", updates), updates)
-        if state is None:
-            state = parts.init(_first(updates))
-        clipped, reading, finite = parts.clip_each(updates, state, params)
-        counted = mask & finite
-        total = jax.tree.map(lambda x: _factored.weighted_sum(x, counted) if _is_float(x) else x[0], clipped)
-        return parts.reduced(total, _first(updates), mask), parts.next(state, reading, mask, counted)
+        _sharding.all_bound("sharded_over", parts.axes)
+        size = _validate.batch("updates", updates)
+        mask = _mask(mask, size)
+        if size:
+            return compute(updates, state, params, mask)
+        state = parts.init(jax.tree.map(_like_one, updates)) if state is None else state
+        result, after = compute(jax.tree.map(_example, updates), state, params, _nobody())
+        return result, after._replace(threshold=state.threshold)
 
     return optax.GradientTransformationExtraArgs(parts.init, update)
 
@@ -190,6 +213,9 @@ class ClippedGrad:
 
     def __init__(self, loss: Callable[..., Any], parts: "_Parts", microbatch: int | None) -> None:
         self._loss, self._parts, self._microbatch = loss, parts, microbatch
+        self._computed = functools.cache(
+            lambda count: _sharding.compiled_on_mesh(functools.partial(self._compute, count=count))
+        )
 
     def init(self, params: Any) -> ClipState:
         """The state before the first step."""
@@ -209,38 +235,57 @@ class ClippedGrad:
         Raises:
             ValueError: arrays differ in the length of their first axis, or `microbatch` does not divide it.
         """
-        parts = self._parts
+        _sharding.all_bound("sharded_over", self._parts.axes)
         size = _validate.batch("batch", batch)
-        mask, varied = _mask(mask, size, batch), _sharding.varying_as(batch, params)
-        if state is None:
-            state = parts.init(params)
-        count = 1 if self._microbatch is None else _validate.divided("microbatch", self._microbatch, size)
+        mask = _mask(mask, size)
+        if size:
+            count = 1 if self._microbatch is None else _validate.divided("microbatch", self._microbatch, size)
+            return self._computed(count)(params, batch, mask, state)
+        state = self._parts.init(params) if state is None else state
+        (loss, seen), gradients = self._computed(1)(params, jax.tree.map(_example, batch), _nobody(), state)
+        each = (seen.losses, seen.aux, seen.sizes, seen.clipped, seen.counted)
+        losses, aux, sizes, clipped, counted = jax.tree.map(lambda x: x[:0], each)
+        after = seen.state._replace(threshold=state.threshold)
+        seen = Seen(losses, aux, sizes, seen.limits, clipped, counted, seen.dropped, after)
+        return (loss, seen), gradients
 
-        def some(total: Any, part: Any) -> tuple[Any, Any]:
+    def _compute(self, params: Any, batch: Any, mask: Any, state: Any, *, count: int) -> tuple[tuple[Array, Seen], Any]:
+        """The same for a batch that is not empty, in so many microbatches."""
+        parts, mesh = self._parts, _sharding.explicit_mesh((params, batch))
+        batch, mask = _aligned(mesh, batch, mask)
+        state = parts.init(params) if state is None else state
+        varied = _sharding.varying_as(batch, params)
+        floats = [x for x in jax.tree.leaves(params) if _is_float(x)]
+        splits = [_sharding.on_mesh(mesh, *_sharding.spec_on(mesh, x)) for x in floats]
+
+        def some(totals: list[Array], part: Any) -> tuple[Any, Any]:
             own, examples = part
             (losses, aux), gradients = jax.vmap(lambda *example: self._gradient(varied, *example))(*examples)
-            leaves, reading, finite, factors = parts.clip_factored(gradients, state, params)
+            leaves, reading, finite, factors = parts.clip_factored(gradients, state, params, mesh, own)
             counted = own & finite
             weights = [jnp.where(counted, factor, 0) for factor in factors]
-            sums = jax.tree.unflatten(jax.tree.structure(params), list(map(_factored.weighted_sum, leaves, weights)))
-            return jax.tree.map(jnp.add, total, sums), (losses, aux, reading, counted)
+            sums = [
+                _sharding.automatic(mesh, _factored.weighted_sum, split, leaf, weight)
+                for split, leaf, weight in zip(splits, leaves, weights, strict=True)
+            ]
+            return list(map(jnp.add, totals, sums)), (losses, aux, reading, counted)
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), norms.widen(x).dtype), params)
-        zeros = _sharding.varying_as(batch, zeros)
-        # Every microbatch has rows from all over the batch, so where that is split over devices, each has some.
-        parted = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), (mask, batch))
+        zeros = [jnp.zeros(jnp.shape(x), norms.widen(x).dtype) for x in floats]
+        totals = _sharding.varying_as(batch, _sharding.resharded(zeros, splits))
         if count == 1:
-            total, seen = some(zeros, jax.tree.map(lambda x: x[0], parted))
+            totals, seen = some(totals, (mask, batch))
         else:
-            total, seen = jax.lax.scan(some, zeros, parted)
-            seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:]), seen)
+            totals, seen = jax.lax.scan(some, totals, _parted(mesh, (mask, batch), count))
+            seen = _joined(mesh, seen)
         losses, aux, reading, counted = seen
         dropped = parts.over_all(jnp.sum(mask & ~counted, dtype=jnp.int32))
-        after = parts.next(state, reading, mask, counted)
-        limits = _sharding.gathered(reading.limit[:1], parts.axes)[0]
+        after = parts.next(state, reading, mask, counted, mesh)
+        limits = _sharding.gathered(
+            _sharding.automatic(mesh, lambda x: x[:1], _sharding.on_mesh(mesh), reading.limit), parts.axes
+        )[0]
         noted = Seen(losses, aux, reading.size_before, limits, reading.clipped_share > 0, counted, dropped, after)
-        loss = parts.reduced(jnp.sum(jnp.where(counted, losses, 0)), losses[0], mask)
-        return (loss, noted), parts.reduced(total, params, mask)
+        loss = parts.reduced(jnp.sum(jnp.where(counted, losses, 0)), losses, mask)
+        return (loss, noted), _tree_of(params, parts.reduced(totals, floats, mask), _no_gradient)
 
     def plan(self, params: Any, *batch: Any) -> dict[str, str]:
         """By path of each leaf of `params`: `"factors"`, or `"stored"` if there is a gradient for each example.
@@ -254,15 +299,21 @@ class ClippedGrad:
             >>> clipped.plan({"w": jnp.ones((9, 8)), "b": jnp.ones(8)}, jnp.ones((4, 9)))
             {'b': 'stored', 'w': 'factors'}
         """
-        found = jax.eval_shape(lambda example: self._gradient(params, *example)[1], _first(batch))
-        paths = scopes.lay_out(scopes.leaf(), params).paths
+        examples = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], jax.tree.map(_example, batch)), batch)
+        found = jax.eval_shape(lambda params, example: self._gradient(params, *example)[1], params, examples)
+        paths = lay_out(scopes.leaf(), params).paths
         return {path: "factors" if isinstance(x, tuple) else "stored" for path, x in zip(paths, found, strict=True)}
 
     def _gradient(self, params: Any, *example: Any) -> Any:
+        """The loss and what is with it, and the gradients by the leaves that are floats."""
+        floats = [x for x in jax.tree.leaves(params) if _is_float(x)]
+
+        def loss(floats: list[Any], *example: Any) -> Any:
+            return self._loss(_tree_of(params, floats, lambda x: x), *example)
+
         if self._parts.by_factors:
-            return _factored.factored_grad(self._loss, params, *example)
-        value, gradient = jax.value_and_grad(self._loss, has_aux=True)(params, *example)
-        return value, jax.tree.leaves(gradient)
+            return _factored.factored_grad(loss, floats, *example)
+        return jax.value_and_grad(loss, has_aux=True)(floats, *example)
 
 
 @_validate.checks_keywords
@@ -371,34 +422,38 @@ class _Parts:
     def init(self, params: Any) -> Any:
         """The state before the first step."""
         start: Any = clip(0.0, scope=self.scope, norm=self.norm, sharded_over=()).init(params)
-        return start._replace(rules=self.rule.init(len(start.reading.names)) if self.rule else ())
+        return start._replace(threshold=self.rule.init(len(start.reading.names.known)) if self.rule else ())
 
     def clip_each(self, gradients: Any, state: Any, params: Any) -> tuple[Any, Reading, Array]:
         """Gradients, readings, and whether all of a gradient is finite, each with the examples in front."""
         if self.scope.axes is not None:  # a reading of many groups in a leaf is that of all devices, here of other examples
             _validate.not_mapped("scope", _sharding.manual_axes())
-        names = [name for (name,) in state.reading.names]
+        names = state.reading.names.known
         engine = self.engine(self._limits(state), names)
 
         def one(gradient: Any) -> tuple[Any, Reading, Array]:
             start: Any = engine.init(gradient)
             after: Any
             clipped, after = engine.update(gradient, start._replace(step=state.step), params)
-            layout = scopes.lay_out(self.scope, gradient)
-            others = [x for i, x in enumerate(layout.leaves) if i not in layout.measured and hasattr(x, "dtype")]
-            finite = [after.reading.size_before, *filter(_is_float, others)]
+            layout = lay_out(self.scope, gradient)
+            finite = [after.reading.size_before, *filter(_is_float, layout.others)]
             return clipped, after.reading, jnp.array([jnp.isfinite(x).all() for x in finite]).all()
 
         return jax.vmap(one)(gradients)
 
-    def clip_factored(self, leaves: list[Any], state: Any, params: Any) -> tuple[list[Any], Reading, Array, list[Array]]:
-        """Leaves to be summed, readings, what is finite, and the factor `[batch]` of each leaf; leaves may be in factors."""
-        treedef = jax.tree.structure(params)
+    def clip_factored(
+        self, leaves: list[Any], state: Any, params: Any, mesh: Any, own: Array
+    ) -> tuple[list[Any], Reading, Array, list[Array]]:
+        """Leaves to be summed, readings, what is finite, and the factor `[batch]` of each leaf; leaves may be in factors.
+
+        `own` is an array `[batch]`, by which an explicit mesh splits what there is for each example.
+        """
         if not self.by_factors:
-            clipped, reading, finite = self.clip_each(jax.tree.unflatten(treedef, leaves), state, params)
-            return jax.tree.leaves(clipped), reading, finite, [jnp.ones(len(reading.measured))] * len(leaves)
-        sizes = [jnp.sqrt(jax.vmap(_factored.squares)(leaf)) for leaf in leaves]
-        clipped, reading, finite = self.clip_each(jax.tree.unflatten(treedef, sizes), state, None)
+            clipped, reading, finite = self.clip_each(_tree_of(params, leaves, _nothing), state, params)
+            return jax.tree.leaves(clipped), reading, finite, [jnp.ones_like(own, jnp.float32)] * len(leaves)
+        out = _sharding.on_mesh(mesh, *_sharding.spec_on(mesh, own))
+        sizes = [jnp.sqrt(_sharding.automatic(mesh, jax.vmap(_factored.squares), out, leaf)) for leaf in leaves]
+        clipped, reading, finite = self.clip_each(_tree_of(params, sizes, _nothing), state, None)
         factors = [new / jnp.where(old > 0, old, 1) for old, new in zip(sizes, jax.tree.leaves(clipped), strict=True)]
         return leaves, reading, finite, factors
 
@@ -409,20 +464,21 @@ class _Parts:
             divisor = jnp.maximum(self.over_all(jnp.sum(mask)), 1)
         return jax.tree.map(lambda x, one: (x / divisor).astype(jnp.result_type(one)) if _is_float(x) else x, total, like)
 
-    def next(self, state: Any, reading: Reading, mask: Array, counted: Array) -> ClipState:
+    def next(self, state: Any, reading: Reading, mask: Array, counted: Array, mesh: Any) -> ClipState:
         """The state after a batch."""
-        reading = reading._replace(measured=_sharding.gathered(reading.measured, self.axes))
-        mask, counted = (_sharding.gathered(x, self.axes) for x in (mask, counted))
-        rules, limits = state.rules, self._limits(state)
+        seen = _sharding.resharded((reading.measured, mask, counted), _sharding.on_mesh(mesh))
+        measured, mask, counted = (_sharding.gathered(x, self.axes) for x in seen)
+        reading = reading._replace(measured=measured)
+        rule_state, limits = state.threshold, self._limits(state)
         if self.rule and limits is not None:
-            rules = self.rule.learn(reading.size_before, counted, limits, rules, Context(state.step))
+            rule_state = self.rule.learn(reading.size_before, counted, limits, rule_state, Context(state.step))
         weights = counted / jnp.maximum(jnp.sum(counted), 1)
         means = jnp.tensordot(weights, jnp.where(counted[:, None, None], reading.measured, 0), 1)
         events = jnp.array([(means[3] > 0).any(), (mask & ~counted).any()], jnp.int32)
         reading = state.reading._replace(
             measured=means.astype(state.reading.measured.dtype), counted=state.reading.counted + events
         )
-        return ClipState(jnp.asarray(optax.safe_increment(state.step)), rules, reading)
+        return ClipState(jnp.asarray(optax.safe_increment(state.step)), rule_state, reading)
 
     def over_all(self, tree: Any) -> Any:
         """Sums over the devices that have the batch between them."""
@@ -432,18 +488,89 @@ class _Parts:
         """What the rule allows each group; None without a rule."""
         if not self.rule:
             return None
-        return jnp.broadcast_to(self.rule.limit(state.rules, Context(state.step)), (len(state.reading.names),))
+        return jnp.broadcast_to(self.rule.limit(state.threshold, Context(state.step)), (len(state.reading.names.known),))
 
 
-def _mask(mask: Any, size: int, batch: Any) -> Array:
+def _mask(mask: Any, size: int) -> Any:
     if mask is not None:
         _validate.mask("mask", mask, size)
-    return _sharding.varying_as(batch, jnp.ones(size, bool) if mask is None else jnp.asarray(mask))
+    return np.ones(size, bool) if mask is None else mask
 
 
-def _first(batch: Any) -> Any:
-    return jax.tree.map(lambda x: x[0], batch)
+def _nobody() -> Any:
+    return np.zeros(1, bool)
+
+
+def _example(x: Any) -> Any:
+    """The array; if it is of no examples, one of zeros in its place."""
+    if x.shape[0]:
+        return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = jax.random.key_data(x)
+        return jax.random.wrap_key_data(jnp.zeros((1, *data.shape[1:]), data.dtype), impl=jax.random.key_impl(x))
+    return np.zeros((1, *x.shape[1:]), x.dtype)
+
+
+def _like_one(x: Any) -> Any:
+    """What has the shape and dtype of one example's gradient."""
+    return jnp.zeros(x.shape[1:], x.dtype) if _is_float(x) else x
+
+
+def _aligned(mesh: Any, batch: Any, mask: Any) -> tuple[Any, Array]:
+    """The arrays and the mask, all split along the examples as one of the arrays is."""
+    axes = _sharding.batch_axes(batch)
+
+    def align(x: Any) -> Any:
+        spec = _sharding.spec_on(mesh, x)
+        return x if spec[0] == axes else _sharding.resharded(x, _sharding.on_mesh(mesh, axes, *spec[1:]))
+
+    batch = jax.tree.map(align, batch)
+    return batch, _sharding.varying_as(batch, align(jnp.asarray(mask)))
+
+
+def _parted(mesh: Any, tree: Any, count: int) -> Any:
+    """`[batch, ...]` as `[count, rest, ...]`.
+
+    Every microbatch has rows from all over the batch, so where that is split over devices, each has some.
+    """
+
+    def part(x: Any) -> Any:
+        return jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0)
+
+    def change(x: Any) -> Any:
+        axes, *rest = _sharding.spec_on(mesh, x)
+        even = mesh is not None and len(x) // count % _sharding.parts_of(mesh, axes) == 0
+        return _sharding.automatic(mesh, part, _sharding.on_mesh(mesh, None, axes if even else None, *rest), x)
+
+    return jax.tree.map(change, tree)
+
+
+def _joined(mesh: Any, tree: Any) -> Any:
+    """`[count, rest, ...]` as `[batch, ...]`."""
+
+    def join(x: Any) -> Any:
+        return jnp.moveaxis(x, 0, 1).reshape(math.prod(x.shape[:2]), *x.shape[2:])
+
+    def change(x: Any) -> Any:
+        return _sharding.automatic(mesh, join, _sharding.on_mesh(mesh, *_sharding.spec_on(mesh, x)[1:]), x)
+
+    return jax.tree.map(change, tree)
+
+
+def _tree_of(params: Any, floats: Sequence[Any], other: Callable[[Any], Any]) -> Any:
+    """The tree of the parameters with these in the place of its floats, and of its other leaves `other(leaf)`."""
+    own = iter(floats)
+    return jax.tree.map(lambda x: next(own) if _is_float(x) else other(x), params)
+
+
+def _nothing(x: Any) -> Any:
+    return optax.MaskedNode()
+
+
+def _no_gradient(x: Any) -> Any:
+    """The gradient by what is no float, as `jax.grad` with `allow_int=True` has it."""
+    return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
 def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+    return jnp.issubdtype(x.dtype if hasattr(x, "dtype") else jnp.result_type(x), jnp.inexact)

@@ -15,7 +15,8 @@ from jax import Array
 
 from optaxclip import _validate, norms, scopes
 from optaxclip._clip import clip
-from optaxclip._guard import GuardState
+from optaxclip._guard import GuardState, Watch
+from optaxclip._layout import by_path
 from optaxclip._types import ClipState, Norm, Reading, Scope
 from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
 
@@ -47,7 +48,7 @@ def readings(opt_state: Any) -> list[Reading]:
 
 def group_names(reading: Reading) -> list[str]:
     """The groups of a reading: paths of leaves, names of groups, or `"tree"`."""
-    return [name for group in reading.names for name in group]
+    return list(reading.names.known or ())
 
 
 def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[str, Array]:
@@ -118,7 +119,7 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
     guards = _guards(opt_state)
     if guards:
         found[f"{prefix}/skipped_steps"] = sum((guard.skipped_steps for guard in guards[1:]), guards[0].skipped_steps)
-    watches = [(guard.steps, guard.watch) for guard in guards if guard.watch is not None]
+    watches = [(guard.steps, guard.watch) for guard in guards if isinstance(guard.watch, Watch)]
     for i, (steps, watch) in enumerate(watches):
         number = "" if len(watches) == 1 else f"_{i}"
         found[f"{prefix}/watched{number}"] = _once_seen(steps, watch.size)
@@ -267,7 +268,7 @@ def suggest(opt_state: Any) -> list[Suggestion]:
 
 def _found(tree: Any, kind: type) -> list[Any]:
     """The nodes of a type in a tree, with arrays for what wraps arrays, as Flax does."""
-    _validate.transform("opt_state", tree)
+    _validate.not_a_transform("opt_state", tree)
     return [jax.tree.map(jnp.asarray, node, is_leaf=_wraps_an_array) for node in _nodes(tree, kind, set())]
 
 
@@ -283,7 +284,7 @@ def _nodes(tree: Any, kind: type, seen: set[int]) -> Iterator[Any]:
 
 def _clips(opt_state: Any) -> list[tuple[ClipState, Reading]]:
     """Every clip that records, and its reading."""
-    return [(state, state.reading) for state in _found(opt_state, ClipState) if state.reading is not None]
+    return [(state, state.reading) for state in _found(opt_state, ClipState) if isinstance(state.reading, Reading)]
 
 
 def _guards(opt_state: Any) -> list[GuardState]:
@@ -299,13 +300,16 @@ def _histories(opt_state: Any) -> list[tuple[str, History]]:
     """The memory of each group of every monitor, by name, in NumPy."""
     found = []
     for state, reading in _clips(opt_state):
-        if not all(isinstance(rule, History) for rule in state.rules):
+        if not isinstance(state.threshold, History):
             continue
         _validate.one_run("opt_state", state.step.shape)
-        names, rules = group_names(reading), jax.tree.map(np.asarray, state.rules)
-        if len(rules) == 1 and rules[0].sketch.origin.ndim == 1:  # one block for all groups
-            rules = [jax.tree.map(lambda x, k=k: x[..., k : k + 1], rules[0]) for k in range(len(names))]
-        found += zip(names, rules, strict=True)
+        names, history = group_names(reading), jax.tree.map(np.asarray, state.threshold)
+        origin = history.sketch.origin
+        if isinstance(origin, np.ndarray) and origin.shape == (len(names),):  # one number for each group
+            found += [(name, jax.tree.map(lambda x, k=k: x[..., k : k + 1], history)) for k, name in enumerate(names)]
+        else:  # a tree like the parameters
+            last, first, origin, counts = map(by_path, (history.last, *history.sketch))
+            found += [(name, History(last[name], Sketch(first[name], origin[name], counts[name]))) for name in names]
     return found
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import _validate, norms, scopes
+from optaxclip import _jax, _validate, norms
 from optaxclip._clip import clip
+from optaxclip._layout import lay_out
 from optaxclip._types import Context, Scope, Threshold
 
 STREAM = (1.0, 3.0, 0.5, 1e-20, 1e20, 2.0, 2.0, 100.0, 1.0, 1e-3, 1.5, 1.0)
@@ -108,7 +109,7 @@ def check_scope(scope: Scope, tree: Any = None) -> None:
     """
     _validate.part("scope", scope, Scope, "scopes.leaf()")
     tree = _normal_tree() if tree is None else tree
-    layout, again = scopes.lay_out(scope, tree), scopes.lay_out(scope, tree)
+    layout, again = lay_out(scope, tree), lay_out(scope, tree)
     _say_unless(
         (layout.names, layout.axes, list(layout.groups)) == (again.names, again.axes, list(again.groups)),
         f"a scope must find the same groups every time, but found {layout.names} and then {again.names}; "
@@ -123,7 +124,7 @@ def check_scope(scope: Scope, tree: Any = None) -> None:
             want,
             f"the groups of {path} must be the same under jit, but it became {{0}} instead of {{1}}; decide by shape",
         )
-    after = norms.measure(norms.l2(), scopes.lay_out(scope, eager).gradients, axes=layout.axes, groups=layout.groups or None)
+    after = norms.measure(norms.l2(), lay_out(scope, eager).gradients, axes=layout.axes, groups=layout.groups or None)
     for sizes in after if layout.gradients else []:
         _say_unless(
             bool((sizes <= 1 + 1e-6).all()),
@@ -134,9 +135,7 @@ def check_scope(scope: Scope, tree: Any = None) -> None:
         louder[k] = louder[k] * 100
         out, _ = transform.update(layout.rebuild(louder), state)
         mates = {m for group in layout.groups if k in group for m in group} | {k}
-        for m, (found, want) in enumerate(
-            zip(scopes.lay_out(scope, out).gradients, scopes.lay_out(scope, eager).gradients, strict=True)
-        ):
+        for m, (found, want) in enumerate(zip(lay_out(scope, out).gradients, lay_out(scope, eager).gradients, strict=True)):
             if m not in mates:
                 _say_unless_close(
                     found, want, f"{layout.paths[m]!r} must not depend on {path!r}, which is in another group: {{0}}, not {{1}}"
@@ -146,7 +145,7 @@ def check_scope(scope: Scope, tree: Any = None) -> None:
 def check_transform(transform: optax.GradientTransformation, params: Any = None, *, shrinks: bool = True) -> None:
     """Checks a transform of updates, such as a clip or a chain of clips.
 
-    * Updates keep structure, shapes, dtypes and weak types, in all floats; so does the state, from `init` on.
+    * Updates keep structure, shapes and dtypes, in all floats; so does the state from `init` on, weak types as well.
     * None, `optax.MaskedNode`, integers and empty arrays come back as they are, and change nothing else.
     * Zeros stay zeros. With `shrinks`, no number becomes larger or changes its sign.
     * It does the same with and without `jit`.
@@ -279,7 +278,7 @@ def _normal_tree() -> dict[str, Any]:
 
 def _described(tree: Any) -> list[tuple[str, str]]:
     return [
-        (_name(path), jnp.asarray(x).aval.str_short() + ("~" if jnp.asarray(x).weak_type else ""))
+        (_name(path), f"{jnp.result_type(x)}{list(jnp.shape(x))}" + ("~" if _jax.is_weakly_typed(jnp.asarray(x)) else ""))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     ]
 

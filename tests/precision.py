@@ -1,7 +1,7 @@
-"""Float64 for a test: JAX has moved the switch between the versions that are supported."""
+"""Float64 for a test."""
 
 import jax
 
 
 def float64():
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+    return jax.enable_x64(True)

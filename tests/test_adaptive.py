@@ -286,9 +286,9 @@ def test_a_sketch_tells_sizes_within_26_000_of_the_middle_of_its_bins_and_the_ra
 def test_rows_remember_as_many_numbers_as_they_say_and_a_sketch_8_kib_for_each_group():
     numbers = {"zclip": 5, "adagc": 4, "history_clip": 128 + 3, "log_norm_clip": 5, "growth_clip": 3}
     for name, count in {**numbers, "quantile_clip": 3, "spam_clip": 7, "stabilize_gradient": 5, "clippy": 0}.items():
-        state = jax.eval_shape(getattr(optaxclip, name)().init, jnp.ones(7)).rules
+        state = jax.eval_shape(getattr(optaxclip, name)().init, jnp.ones(7)).threshold
         assert sum(array.size for array in jax.tree.leaves(state)) == count, name
-    state = jax.eval_shape(optaxclip.autoclip(scope=scopes.leaf()).init, [jnp.ones((9, 9)), jnp.ones(5)]).rules
+    state = jax.eval_shape(optaxclip.autoclip(scope=scopes.leaf()).init, [jnp.ones((9, 9)), jnp.ones(5)]).threshold
     assert 2 * 8192 < sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state)) <= 2 * 8.3 * 1024
 
 

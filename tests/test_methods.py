@@ -45,8 +45,11 @@ def row(make, definition):
     return make, definition
 
 
-def global_clip(threshold, scope=scopes.tree(), **options):
-    return optaxclip.clip(threshold, scope, **options)
+def global_clip(threshold, scope=None, **options):
+    return optaxclip.clip(threshold, scope or scopes.tree(), **options)
+
+
+global_clip.__signature__ = inspect.signature(optaxclip.clip)
 
 
 ROWS = {
@@ -117,7 +120,7 @@ def test_limits_can_be_injected_as_numbers_and_schedules(make, definition, dtype
     grads, params = (jax.tree.map(lambda x: jnp.asarray(x, dtype), random_tree(seed)) for seed in range(2))
     wide = [{name: np.asarray(leaf, np.float32) for name, leaf in tree.items()} for tree in (grads, params)]
     name = FIRST.get(make.__name__, "max_norm")
-    injected = optax.inject_hyperparams(make)
+    injected = optax.inject_hyperparams(make, static_args="response" if make is global_clip else ())
     scheduled, number = injected(lambda step: 0.5 - 0.25 * step), injected(**{name: 0.5})
     states, steps = [scheduled.init(params), number.init(params)], [jax.jit(scheduled.update), jax.jit(number.update)]
     for limit in 0.5, 0.25:

@@ -195,7 +195,7 @@ def test_only_large_leaves_are_measured_in_two_ways():
 
     small, large = [jnp.ones(3)] * 2, [jnp.ones(norms.LARGE + 1)] * 2
     assert branches(small + large) == branches(large)
-    assert branches(large) - branches(small) == hasattr(jax, "enable_x64")  # by the version of JAX: without it there is one way
+    assert branches(large) - branches(small) == 1
 
 
 def test_the_joint_size_of_many_bfloat16_leaves_is_not_rounded():

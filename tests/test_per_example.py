@@ -278,7 +278,7 @@ def test_all_masked_is_a_step_of_zeros():
     (value, seen), got = compiled(function, PARAMS, X, Y, mask=np.zeros(BATCH, bool))
     assert value == 0 and all((leaf == 0).all() for leaf in got.values())
     assert seen.state.step == 1 and seen.dropped == 0 and not seen.counted.any()
-    np.testing.assert_array_equal(seen.state.rules, np.float32([LIMIT]))
+    np.testing.assert_array_equal(seen.state.threshold, np.float32([LIMIT]))
     assert (seen.state.reading.measured == 0).all() and (seen.state.reading.counted == 0).all()
 
 
@@ -348,7 +348,7 @@ def test_quantile_is_the_recursion_of_andrew(scope):
         if len(sizes):
             np.testing.assert_allclose(seen.state.reading.limit, limits, rtol=1e-5)
             limits = limits * np.exp(-rate * ((sizes <= limits).mean(0) - q))
-        np.testing.assert_allclose(seen.state.rules, limits, rtol=1e-5)
+        np.testing.assert_allclose(seen.state.threshold, limits, rtol=1e-5)
     assert (limits != initial).all()
 
 
@@ -356,7 +356,7 @@ def test_quantile_finds_its_quantile():
     clip = aggregate(per_example.quantile(0.8, rate=0.5, initial=100.0))
     sizes = np.random.default_rng(0).uniform(1, 2, (200, 50, 1)).astype(np.float32)
     state, _ = jax.lax.scan(lambda state, sizes: (clip.update(sizes, state)[1], None), clip.init(np.zeros(1)), sizes)
-    assert state.rules[0] == pytest.approx(1.8, abs=0.05)
+    assert state.threshold == pytest.approx(1.8, abs=0.05)
 
 
 def test_noise_is_normal_new_at_each_step_and_the_same_for_the_same_seed():

@@ -92,5 +92,5 @@ def test_a_hundred_thousand_steps(name):
     np.testing.assert_array_equal(state.steps, STEPS)
     assert not found["clip/nonfinite_steps"].any()
     if name == "not finite":  # every other size, and no 1e30, is known to the rule
-        sketch = [leaf for leaf in jax.tree.leaves(state.inner[0].rules) if leaf.ndim == 3 and leaf.dtype == jnp.int32][0]
+        sketch = [leaf for leaf in jax.tree.leaves(state.inner[0].threshold) if leaf.ndim == 3 and leaf.dtype == jnp.int32][0]
         np.testing.assert_array_equal(sketch.max((1, 2)), injected[FINE])

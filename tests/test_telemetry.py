@@ -398,7 +398,7 @@ def test_the_memories_of_several_runs_are_not_mixed(read):
 def test_a_memory_has_a_fixed_size():
     before, after = telemetry.monitor(history=7).init(GRADS), stepped(telemetry.monitor(history=7), 3)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(before.rules)) == 4 * (7 + 1024 + 1 + 1024)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(before.threshold)) == 4 * (7 + 1024 + 1 + 1024)
 
 
 def test_a_memory_is_a_rule_without_a_limit():

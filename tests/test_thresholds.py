@@ -100,8 +100,8 @@ def test_both_sides_of_a_switch_learn_from_the_first_step():
     clip = optaxclip.clip(thresholds.switch(2, COUNTING, ADDING), scopes.tree())
     states = run(clip, [jnp.array([3.0, 4.0])] * 3)
     assert [state.reading.limit.item() for state in states] == [0, 1, 11]
-    assert [state.rules[0][0].item() for state in states] == [1, 2, 3]
-    np.testing.assert_allclose([state.rules[0][1][:, 0] for state in states], [[5, 0], [10, 1], [15, 6]])
+    assert [state.threshold[0].item() for state in states] == [1, 2, 3]
+    np.testing.assert_allclose([state.threshold[1][:, 0] for state in states], [[5, 0], [10, 1], [15, 6]])
 
 
 def test_at_most_is_the_smaller_and_at_least_the_larger():
@@ -112,13 +112,13 @@ def test_at_most_is_the_smaller_and_at_least_the_larger():
     for combine in thresholds.at_most, thresholds.at_least:
         assert limits(combine(ADDING, COUNTING), sizes=SIZES) == limits(combine(COUNTING, ADDING), sizes=SIZES)
         (state,) = run(optaxclip.clip(combine(COUNTING, ADDING), scopes.tree()), [jnp.array([0.3, 0.4])])
-        assert state.rules[0][0].item() == 1 and state.rules[0][1][0].item() == pytest.approx(0.5)
+        assert state.threshold[0].item() == 1 and state.threshold[1][0].item() == pytest.approx(0.5)
 
 
 def test_rules_learn_the_raw_and_the_clipped_size():
     states = run(optaxclip.clip(ADDING, scopes.tree()), [jnp.array([3.0, 4.0])] * 2)
     assert [state.reading.limit.item() for state in states] == pytest.approx([1, 6])
-    np.testing.assert_allclose([state.rules[0][:, 0] for state in states], [[5, 1], [10, 6]], rtol=1e-6)
+    np.testing.assert_allclose([state.threshold[:, 0] for state in states], [[5, 1], [10, 6]], rtol=1e-6)
 
 
 def test_what_is_meant_by_a_threshold():
@@ -171,7 +171,7 @@ def test_in_every_scope_what_is_no_observation_leaves_the_state(bad, scope):
     clip = optaxclip.clip(COUNTING, scope=scope)
     good = {"a": jnp.ones((2, 2)), "b": jnp.ones(3)}
     states = run(clip, [good, {"a": jnp.full((2, 2), bad), "b": jnp.ones(3)}, good])
-    counts = [[int(x) for rule in state.rules for x in np.unique(rule)] for state in states]
+    counts = [[int(x) for x in jax.tree.leaves(state.threshold) for x in np.unique(x)] for state in states]
     assert counts == ([[1], [1, 2], [2, 3]] if scope.axes is None else [[1, 1], [1, 2], [2, 3]])
 
 
@@ -193,7 +193,7 @@ def test_a_dict_gives_each_group_its_limit():
 def test_rules_in_a_dict_learn_each_from_its_own_group():
     clip = optaxclip.clip({"body": ADDING, "head": thresholds.switch(1, COUNTING, ADDING)}, scope=BY_LAYER)
     states = run(clip, [GRADS, {**GRADS, "head": jnp.zeros(2)}, GRADS])
-    body, (count, total) = states[-1].rules[0]
+    body, (count, total) = states[-1].threshold
     np.testing.assert_allclose(body[:, 0], [15, 1 + 5 + 5], rtol=1e-6)
     assert count.tolist() == [2] and total[0].tolist() == [20]
     assert [state.reading.limit.tolist() for state in states] == [[1, 0], [6, 11], [11, 11]]
@@ -213,7 +213,7 @@ def test_a_dict_goes_by_path_in_scopes_of_leaves_and_finer(scope):
     clip = optaxclip.clip({"body/a": 1.0, "body/b": ADDING, "head": 2.0}, scope=scope)
     (state,) = run(clip, [GRADS])
     np.testing.assert_allclose(state.reading.limit, [1, 1, 2])
-    np.testing.assert_allclose(jax.tree.leaves(state.rules)[0].ravel(), [4, 1])
+    np.testing.assert_allclose(jax.tree.leaves(state.threshold)[0].ravel(), [4, 1])
 
 
 def test_groups_without_a_limit_and_limits_without_a_group_are_named():
@@ -270,8 +270,8 @@ def test_only_sizes_in_a_row_count():
 def test_a_size_at_the_limit_is_not_over_it():
     clip = patient(2.0, 3)
     state = run(clip, [jnp.array([2.0])] * 5)[-1]
-    assert state.rules[0][1].tolist() == [0]
-    assert [state.rules[0][1].item() for state in run(clip, [jnp.array([2.1])] * 5)] == [1, 2, 0, 1, 2]
+    assert state.threshold[1].tolist() == [0]
+    assert [state.threshold[1].item() for state in run(clip, [jnp.array([2.1])] * 5)] == [1, 2, 0, 1, 2]
 
 
 def test_what_is_no_observation_neither_counts_nor_breaks_the_row():
@@ -291,7 +291,7 @@ def test_the_rule_starts_afresh_from_the_raw_size():
     states = run(clip, [jnp.array([size]) for size in (3.0, 9.0, 30.0, 50.0)])
     np.testing.assert_allclose([state.reading.limit.item() for state in states], [1, 4, 10, 40])
     # The second and the fourth are each the second in a row that was over the limit.
-    known = [state.rules[0][0][:, 0].tolist() for state in states]
+    known = [state.threshold[0][:, 0].tolist() for state in states]
     assert known == [[3, 1], [9, 9], [39, 19], [50, 50]]
 
 
@@ -299,7 +299,7 @@ def test_what_a_patient_rule_knows_has_the_dtypes_of_its_start():
     for rule in thresholds.zscore(warmup=1), thresholds.quantile(0.5, 3), thresholds.quantile_sketch(0.5):
         clip = patient(rule, 1)
         states = run(clip, [jnp.array([size]) for size in (1.0, 1.0, 50.0, 50.0)])
-        kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), state.rules) for state in (clip.init(jnp.zeros(1)), *states)]
+        kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), state.threshold) for state in (clip.init(jnp.zeros(1)), *states)]
         assert all(kind == kinds[0] for kind in kinds)
 
 

@@ -231,7 +231,7 @@ REFUSALS = {
             "zclip() got an unexpected keyword argument 'zz'; it takes z, decay",
         )
     ],
-    "transform": [
+    "not_a_transform": [
         (
             ("opt_state", value),
             {},
@@ -397,6 +397,32 @@ REFUSALS = {
             f"norm must not be relative to parameters, got {RELATIVE!r}; pass one such as norms.l2()",
         )
     ],
+    "mapped": [
+        (
+            ("sharded_over", ("y",), ("x", "z")),
+            {},
+            ValueError,
+            "sharded_over must name mapped axes, got ('y',) where ('x', 'z') are mapped; pass some of ('x', 'z'), "
+            "or () if every device has the whole of each leaf",
+        ),
+        (
+            ("sharded_over", ("y",), ()),
+            {},
+            ValueError,
+            "sharded_over must name mapped axes, got ('y',) where none are mapped; call this in shard_map, pmap or vmap "
+            "with this axis_name, or leave sharded_over out, which is right under jit",
+        ),
+    ],
+    "tracked": [
+        (
+            ("sharded_over", None, ("x",)),
+            {},
+            ValueError,
+            "sharded_over must be given where JAX does not track what differs between devices (pmap, or shard_map with "
+            "check_vma=False), got None; pass those of ('x',) over which each leaf is sharded or, for gradients that "
+            "pmean made equal on all devices, sharded_over=()",
+        )
+    ],
     "not_mapped": [
         (
             ("scope", ("x",)),
@@ -541,7 +567,7 @@ ACCEPTED = {
     "static": [(("axes", x), {}) for x in (0, None, (0, 1), len, np.int64(1))],
     "called": [(("threshold", x), {}) for x in (1.0, None, GROWTH, optax.constant_schedule(1.0), lambda step: 1.0, len)],
     "keywords": [(("zclip", {"z": 1}, ["z", "decay"]), {}), (("zclip", {}, []), {})],
-    "transform": [(("opt_state", x), {}) for x in (CLIP_STATE, {}, None, {"tx": optax.sgd(1.0)})],
+    "not_a_transform": [(("opt_state", x), {}) for x in (CLIP_STATE, {}, None, {"tx": optax.sgd(1.0)})],
     "sparse": [(("a", x), {}) for x in (1.0, None, np.ones(2), jnp.ones(2))],
     "group_name": [(("a/b", name), {}) for name in ("a", None, 3, ("a", 1))],
     "axes_of": [(("axes", axes, "a/b"), {}) for axes in (0, -1, np.int64(1), (), (0, 1), [0], range(2))],
@@ -557,6 +583,8 @@ ACCEPTED = {
     "loss": [((1.0,), {}), ((np.float32(-1),), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
     "absolute": [(("norm", norms.l2()), {})],
+    "mapped": [(("sharded_over", (), ("x",)), {}), (("sharded_over", (), ()), {})],
+    "tracked": [(("sharded_over", (), ("x",)), {}), (("sharded_over", ("x",), ("x",)), {})],
     "not_mapped": [(("scope", ()), {})],
     "one_run": [(("opt_state", ()), {})],
     "same_on_all": [(("value", ()), {}), (("value", None), {})],
@@ -1033,7 +1061,6 @@ def test_all_refusals_are_in_validate_but_those_of_axes_and_of_what_is_drawn():
     elsewhere = [path.name for path in sorted(SOURCE.rglob("*.py")) if path.name != "_validate.py" for _ in raises(path)]
     others = [name for name in elsewhere if name != "plots.py"]  # tested in `test_plots.py`
     assert others == [
-        "_sharding.py",
         "scopes.py",
         "scopes.py",
         "scopes.py",

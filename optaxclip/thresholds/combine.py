@@ -223,8 +223,9 @@ def _combine(thresholds: Sequence[Any], names: Sequence[str], choose: Callable[[
     )
 
 
-def side_by_side(rules: Sequence[Threshold]) -> Threshold:
-    """One rule for a block `[groups]`, made of a rule for each group, in their order."""
+def side_by_side(rules: Sequence[Threshold], order: Sequence[int]) -> Threshold:
+    """One rule for a block `[groups]`, made of a rule for each group; its state has theirs in the given order."""
+    place = {i: k for k, i in enumerate(order)}
 
     def one(block: Any, i: int) -> Any:
         return None if block is None else block[i : i + 1]
@@ -235,16 +236,18 @@ def side_by_side(rules: Sequence[Threshold]) -> Threshold:
         return [function(i, *[one(block, i) for block in blocks], own[i]) for i in range(len(rules))]
 
     def init(sizes: Array) -> tuple[Any, ...]:
-        return tuple(rule.init(one(sizes, i)) for i, rule in enumerate(rules))
+        return tuple(rules[i].init(one(sizes, i)) for i in order)
 
     def limit(sizes: Array, states: tuple[Any, ...], context: Context) -> Array:
-        limits = each(lambda i, size, own: rules[i].limit(size, states[i], own), context, sizes)
+        limits = each(lambda i, size, own: rules[i].limit(size, states[place[i]], own), context, sizes)
         return jnp.concatenate([jnp.broadcast_to(limit, (1,)) for limit in limits])
 
     def learn(sizes: Array, clipped_sizes: Array, states: tuple[Any, ...], context: Context) -> tuple[Any, ...]:
-        return tuple(
-            each(lambda i, size, clipped, own: rules[i].learn(size, clipped, states[i], own), context, sizes, clipped_sizes)
-        )
+        def learn_one(i: int, size: Array, clipped: Array, own: Context) -> Any:
+            return rules[i].learn(size, clipped, states[place[i]], own)
+
+        learned = each(learn_one, context, sizes, clipped_sizes)
+        return tuple(learned[i] for i in order)
 
     return Threshold(init, limit, learn, any(rule.uses_params for rule in rules))
 

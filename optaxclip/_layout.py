@@ -1,0 +1,251 @@
+"""A tree as a scope sees it: which leaves are measured, their paths, groups and axes."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.experimental.sparse import JAXSparse
+
+from optaxclip import _validate
+from optaxclip._packing import columns, common
+from optaxclip._sharding import Names, is_names, names_of
+from optaxclip._types import Axes, Scope
+
+STATISTICS = (
+    "_overwrite_with_gradient"  # Flax keeps fp8 statistics under this key: they replace parameters, they are no gradients
+)
+
+
+class Layout(NamedTuple):
+    """A tree of updates as a scope sees it.
+
+    Attributes:
+        treedef: structure of the tree, with None, `optax.MaskedNode` and boxes as leaves.
+        nodes: what the tree has at each of its leaves: arrays, or boxes of arrays.
+        measured: positions of the leaves that are measured and clipped.
+        gradients: the arrays there.
+        paths: of the gradients; no two are the same.
+        names: of the groups; with `axes`, the paths.
+        groups: for each group, which of the gradients it has; empty with `axes`.
+        axes: for each gradient the axes measured together; None if leaves are measured whole.
+    """
+
+    treedef: Any
+    nodes: list[Any]
+    measured: list[int]
+    gradients: list[Any]
+    paths: list[str]
+    names: list[str]
+    groups: Sequence[list[int]] = ()
+    axes: Sequence[Axes] | None = None
+
+    @property
+    def blocks(self) -> int:
+        """How many arrays of sizes there are."""
+        return 1 if self.axes is None else len(self.axes)
+
+    @property
+    def is_of_elements(self) -> bool:
+        """Whether each number is a group of its own."""
+        return self.axes is not None and not any(self.axes)
+
+    @property
+    def others(self) -> list[Any]:
+        """The arrays that are not measured."""
+        rest = set(range(len(self.nodes))) - set(self.measured)
+        return [value for i in sorted(rest) if hasattr(value := _inside(self.nodes[i]), "dtype")]
+
+    def per_leaf(self, *blocks: list[Array]) -> list[Any]:
+        """For each gradient its own entry of each of the blocks, together as they broadcast against it."""
+        if self.axes is not None:
+            return list(zip(*blocks, strict=True))
+        if len(self.groups) == 1:
+            return [list(common(jnp.concatenate([block[0] for block in blocks])))] * len(self.gradients)
+        group_of = {k: g for g, group in enumerate(self.groups) for k in group}
+        own = columns(jnp.stack([block[0] for block in blocks]))
+        return [own[group_of[k]] for k in range(len(self.gradients))]
+
+    def of(self, tree: Any) -> list[Any]:
+        """The leaves of a tree of this structure that stand where the gradients do."""
+        nodes = self.treedef.flatten_up_to(tree)
+        return [_inside(nodes[i]) for i in self.measured]
+
+    def matching(self, params: Any) -> list[Any]:
+        """The leaves of `params` that belong to the gradients.
+
+        Raises:
+            ValueError: there are no parameters, or one is missing or has another shape than its gradient.
+        """
+        if not self.measured:
+            return []
+        _validate.params_given(params)
+        nodes = _validate.same_structure(params, self.treedef)
+        own = [_inside(nodes[i]) for i in self.measured]
+        for path, param, gradient in zip(self.paths, own, self.gradients, strict=True):
+            _validate.parameter(path, param, jnp.shape(gradient))
+        return own
+
+    def names_of_axes(self, sharded_over: Any) -> list[Names | None]:
+        """For each gradient the mapped axes, from one choice for all or a tree of them that the updates start with.
+
+        Raises:
+            ValueError: the tree has another structure than the updates.
+        """
+        tree = jax.tree.unflatten(self.treedef, list(range(len(self.nodes))))
+        chosen: dict[int, Any] = {}
+
+        def choose(names: Any, part: Any) -> None:
+            chosen.update(dict.fromkeys(jax.tree.leaves(part), names_of(names)))
+
+        try:
+            jax.tree.map(choose, sharded_over, tree, is_leaf=is_names)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                "sharded_over must be names of mapped axes or a tree of them that the updates start with, got "
+                f"{sharded_over!r} for updates of structure {self.treedef}; give each part its names, () for none"
+            ) from error
+        return [chosen[i] for i in self.measured]
+
+    def filled(self, arrays: Iterable[Array]) -> Any:
+        """A tree like the updates: these arrays where the gradients are, and a zero for any other array."""
+        nodes = [_with_inside(node, _stand_in(_inside(node))) for node in self.nodes]
+        for i, array in zip(self.measured, arrays, strict=True):
+            nodes[i] = array if self.nodes[i] is None else _with_inside(self.nodes[i], array)
+        return jax.tree.unflatten(self.treedef, nodes)
+
+    def floats(self) -> Any:
+        """The gradients as a tree of arrays, with a zero for anything else."""
+        return self.filled([jnp.asarray(gradient).astype(jnp.result_type(gradient)) for gradient in self.gradients])
+
+    def replaced(self, tree: Any, arrays: Iterable[Array]) -> Any:
+        """A tree of this structure with other arrays where the gradients are; all else, boxes included, as it was."""
+        nodes = self.treedef.flatten_up_to(tree)
+        for i, array in zip(self.measured, arrays, strict=True):
+            nodes[i] = _with_inside(nodes[i], array)
+        return jax.tree.unflatten(self.treedef, nodes)
+
+    def rebuild(self, gradients: Iterable[Array]) -> Any:
+        """The updates with new gradients; what was None, although its parameter is there, stays None."""
+        nodes = list(self.nodes)
+        for i, gradient in zip(self.measured, gradients, strict=True):
+            nodes[i] = None if nodes[i] is None else _with_inside(nodes[i], gradient)
+        return jax.tree.unflatten(self.treedef, nodes)
+
+
+def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
+    """Finds the leaves of `tree` that `scope` measures; integers, booleans, float0 and keys never are.
+
+    Where a gradient is None though its parameter is there, it counts as zero, and stays None.
+    """
+    keys, nodes, treedef = _flattened(tree)
+    present = list(map(_inside, nodes))
+    if params is not None and any(leaf is None for leaf in present):
+        others = map(_inside, _validate.same_structure(params, treedef))
+        present = [_zeros(other) if leaf is None else leaf for leaf, other in zip(present, others, strict=True)]
+    paths = _paths(keys)
+    inexact = [i for i, leaf in enumerate(present) if _is_inexact(paths[i], leaf) and not _holds_statistics(keys[i])]
+    names = {i: _group_of(scope, paths[i]) for i in inexact}
+    axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.asarray(present[i])) for i in inexact}
+    measured = [i for i in inexact if names[i] is not None and axes[i] is not None]
+    found = [paths[i] for i in measured]
+    layout = Layout(treedef, nodes, measured, [present[i] for i in measured], found, names=found)
+    if scope.axes is not None:
+        return layout._replace(axes=[axes[i] or () for i in measured])
+    if scope.group is None:
+        return layout._replace(groups=[[k] for k in range(len(measured))])
+    groups: dict[str | None, list[int]] = {}
+    for k, i in enumerate(measured):
+        groups.setdefault(names[i], []).append(k)
+    return layout._replace(groups=list(groups.values()), names=list(groups))
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths."""
+    keys, nodes, _ = _flattened(tree)
+    return dict(zip(_paths(keys), map(_inside, nodes), strict=True))
+
+
+def is_absent(leaf: Any) -> bool:
+    """Whether nothing stands here."""
+    return leaf is None or isinstance(leaf, optax.MaskedNode)
+
+
+def _flattened(tree: Any) -> tuple[list[Any], list[Any], Any]:
+    """Keys and nodes of the leaves, among them None, `MaskedNode` and boxes; and the structure."""
+
+    def is_leaf(node: Any) -> bool:
+        return is_absent(node) or isinstance(node, JAXSparse) or _is_box(node)
+
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [key for key, _ in flat], [node for _, node in flat], treedef
+
+
+def _is_box(node: Any) -> bool:
+    """Whether a node holds one leaf and what is known of it, such as Flax's `nnx.Param` and `nn.Partitioned`.
+
+    Some functions of Flax take boxes off and others leave them on, so their keys are no part of a path.
+    """
+    if isinstance(node, jax.Array | np.ndarray) or not (hasattr(node, "__jax_array__") or hasattr(node, "unbox")):
+        return False
+    values = jax.tree.leaves(node, is_leaf=is_absent)
+    return len(values) == 1 and values[0] is not node
+
+
+def _inside(node: Any) -> Any:
+    """The leaf in a box."""
+    return jax.tree.leaves(node, is_leaf=is_absent)[0] if _is_box(node) else node
+
+
+def _with_inside(node: Any, value: Any) -> Any:
+    """The box with another leaf in it; without a box, that leaf."""
+    return jax.tree.unflatten(jax.tree.structure(node, is_leaf=is_absent), [value]) if _is_box(node) else value
+
+
+def _stand_in(value: Any) -> Any:
+    """A zero in place of an array that is not measured, with as many axes; what is absent stays so."""
+    return value if is_absent(value) else jnp.zeros((1,) * np.ndim(value))
+
+
+def _paths(keys: Sequence[Any]) -> list[str]:
+    """A path for each leaf, `encoder/0/kernel`; leaves that would share one get longer ones, and no two are the same."""
+    paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key in keys]
+    for spell in (_escaped, jax.tree_util.keystr):
+        count = Counter(paths)
+        paths = [spell(key) if count[path] > 1 else path for key, path in zip(keys, paths, strict=True)]
+    return paths
+
+
+def _escaped(key: Any) -> str:
+    """As JSON pointers spell it (RFC 6901): `~1` for a slash within a key, `~0` for a tilde."""
+    parts = (jax.tree_util.keystr((part,), simple=True) for part in key)
+    return "/".join(part.replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def _holds_statistics(key: Any) -> bool:
+    return any(jax.tree_util.keystr((part,), simple=True) == STATISTICS for part in key)
+
+
+def _group_of(scope: Scope, path: str) -> str | None:
+    """The name of a leaf's group; its path where a scope has no groups of leaves."""
+    if scope.group is None:
+        return path
+    name = scope.group(path)
+    _validate.group_name(path, name)
+    return name
+
+
+def _zeros(param: Any) -> Any:
+    return jnp.zeros(param.shape, param.dtype) if hasattr(param, "dtype") else None
+
+
+def _is_inexact(path: str, leaf: Any) -> bool:
+    if is_absent(leaf):
+        return False
+    _validate.sparse(path, leaf)
+    _validate.leaf(path, leaf)
+    return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact)
