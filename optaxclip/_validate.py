@@ -101,8 +101,9 @@ def count(name: str, value: Any, *, low: int = 1, high: int | None = None, trace
         )
     if not traced:
         static(name, value)
-    if array and value.shape != ():
-        raise ValueError(f"{name} must be one count, got an array of shape {value.shape}; try several at once with jax.vmap")
+    shape = getattr(value, "shape", ())
+    if shape != ():
+        raise ValueError(f"{name} must be one count, got an array of shape {shape}; try several at once with jax.vmap")
     if isinstance(value, Tracer):
         return
     value = np.asarray(value)[()] if array else value

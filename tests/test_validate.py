@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.sparse
 from jax.experimental import sparse
 
 import optaxclip
@@ -1054,6 +1055,38 @@ def test_a_tree_is_of_arrays():
             clip.init(tree)
         with pytest.raises(TypeError, match="^updates must be a tree of arrays, got .* at 'a'; take it out, or hide it"):
             clip.update(tree, clip.init(GRADS))
+
+
+SPARSE = {
+    "BCOO": sparse.BCOO((jnp.array([3.0, 4.0, 1.0]), jnp.array([[0], [0], [2]])), shape=(3,)),  # [7, 0, 1], of size 7.07
+    "BCSR": sparse.BCSR.fromdense(jnp.eye(3)),
+    "CSR": sparse.CSR.fromdense(jnp.eye(3)),
+    "CSC": sparse.CSC.fromdense(jnp.eye(3)),
+    "COO": sparse.COO.fromdense(jnp.eye(3)),
+    "csr_array": scipy.sparse.csr_array(np.eye(3)),
+    "dia_matrix": scipy.sparse.dia_matrix(np.eye(3)),
+}
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optaxclip.clip(1.0, scopes.tree()),
+        lambda: optaxclip.clip_by_value(1.0),
+        lambda: optaxclip.spectral_clip(1.0),
+        lambda: optaxclip.carry(optaxclip.clip_by_norm(1.0)),
+        lambda: optaxclip.skip_nonfinite(optax.sgd(1.0)),
+        lambda: optaxclip.skip_spikes(optax.sgd(1.0), 1.0),
+        lambda: optaxclip.telemetry.monitor(),
+    ],
+)
+def test_sparse_leaves_are_refused(make, kind):
+    transform, grads = make(), {"a": {"b": SPARSE[kind]}, "c": jnp.ones(2)}
+    state = transform.init(jax.tree.map(jnp.ones_like, {"a": {"b": jnp.ones(3)}, "c": jnp.ones(2)}))
+    words = f"updates must be a tree of dense arrays, got a {kind} at 'a/b'; pass its todense(), or clip the data of its sum_"
+    with pytest.raises(TypeError, match="^" + re.escape(words)):
+        transform.update(grads, state)
 
 
 def test_parameters_are_not_looked_at_where_no_limit_needs_them():
