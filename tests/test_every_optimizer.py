@@ -41,7 +41,14 @@ def plain(module: Any, *names: str) -> dict[str, Row]:
 
 
 def each_example(grads: Any) -> Any:
-    return jax.tree.map(lambda g: jnp.stack([g, 2 * g]), grads)
+    return jax.tree.map(lambda g: jnp.stack([g, 2 * g], axis=2), grads)  # after the seeds and the steps
+
+
+def random(param: Any) -> jax.Array:
+    """A gradient of this parameter for each seed and step."""
+    rng = np.random.default_rng(param.size)
+    parts = rng.standard_normal((2, SEEDS, len(BAD), *param.shape))
+    return jnp.asarray(parts[0] + 1j * parts[1] if param.dtype == jnp.complex64 else parts[0], param.dtype)
 
 
 LOOKAHEAD = "its gradients are those of the fast parameters alone: the clip belongs inside"
@@ -132,8 +139,9 @@ ROWS = OPTAX | CONTRIB | MORE
 WRAPPERS = {
     "skip_nonfinite": optaxclip.skip_nonfinite,
     "skip_spikes": lambda inner: optaxclip.skip_spikes(inner, 1e6),
-    "carry before": lambda inner: optaxclip.skip_nonfinite(optax.chain(optaxclip.carry(CLIP), inner)),
-    "carry around": lambda inner: optaxclip.skip_nonfinite(optaxclip.carry(inner, decay=0.0)),
+    "carry": lambda inner: optaxclip.skip_nonfinite(
+        optaxclip.carry(optax.chain(optaxclip.carry(CLIP), inner), decay=0.0)  # before it and around it
+    ),
 }
 
 
@@ -156,20 +164,20 @@ def test_every_optimizer_is_listed(module, rows):
 
 
 def loss(params: Any, step: Any = 0) -> Any:
-    return sum(jnp.sum(jnp.abs(jnp.sin(3 * x + 0.1 * step)) ** 2) for x in jax.tree.leaves(params))
+    return sum(jnp.sum(jnp.abs(x - 0.1 * step) ** 2) for x in jax.tree.leaves(params))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def run(row: Row, optimizers: tuple[tuple[str, Any], ...], carries: Any) -> Any:
+# Hardly optimized: this halves the time to compile, which is nearly all the time that these tests take.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
+def run(optimizers: tuple[tuple[str, Any], ...], carries: Any, gradients: Any) -> Any:
     """Each optimizer's state before, updates, and state after, at steps of which one has a gradient with NaN."""
 
-    def advance(name: str, optimizer: Any, carry: Any, step: Any, bad: Any) -> Any:
+    def advance(name: str, optimizer: Any, carry: Any, grads: Any, bad: Any) -> Any:
         params, state = carry
-        value, grads = jax.value_and_grad(loss)(row.learned(params), step)
-        grads = row.gradients(jax.tree.map(jnp.conj, grads))
+        extra = {"value": jnp.abs(jax.tree.leaves(grads)[0]).sum(), "grad": grads}
+        extra |= {"value_fn": loss, "obj_fn": loss, "grad_fn": jax.grad(loss)}
         if name != "bare":
             grads = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.where(bad, jnp.nan, g[(0,) * g.ndim])), grads)
-        extra = {"value": value, "grad": grads, "value_fn": loss, "obj_fn": loss, "grad_fn": jax.grad(loss)}
         takes = inspect.signature(optimizer.update).parameters.values()
         extra = extra if any(p.kind is p.VAR_KEYWORD for p in takes) else {}
         updates, after = optimizer.update(grads, state, params, **extra)
@@ -182,7 +190,7 @@ def run(row: Row, optimizers: tuple[tuple[str, Any], ...], carries: Any) -> Any:
         results = {name: advance(name, optimizer, carries[name], *at) for name, optimizer in optimizers}
         return {name: carry for name, (carry, _) in results.items()}, {name: seen for name, (_, seen) in results.items()}
 
-    return jax.vmap(lambda carries: jax.lax.scan(step, carries, (jnp.arange(len(BAD)), BAD)))(carries)
+    return jax.vmap(lambda carries, gradients: jax.lax.scan(step, carries, (gradients, BAD)))(carries, gradients)
 
 
 def numbers(tree: Any) -> Any:
@@ -203,11 +211,12 @@ def test_good_steps_are_those_of_the_bare_optimizer_and_bad_ones_leave_no_trace(
         return {key: (jax.tree.map(jnp.copy, params), optimizer.init(params)) for key, optimizer in optimizers.items()}
 
     carries = jax.vmap(start)(jnp.linspace(1.0, 2.0, SEEDS))
-    carries, seen = numbers(run(row, tuple(optimizers.items()), carries))
+    params = row.learned(jax.eval_shape(lambda: row.params(PARAMS)))
+    gradients = row.gradients(jax.tree.map(random, params))
+    carries, seen = numbers(run(tuple(optimizers.items()), carries, gradients))
     updates_of_bare, _, _ = seen.pop("bare")
     for updates, before, after in seen.values():
         assert (after.skipped_steps[:, -1] == 1).all()
         jax.tree.map(lambda x: np.testing.assert_array_equal(x[:, BAD], 0), updates)
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[:, BAD], y[:, BAD]), after.inner, before.inner)
-        # The compiler rounds alike programs unlike: what is bitwise equal differs between machines.
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), updates, updates_of_bare)
+        jax.tree.map(np.testing.assert_array_equal, updates, updates_of_bare)
