@@ -296,19 +296,6 @@ def transform(name: str, value: Any) -> None:
         )
 
 
-def same_state(name: str, before: Any, after: Any) -> None:
-    """Refuses a step after which the state is another tree, so that there is no choosing between the two.
-
-    Raises:
-        TypeError: its structure differs.
-    """
-    old, new = jax.tree.structure(before), jax.tree.structure(after)
-    if old != new:
-        raise TypeError(
-            f"{name} must keep the structure of its state, got {new} after {old}; let its init return what update returns"
-        )
-
-
 def function(name: str, value: Any, example: str, *, takes: int | None = None) -> None:
     """Refuses what cannot be called, or not with as many arguments as it `takes`.
 
