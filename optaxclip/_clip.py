@@ -20,6 +20,7 @@ from jax.experimental import checkify
 
 from optaxclip import _sharding, _validate, norms, responses
 from optaxclip._layout import Layout, lay_out
+from optaxclip._numerics import harmless
 from optaxclip._packing import Packing, packing_of
 from optaxclip._record import UNREAD, nothing_read, record_step
 from optaxclip._states import is_placeholder, joined, placeholder_state, rules_of, separate
@@ -215,7 +216,8 @@ def _respond(
     if target is None:
 
         def respond(gradient: Array, size: Array, limit: Array) -> Array:
-            clipped = response(gradient, size, limit)
+            finite = jnp.isfinite(size)
+            clipped = response(harmless(finite, gradient), harmless(finite, size), limit)
             _validate.response(clipped, gradient.shape)
             return _if_finite(nonfinite == "zero", size, clipped)
 
@@ -227,7 +229,8 @@ def _respond(
 
     # The direction is kept: factors for all groups at once, then each leaf is multiplied.
     zero = nonfinite == "zero"
-    changes = [_change(zero, size, target(size, limit)) for size, limit in zip(sizes, limits, strict=True)]
+    known = [harmless(jnp.isfinite(size), size) for size in sizes]
+    changes = [_change(zero, size, target(own, limit)) for size, own, limit in zip(sizes, known, limits, strict=True)]
     clipped_sizes, *factors = ([change[k] for change in changes] for k in range(3))
     multiplied = functools.partial(_multiplied, zero)
     return list(map(multiplied, layout.gradients, layout.per_leaf(*packing.unpack(*factors)))), clipped_sizes

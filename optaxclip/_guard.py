@@ -16,6 +16,7 @@ from jax.experimental import checkify
 
 from optaxclip import _jax, _programs, _sharding, _validate, norms, scopes
 from optaxclip._layout import lay_out
+from optaxclip._numerics import harmless
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, patient
 from optaxclip.thresholds.fixed import as_threshold
@@ -346,24 +347,9 @@ def _or_old(ok: Array, old: Any) -> Callable[[Any], Any]:
 
 
 def _harmless(ok: Array, inputs: Any) -> Any:
-    """The inputs; but the floats of a skipped step are ones to a derivative, which would be 0 * NaN otherwise.
-
-    Ones, not zeros, since much has no derivative at zero: norms, and the root in the first step of Adam.
-    """
+    """The inputs, without a derivative that is 0 * NaN where a step is skipped."""
     floats, with_floats = _separate(inputs, _is_float)
-    return with_floats(_ones_to_derivatives(ok, floats))
-
-
-@jax.custom_jvp
-def _ones_to_derivatives(ok: Array, floats: list[Array]) -> list[Array]:
-    return floats
-
-
-@_ones_to_derivatives.defjvp
-def _(primals: tuple[Array, list[Array]], tangents: tuple[Any, list[Array]]) -> tuple[list[Array], list[Array]]:
-    (ok, floats), (_, directions) = primals, tangents
-    ones = [jnp.where(ok, x, jnp.ones_like(x)) for x in floats]
-    return ones, [jnp.where(ok, dx, jnp.zeros_like(dx)) for dx in directions]
+    return with_floats(harmless(ok, floats))
 
 
 def _separate(tree: Any, belongs: Callable[[Any], bool]) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:

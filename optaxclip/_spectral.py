@@ -190,4 +190,6 @@ def _recompose_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> t
     inner = between * symmetric + odd * rest + dnew[..., None, :] * jnp.eye(s.shape[-1])
     beside = _product(u * ratio[..., None, :], _product(left, dx) - _product(moved, vh))
     below = _product((_product(dx, right) - _product(u, moved)) * ratio[..., None, :], vh)
-    return _recompose(x, u, s, vh, new), (_product(_product(u, inner), vh) + beside + below).astype(x.dtype)
+    tangent = (_product(_product(u, inner), vh) + beside + below).astype(x.dtype)
+    finite = jnp.isfinite(s).all(-1)[..., None, None]
+    return _recompose(x, u, s, vh, new), jnp.where(finite, tangent, jnp.zeros_like(tangent))

@@ -12,6 +12,7 @@ of the sizes of its parts, and derivatives are finite, at zero too.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +133,8 @@ def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
 
     def magnitude(x: Array, w: Array) -> Array:
         allowed = relative * abs(w) + absolute
-        part = abs(x) / jnp.where(allowed > 0, allowed, jnp.finfo(allowed.dtype).tiny)
-        return jnp.where(jnp.isfinite(x), jnp.minimum(part, jnp.finfo(part.dtype).max), abs(x))
+        part = _absolute(x) / jnp.where(allowed > 0, allowed, jnp.finfo(allowed.dtype).tiny)
+        return jnp.where(jnp.isfinite(x), jnp.minimum(part, jnp.finfo(part.dtype).max), _absolute(x))
 
     return linf()._replace(magnitude=magnitude, uses_params=True)
 
@@ -175,7 +176,8 @@ def measure(
 
     def magnitudes() -> list[Array]:
         operands = zip(leaves, params, strict=True) if norm.uses_params and params is not None else zip(leaves, strict=True)
-        return [norm.magnitude(*map(widen, operand)) for operand in operands]
+        magnitude = _absolute if norm.magnitude is jnp.abs else norm.magnitude
+        return [magnitude(*map(widen, operand)) for operand in operands]
 
     for names in axis_names or ():
         _sharding.all_bound("sharded_over", names)
@@ -200,7 +202,7 @@ def _measured(
 ) -> list[Array]:
     exact = functools.partial(_sizes, norm, parts, groups, split)
     if norm.quick is None or any(split) or _widest(leaves) == jnp.float64:
-        return exact(leaves)
+        return _differentiable(exact, exact, leaves)
     in_float64 = functools.partial(_in_float64, norm.quick, parts, groups, split, joined=groups is not None)
 
     in_parts = _in_float32 if any(jnp.size(leaf) > LARGE for leaf in leaves) else _in_float64
@@ -210,12 +212,26 @@ def _measured(
     # takes twice as long for sums in float64, so where leaves are large it tries float32 first; a branch that is not taken is
     # free there. A TPU has no float64. Derivatives are always those of `exact`: where float64 is switched off, JAX cannot
     # differentiate what is computed in it.
-    @jax.custom_jvp
     def measured(leaves: list[ArrayLike]) -> list[Array]:
         return jax.lax.platform_dependent(leaves, cpu=on_cpu, cuda=in_float64, rocm=in_float64, default=exact)
 
-    measured.defjvp(functools.partial(jax.jvp, exact))
-    return measured(leaves)
+    return _differentiable(measured, exact, leaves)
+
+
+def _differentiable(measured: Callable[..., list[Array]], exact: Callable[..., list[Array]], leaves: list[Any]) -> list[Array]:
+    """`measured(leaves)`, with the derivative of `exact`; a size that is not finite has none, and none of it is 0 * NaN."""
+    function = jax.custom_jvp(measured)
+
+    @function.defjvp
+    def _(primals: tuple[list[Array]], tangents: tuple[list[Array]]) -> tuple[list[Array], list[Array]]:
+        (leaves,), (changes,) = primals, tangents
+        finite = [jnp.isfinite(x) for x in leaves]
+        known = [jnp.where(ok, x, jnp.zeros_like(x)) for ok, x in zip(finite, leaves, strict=True)]
+        changes = [jnp.where(ok, dx, jnp.zeros_like(dx)) for ok, dx in zip(finite, changes, strict=True)]
+        sizes, (_, moved) = exact(leaves), jax.jvp(exact, (known,), (changes,))
+        return sizes, [jnp.where(jnp.isfinite(size), d, jnp.zeros_like(d)) for size, d in zip(sizes, moved, strict=True)]
+
+    return function(leaves)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 5), inline=True)
@@ -451,6 +467,20 @@ def _l2() -> Norm:
 
     squares = Norm(lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2), magnitude=signed)
     return Norm(moments, _add, root, quick=squares)
+
+
+@jax.custom_jvp
+def _absolute(x: Array) -> Array:
+    """The magnitude, without a derivative where it is not finite."""
+    return jnp.abs(x)
+
+
+@_absolute.defjvp
+def _absolute_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (change,) = primals, tangents
+    finite = jnp.isfinite(x)
+    known, change = (jnp.where(finite, value, jnp.zeros_like(value)) for value in (x, change))
+    return jnp.abs(x), jax.jvp(jnp.abs, (known,), (change,))[1]
 
 
 def _itself(x: Array) -> Array:

@@ -165,17 +165,18 @@ def in_a_loop(opt, params):
 @each_recording
 def test_wrappers_of_optax_work_with_every_transform(name):
     opt = named(name)
+    others_here = {wrapper: wrap for wrapper, wrap in OTHERS.items() if wrapper != "flatten" or "dict" not in name}  # no names
 
     @jax.jit
     def run():
         same = {wrapper: in_a_loop(wrap(opt), PARAMS) for wrapper, wrap in EQUAL.items()}
-        others = {wrapper: in_a_loop(wrap(opt), PARAMS) for wrapper, wrap in OTHERS.items() if wrapper != "lookahead"}
+        others = {wrapper: in_a_loop(wrap(opt), PARAMS) for wrapper, wrap in others_here.items() if wrapper != "lookahead"}
         others["lookahead"] = in_a_loop(OTHERS["lookahead"](opt), optax.LookaheadParams.init_synced(PARAMS))
         return in_a_loop(opt, PARAMS), same, others
 
     (expected, numbers), same, others = run()
     for wrapper, (params, found) in same.items():
-        chex.assert_trees_all_close(params, expected, rtol=1e-6, custom_message=wrapper)
+        chex.assert_trees_all_close(params, expected, rtol=1e-6, atol=1e-6, custom_message=wrapper)  # sums of steps near 1
         if name not in ("chain", "skip_nonfinite", "skip_spikes"):
             chex.assert_trees_all_close(found, numbers, rtol=1e-6, custom_message=wrapper)
     for wrapper, (params, found) in others.items():

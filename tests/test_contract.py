@@ -402,3 +402,27 @@ def test_meta_gradients_are_finite(case: Case):
         updates = {"a": jnp.array([[value, 0.0], [-value, value]]), "b": jnp.full((3,), value)}
         for limit in (0.0, 0.5, 1e30):
             chex.assert_tree_all_finite(derivative(updates, limit))
+
+
+# A step that is not finite and is made zero has no derivative, and makes none NaN.
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES + SCALERS if case.name != "scale_by_stable_adam"], ids=lambda case: case.name
+)
+def test_a_step_made_zero_leaves_the_derivative_of_all_others(case: Case):
+    transform = case.make(1.0, nonfinite="zero")
+    good, bad = normal_tree(3, 10.0), jax.tree.map(lambda x: jnp.full_like(x, jnp.nan).at[(0,) * x.ndim].set(jnp.inf), PARAMS)
+
+    def total(scale, steps):
+        state, out = transform.init(PARAMS), 0.0
+        for updates in steps:
+            own = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), scale * jnp.nan_to_num(x), x).astype(x.dtype), updates)
+            clipped, state = transform.update(own, state, PARAMS)
+            out += sum(jnp.sum(jnp.real(x) ** 2) for x in jax.tree.leaves(clipped))
+        return out
+
+    found = jax.jit(jax.grad(total))(1.5, [good, bad, good])
+    assert jnp.isfinite(found)
+    if case.name != "spam_clip":  # its warm-up counts all steps
+        np.testing.assert_allclose(found, jax.jit(jax.grad(total))(1.5, [good, good]), rtol=1e-4, atol=1e-6)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optaxclip import _sharding, _validate, responses
-from optaxclip._numerics import share
+from optaxclip._numerics import harmless, share
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds._blocks import count
 from optaxclip.thresholds.fixed import as_threshold
@@ -261,7 +261,7 @@ def observed(rule: Threshold) -> Threshold:
     """
 
     def limit(sizes: Array, state: Any, context: Context) -> Array:
-        limits = rule.limit(sizes, state, context)
+        limits = rule.limit(harmless(jnp.isfinite(sizes), sizes), state, context)
         _validate.limits(limits, sizes.shape)
         return limits
 
