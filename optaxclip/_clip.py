@@ -167,6 +167,7 @@ def clip(
             limits = list(map(_limit, rules, sizes, states, contexts))
         else:
             (blocks,) = packing.unpack(sizes)  # by kernels that equal blocks share
+            states = list(map(_sharding.beside, states, blocks))
             contexts = _contexts(rules, context, lambda: measure(layout.matching(params)))
             limits = packing.pack(list(map(_limit, rules, blocks, states, contexts)))
         several = 1 if layout.axes is None else packing.several  # of these each has a limit of its own
@@ -185,7 +186,7 @@ def clip(
             reading = record_step(before, layout, packing, sizes, clipped_sizes, limits, numbers)
         if nonfinite == "raise":
             _check_finite(layout, blocks)
-        after = joined(threshold, layout, learned, state.threshold)
+        after = _sharding.split_as(state.threshold, joined(threshold, layout, learned, state.threshold))
         return layout.rebuild(clipped), ClipState(jnp.asarray(optax.safe_increment(state.step)), after, reading)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -123,6 +123,26 @@ def sharded_like(x: Any, like: Any) -> Any:
     return _split(x, _spec(like), like) if any(_spec(like)) else x
 
 
+def beside(state: Any, sizes: Array) -> Any:
+    """The state of a block, of arrays that end in its shape, on an explicit mesh split over it as the sizes are."""
+    own = _spec(sizes)
+
+    def place(x: Any) -> Any:
+        spec = (None,) * (jnp.ndim(x) - len(own)) + own
+        return _split(x, spec, sizes) if _spec(x) != spec else x
+
+    return jax.tree.map(place, state) if any(own) else state
+
+
+def split_as(like: Any, tree: Any) -> Any:
+    """The tree, on an explicit mesh split over it as another of its structure is."""
+
+    def split(old: Any, new: Any) -> Any:
+        return _split(new, _spec(old) or (None,) * new.ndim, new) if any(_spec(new)) and _spec(new) != _spec(old) else new
+
+    return jax.tree.map(split, like, tree)
+
+
 def varying_as(like: Any, tree: Any) -> Any:
     """The tree, of which each device has its own along every axis along which something in `like` differs.
 

@@ -204,8 +204,13 @@ def _lasts(so: Array, streak: Array, needed: int | Array) -> tuple[Array, Array]
 
 
 def _select(where: Array, yes: Any, no: Any) -> Any:
-    """The one state or the other, for each group; with the dtypes of the second."""
-    return jax.tree.map(lambda one, other: jnp.where(where, one, other).astype(jnp.asarray(other).dtype), yes, no)
+    """The one state or the other, for each group; with the dtypes of the second, and split over devices as it is."""
+
+    def select(one: Any, other: Any) -> Array:
+        other = jnp.asarray(other)
+        return jnp.where(where, _sharding.sharded_like(jnp.asarray(one), other), other).astype(other.dtype)
+
+    return jax.tree.map(select, yes, no)
 
 
 def _combine(thresholds: Sequence[Any], names: Sequence[str], choose: Callable[[list[Array], Context], Array]) -> Threshold:
