@@ -115,7 +115,7 @@ CONTRIB = {
         optax.contrib,
         *"acprop ademamix adopt cocob dadapt_adamw dog dowg galore madgrad momo".split(),
         *"momo_adam muon normalize prodigy reduce_on_plateau scale_by_acprop scale_by_ademamix scale_by_adopt".split(),
-        *"scale_by_cocob scale_by_galore scale_by_madgrad scale_by_muon scale_by_simplified_ademamix".split(),
+        *"scale_by_cocob scale_by_galore scale_by_madgrad scale_by_simplified_ademamix".split(),
         *"schedule_free_adamw schedule_free_sgd simplified_ademamix".split(),
     ),
     "differentially_private_aggregate": Row(
@@ -125,6 +125,10 @@ CONTRIB = {
     "hutchinson_estimator_diag_hessian": Row(optax.contrib.hutchinson_estimator_diag_hessian, extra="obj_fn"),
     "mechanize": Row(lambda: optax.contrib.mechanize(SGD)),
     "sam": Row(lambda: optax.contrib.sam(SGD, optax.contrib.normalize()), extra=""),
+    "scale_by_muon": Row(
+        lambda: optax.contrib.scale_by_muon(weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()),
+        lambda params: params["w"],
+    ),
     "schedule_free": Row(lambda: optax.contrib.schedule_free(SGD, 0.1)),
     "sophia": Row(lambda: optax.contrib.sophia(0.1), extra="obj_fn"),
     "split_real_and_imaginary": Row(
@@ -133,7 +137,6 @@ CONTRIB = {
     ),
 }
 MORE = {
-    "add_noise with a raw key": Row(lambda: optax.add_noise(0.1, 0.5, key=jax.random.PRNGKey(3))),
     "apply_if_finite in MultiSteps": Row(lambda: optax.MultiSteps(optax.apply_if_finite(SGD, 3), 2)),
     "sam in one call": Row(
         lambda: optax.contrib.sam(SGD, optax.chain(optax.contrib.normalize(), optax.scale(0.1)), opaque_mode=True),

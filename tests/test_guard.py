@@ -1,6 +1,7 @@
 """A skipped step has never been: zero updates, and the same bits inside."""
 
 import functools
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental import checkify
+from jax.experimental import checkify, io_callback
 
 import optaxclip
 from optaxclip import skip_nonfinite, skip_spikes, telemetry, thresholds
@@ -84,6 +85,205 @@ def test_without_jit_it_does_the_same():
         chex.assert_trees_all_close(eager, jax.jit(guarded.update)(gradients(1, bad), state, PARAMS), rtol=1e-6)
 
 
+class Hostile(NamedTuple):
+    """A state of what a selection may stumble over."""
+
+    constant: jax.Array  # becomes a constant
+    total: jax.Array
+    total_again: jax.Array  # the same array as `total` after a step
+    this: jax.Array  # these two
+    that: jax.Array  # change places
+    key: jax.Array
+    raw_key: jax.Array
+    nested: Any
+    nothing: None = None
+
+
+NESTED = optax.chain(optax.trace(0.9), optax.contrib.reduce_on_plateau(patience=1))
+
+
+def hostile(effect=lambda total: total):
+    """An optimizer with such a state; `effect` is called with the sum of all gradients."""
+
+    def init(params):
+        zero, keys = jnp.zeros((), jnp.float32), [jax.random.key(1), jax.random.PRNGKey(1)]
+        return Hostile(jnp.array(True), zero, zero, zero + 1, zero + 2, *keys, NESTED.init(params))
+
+    @jax.jit
+    def update(updates, state, params=None, *, value, **extra_args):
+        total = effect(state.total + sum(jnp.sum(g) for g in jax.tree.leaves(updates)))
+        key, part = jax.random.split(state.key)
+        raw_key, _ = jax.random.split(state.raw_key)
+        updates = jax.tree.map(lambda g: jax.nn.relu(g) + jax.random.normal(part, g.shape), updates)
+        updates, nested = NESTED.update(updates, state.nested, params, value=value)
+        return updates, Hostile(False, total, total, state.that, state.this, key, raw_key, nested)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def raw(state):
+    def data(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    return jax.tree.map(data, state)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("guard", [skip_nonfinite, lambda inner: skip_spikes(inner, 100.0)])
+def test_whatever_a_state_holds_a_bad_step_leaves_no_trace(guard, nested, jit):
+    inner = hostile()
+    if not nested:  # its steps stand in the program of the guard
+        inner = inner._replace(update=inner.update.__wrapped__)
+    guarded = guard(inner)
+    update = jax.jit(guarded.update) if jit else guarded.update
+    state, want = guarded.init(PARAMS), inner.init(PARAMS)
+    for i, bad in enumerate([np.nan, None, np.inf, None]):
+        before = state.inner
+        updates, state = update(gradients(i, bad), state, PARAMS, value=1.0)
+        if bad is None:
+            expected, want = jax.jit(inner.update)(gradients(i), want, PARAMS, value=1.0)
+            chex.assert_trees_all_close((updates, raw(state.inner)), (expected, raw(want)), rtol=1e-6, atol=1e-6)
+        else:
+            chex.assert_trees_all_equal((updates, raw(state.inner)), (jax.tree.map(jnp.zeros_like, PARAMS), raw(before)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, guarded.init(PARAMS))
+
+
+def test_side_effects_happen_once_and_see_what_they_would_without_a_guard(capfd):
+    seen = []
+
+    def effect(total):
+        jax.debug.print("total {}", total)
+        io_callback(lambda x: seen.append(float(x)), None, total, ordered=True)
+        return jax.pure_callback(lambda x: np.asarray(x), total, total)
+
+    guarded = skip_nonfinite(hostile(effect))
+    state, update = guarded.init(PARAMS), jax.jit(guarded.update)
+    for bad in None, np.nan:
+        _, state = update(gradients(0, bad), state, PARAMS, value=1.0)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(seen, [state.inner.total, np.nan])
+    assert capfd.readouterr().out.count("total") == 2
+
+
+def test_an_update_is_traced_once_and_may_look_at_what_is_known():
+    calls = []
+
+    def update(updates, state, params=None):
+        calls.append(None)
+        return (updates if state < 3 else jax.tree.map(jnp.negative, updates)), state + 1
+
+    guarded = skip_nonfinite(optax.GradientTransformation(lambda params: np.int32(2), update))
+    state = guarded.init(PARAMS)
+    updates, _ = jax.jit(lambda grads: guarded.update(grads, state))(gradients(0))
+    chex.assert_trees_all_equal(updates, gradients(0))
+    for expected in gradients(0), jax.tree.map(jnp.negative, gradients(0)):  # without jit all is known
+        updates, state = guarded.update(gradients(0), state)
+        chex.assert_trees_all_equal(updates, expected)
+    assert len(calls) == 3
+
+
+def test_what_is_no_array_stays_and_what_is_new_in_a_state_is_zero_after_a_skipped_step():
+    guarded = skip_nonfinite(optax.monitor({"norm": optax.tree.norm}))  # its state holds nothing before its first step
+    for run in guarded.update, jax.jit(guarded.update):
+        _, state = run(gradients(0, np.nan), guarded.init(PARAMS))
+        assert state.inner.measurements == {"norm": 0.0}
+        _, after = run(gradients(1), state)
+        np.testing.assert_allclose(after.inner.measurements["norm"], optax.tree.norm(gradients(1)), rtol=1e-6)
+        _, state = run(gradients(2, np.nan), after)
+        assert state.inner.measurements == after.inner.measurements
+
+    def count(updates, state, params=None):
+        return updates, {"name": state["name"], "calls": state["calls"] + 1, "word": state["word"] + "!"}
+
+    guarded = skip_nonfinite(optax.GradientTransformation(lambda params: {"name": print, "calls": 0, "word": "a"}, count))
+    state = guarded.init(PARAMS)
+    for bad in None, np.nan, None:
+        _, state = guarded.update(gradients(0, bad), state)
+    assert state.inner == {"name": print, "calls": 2, "word": "a!!"}
+
+
+def test_weak_types_of_a_state_stay():
+    inner = optax.GradientTransformation(lambda params: jnp.asarray(1.0), lambda u, s, p=None: (u, s * 0.5))
+    guarded = skip_nonfinite(inner)
+    state = guarded.init(PARAMS)
+    assert state.inner.weak_type and jax.jit(guarded.update)(PARAMS, state)[1].inner.weak_type
+
+
+class Plain:
+    """An optimizer that is no GradientTransformation."""
+
+    def init(self, params):
+        return ()
+
+    def update(self, updates, state, params=None, *, factor=1.0):
+        return jax.tree.map(lambda g: g * factor, updates), state
+
+
+def test_anything_with_init_and_update_is_guarded():
+    steps = optax.MultiSteps(optax.sgd(1.0), 2)
+    total, _ = run_micro_batches(skip_nonfinite(steps), [None, np.nan, None])
+    want = jax.tree.map(lambda x, y: -(x + y) / 2, gradients(0), gradients(2))
+    chex.assert_trees_all_close(total, want, rtol=1e-5, atol=1e-6)
+    plateau = optax.MultiSteps(optax.contrib.reduce_on_plateau(), 1)
+    guard = skip_spikes(plateau, 100.0, watch="loss")
+    _, state = guard.update(PARAMS, guard.init(PARAMS), PARAMS, value=3.0)
+    assert state.inner.inner_opt_state.best_value == 3.0  # which it is told
+    guard = skip_spikes(Plain(), 100.0, watch="loss")
+    updates, _ = guard.update(PARAMS, guard.init(PARAMS), PARAMS, value=3.0, factor=2.0)
+    chex.assert_trees_all_equal(updates, jax.tree.map(lambda p: 2.0 * p, PARAMS))
+    for no_optimizer in optax.adam, optax.MultiSteps, Plain, optax, None:
+        with pytest.raises(TypeError, match="inner must be a GradientTransformation, got .*; pass one such as"):
+            skip_nonfinite(no_optimizer)
+
+
+STEPS = jnp.arange(4)
+DIFFERENTIATED = {
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(1e-2),
+    "prints": optax.chain(optax.stateless(lambda u, p: jax.debug.callback(lambda: None) or u), optax.adam(1e-2)),
+    "clip": optax.chain(optaxclip.clip(0.5, optaxclip.scopes.tree()), optax.adamw(1e-2)),
+    "learns": optax.chain(optaxclip.zclip(warmup=1), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_the_derivative_over_a_skipped_step_is_that_of_a_run_without_it(name, bad):
+    inner = DIFFERENTIATED[name]
+
+    def after(optimizer, steps, weight):
+        def step(carry, i):
+            params, state = carry
+            grads = jax.tree.map(lambda p: jnp.where(i == bad, jnp.nan, weight + jnp.sin(3 * p + i)), params)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = jax.lax.scan(step, (PARAMS, optimizer.init(PARAMS)), steps)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(params))
+
+    weights = jnp.array([0.3, 1.0])
+    want = jax.jit(jax.vmap(jax.grad(functools.partial(after, inner, STEPS[STEPS != bad]))))(weights)
+    assert np.abs(want).min() > 1e-3
+    for guarded in skip_nonfinite(inner), skip_spikes(inner, thresholds.growth(100.0)):
+        run = functools.partial(after, guarded, STEPS)
+        np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(run)))(weights), want, rtol=1e-4)
+        np.testing.assert_allclose(jax.jit(jax.vmap(jax.jacfwd(run)))(weights), want, rtol=1e-4)
+
+
+def test_the_derivative_without_jit_is_the_same():
+    guarded = skip_nonfinite(optax.sgd(0.1, momentum=0.9))
+
+    def after(weight):
+        state, total = guarded.init(jnp.ones(3)), 0.0
+        for bad in True, False, True, False:
+            updates, state = guarded.update(jnp.where(bad, jnp.nan, weight + jnp.arange(3.0)), state, value=weight)
+            total += jnp.sum(updates)
+        return total
+
+    np.testing.assert_allclose([jax.grad(after)(0.3), jax.jacfwd(after)(0.3)], -0.1 * 3 * (1 + 1.9), rtol=1e-6)
+
+
 def run_micro_batches(steps, bad_ones):
     state, total = steps.init(PARAMS), jax.tree.map(jnp.zeros_like, PARAMS)
     for i, bad in enumerate(bad_ones):
@@ -106,6 +306,16 @@ def test_inside_of_micro_batches_it_keeps_nan_from_the_weights_but_cannot_mend_w
         total, jax.tree.map(lambda x, y: -(x + y) / 2, gradients(0), gradients(1)), rtol=1e-5, atol=1e-6
     )
     assert state.inner_opt_state.skipped_steps == 2 and np.isnan(state.acc_grads["b"]).any()
+
+
+def test_the_whole_set_of_micro_batches_is_left_out_if_their_mean_is_guarded():
+    guarded = skip_nonfinite(optax.sgd(1.0))
+    state, done = guarded.init(PARAMS), []
+    for bads in [None, np.nan], [None, None]:
+        micro = [gradients(i, bad) for i, bad in enumerate(bads)]
+        updates, state = guarded.update(jax.tree.map(lambda *g: sum(g) / len(g), *micro), state, PARAMS)
+        done.append(any(u.any() for u in jax.tree.leaves(updates)))
+    assert done == [False, True] and state.skipped_steps == 1
 
 
 @pytest.mark.parametrize("size", [3e38, 1e30, 1e-30, 0.0])
@@ -264,6 +474,22 @@ def check_that_a_share_of_the_parameters_is_refused_for_the_loss():
 def test_it_never_skips_more_spikes_in_a_row_than_its_patience(limit):
     done, _ = by_size(skip_spikes(optax.sgd(1.0), limit, patience=3), [1.0] * 12)
     assert done == ([False, False, False, True] * 3 if limit < 1 else [True] * 12)
+
+
+@pytest.mark.parametrize("patience", [2**31 - 2, 2**31 - 1, 2**31, 2**40, 10**30, None])
+def test_patience_may_be_any_count_or_without_end(patience):
+    done, state = by_size(skip_spikes(optax.sgd(1.0), thresholds.growth(1.1), patience=patience), [1.0, *[9.0] * 20, 1.0])
+    assert done == [True, *[False] * 20, True]
+    done, _ = by_size(skip_nonfinite(optax.sgd(1.0), max_consecutive=patience), [1.0, np.nan])
+    assert done == [True, False]
+
+
+def test_counts_end_at_the_largest_integer():
+    guard = skip_spikes(optax.sgd(1.0), 1.0, patience=None)
+    most = jnp.array(2**31 - 1)
+    state = guard.init(jnp.zeros(1))._replace(steps=most, skipped_steps=most, consecutive=most)
+    _, state = guard.update(jnp.full(1, 9.0), state)
+    assert (state.steps, state.skipped_steps, state.consecutive) == (most, most, most)
 
 
 def test_what_is_not_finite_is_never_done_however_long_it_lasts_and_leaves_the_patience_alone():

@@ -118,6 +118,16 @@ REFUSALS = {
     ],
     "option": [(("o", "c", ("a", "b")), {}, ValueError, "o must be one of 'a', 'b', got 'c'; choose one of these")],
     "part": [(("p", 3, optaxclip.Norm, "norms.l2()"), {}, TypeError, "p must be a Norm, got 3; pass one such as norms.l2()")],
+    "transform": [
+        (
+            ("inner", value),
+            {},
+            TypeError,
+            f"inner must be a GradientTransformation, got {value!r}; "
+            "pass one such as optax.adam(1e-3), or anything with its init and update",
+        )
+        for value in (1.0, None, optax.adam, optax.MultiSteps)
+    ],
     "function": [
         (("f", 3, "len"), {}, TypeError, "f must be a function, got 3; pass one such as len"),
         *[
@@ -592,6 +602,7 @@ ACCEPTED = {
     ],
     "option": [(("o", "a", ("a", "b")), {})],
     "part": [(("p", norms.l2(), optaxclip.Norm, ""), {})],
+    "transform": [(("inner", x), {}) for x in (optax.adam(1.0), optax.MultiSteps(optax.adam(1.0), 2))],
     "function": [
         (("f", len, ""), {}),
         *[(("f", function, ""), {"takes": 2}) for function in (lambda x, y: x, lambda x, y=1, z=2: x, lambda *xs: xs, min)],
