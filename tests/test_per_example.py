@@ -784,6 +784,22 @@ def test_vmap_of_update_on_an_explicit_mesh(scope, context):
     same_tree(got, quickly(run)(gradients, several))
 
 
+ROWS = {name: getattr(optaxclip, name)() for name in ("zclip", "history_clip", "quantile_clip", "autoclip", "spam_clip")}
+ROWS["by leaf"] = optaxclip.clip({"w1": 0.5, "w2": thresholds.ema(), "b1": 1.0, "b2": 1.0}, scopes.leaf())
+
+
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("row", ROWS)
+def test_rules_that_learn_under_vmap_on_an_explicit_mesh(row, context):
+    gradients = {name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()}
+    state = ROWS[row].init(PARAMS)
+
+    def run(gradients):
+        return jax.vmap(ROWS[row].update, (0, None))(gradients, state)
+
+    same_tree(within(context, run, put(gradients, "fsdp")), quickly(run)(gradients))
+
+
 # Empty batches, and leaves that are no floats
 
 
