@@ -94,5 +94,5 @@ def carry(clip: optax.GradientTransformation, *, decay: ArrayLike = 1.0) -> opta
 
 def _within(total: Array, like: Any) -> Array:
     """A finite sum, cut to what the dtype of `like` can hold; only float16 can hold less than a gradient and its rest."""
-    most = jnp.finfo(jnp.result_type(like)).max
+    most = float(jnp.finfo(jnp.result_type(like)).max)
     return total if jnp.iscomplexobj(total) else jnp.where(jnp.isfinite(total), jnp.clip(total, -most, most), total)

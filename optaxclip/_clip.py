@@ -114,6 +114,9 @@ def clip(
     _validate.option("nonfinite", nonfinite, POLICIES)
     _validate.option("record", record, (True, False))
 
+    every = threshold.values() if isinstance(threshold, dict) else [threshold]
+    relative = norm.uses_params or any(rule.uses_params for rule in every)
+
     def measure_of(layout: Layout) -> Callable[..., list[Array]]:
         return functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups)
 
@@ -121,7 +124,7 @@ def clip(
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
             return ClipState(step, placeholder_state(threshold, scope, params), UNREAD if record else optax.EmptyState())
-        layout = lay_out(scope, params)
+        layout = lay_out(scope, params, weights=relative)
         if isinstance(threshold, dict):
             _validate.names(threshold, layout.names)
         # A state may be made before axes are mapped.
@@ -142,7 +145,7 @@ def clip(
         if state is None:  # one step outside of any loop
             state = init(updates if params is None else params)
         _validate.state(state, ClipState)
-        layout = lay_out(scope, updates, params)
+        layout = lay_out(scope, updates, params, weights=relative)
         if isinstance(state.reading, Reading):
             _validate.same_groups(layout.names, state.reading.names.known)
         if isinstance(threshold, dict):

@@ -1,6 +1,5 @@
 """Guards around an optimizer: a step that would spoil it is left out, as if its batch had never been."""
 
-import functools
 import inspect
 import itertools
 import numbers
@@ -260,9 +259,7 @@ def _unless_skipped(
 
     def step(inputs: Any, before: Any) -> tuple[Any, Any]:
         updates, params, extra_args = inputs
-        updates, after = optimizer.update(updates, before, params, **extra_args)
-        _validate.same_state("inner", before, after)
-        return updates, after
+        return optimizer.update(updates, before, params, **extra_args)
 
     # Outside of jit nothing is compiled, and `update` may look at the numbers.
     select = _select_early if isinstance(ok, Tracer) else _select
@@ -274,9 +271,9 @@ def _unless_skipped(
 
 def _select(step: Callable[[Any, Any], tuple[Any, Any]], ok: Array, inputs: Any, state: Any) -> tuple[Any, Any]:
     """The updates and the state of `step(inputs, state)` if it is ok, else zeros and the state before."""
-    floats, with_floats = _separate(inputs, _is_float)
-    updates, after = step(with_floats(_harmless(ok, floats)), state)
-    return jax.tree.map(_or_zeros(ok), updates), jax.tree.map(lambda new, old: _or_old(ok, old)(new), after, state)
+    updates, after = step(_harmless(ok, inputs), state)
+    kept = [_or_old(ok, old)(new) for new, old in zip(jax.tree.leaves(after), _olds(after, state), strict=True)]
+    return jax.tree.map(_or_zeros(ok), updates), jax.tree.unflatten(jax.tree.structure(after), kept)
 
 
 def _select_early(step: Callable[[Any, Any], tuple[Any, Any]], ok: Array, inputs: Any, state: Any) -> tuple[Any, Any]:
@@ -287,39 +284,51 @@ def _select_early(step: Callable[[Any, Any], tuple[Any, Any]], ok: Array, inputs
     and the kept ones at once, and on CPU it makes copies for that: the step is then four times slower than without a guard,
     and not a third. A step with side effects is not reordered, and the derivative is that of `_select`.
     """
-    inputs, with_inputs = _separate(inputs, _is_traced)  # `update` may look at the numbers that are known
-    olds, with_olds = _separate(state, _is_array)
-    unknown, with_unknown = _separate(olds, _is_traced)
-    which = [_is_traced(old) for old in olds]
-    restore: list[Callable[[list[Any]], Any]] = []
+    arrays, with_arrays = _separate((inputs, state), _is_traced)  # `update` may look at the numbers that are known
+    given = sum(map(_is_traced, jax.tree.leaves(inputs)))
+    restore: list[Callable[[Sequence[Any]], Any]] = []
 
-    def arrays_of_step(inputs: list[Any], unknown: list[Any]) -> tuple[list[Any], list[Any]]:
-        updates, after = step(with_inputs(inputs), with_olds(with_unknown(unknown)))
+    def arrays_of_step(arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+        updates, after = step(*with_arrays(arrays))
         (news, with_news), (afters, with_afters) = _separate(updates, _is_array), _separate(after, _is_array)
         restore[:] = with_news, with_afters
         return news, afters
 
-    program, (news, afters) = jax.make_jaxpr(arrays_of_step, return_shape=True)(inputs, unknown)
+    program, (news, afters) = jax.make_jaxpr(arrays_of_step, return_shape=True)(arrays)
+    with_news, with_afters = restore
+    after = with_afters(afters)
+    olds = [old for new, old in zip(jax.tree.leaves(after), _olds(after, state), strict=True) if _is_shape(new)]
 
-    def traced_step(inputs: tuple[list[Any], list[Any]], olds: list[Any]) -> tuple[list[Any], list[Any]]:
-        arrays, constants = inputs
-        outs = _jax.jaxpr_as_fun(_jax.ClosedJaxpr(program.jaxpr, constants))(*arrays, *itertools.compress(olds, which))
-        return outs[: len(news)], outs[len(news) :]
+    def choices(ok: Array, olds: list[Any]) -> list[Callable[[Any], Any]]:
+        return [*(_or_zeros(ok) for _ in news), *(_or_old(ok, old) for old in olds)]
+
+    def plainly(ok: Array, inputs: Any, before: list[Any], olds: list[Any]) -> list[Any]:
+        arrays, constants = _harmless(ok, inputs)
+        outs = _jax.jaxpr_as_fun(_jax.ClosedJaxpr(program.jaxpr, constants))(*arrays, *before)
+        return [choose(out) for choose, out in zip(choices(ok, olds), outs, strict=True)]
 
     @jax.custom_jvp
-    def early(ok: Array, inputs: tuple[list[Any], list[Any]], olds: list[Any]) -> tuple[list[Any], list[Any]]:
+    def early(ok: Array, inputs: Any, before: list[Any], olds: list[Any]) -> list[Any]:
         arrays, constants = inputs
-        choices = [*(_or_zeros(ok) for _ in news), *(_or_old(ok, old) for old in olds)]
-        arrays = [*arrays, *itertools.compress(olds, which)]
-        outs = _programs.run(program.jaxpr, constants, arrays, choices)
-        return outs[: len(news)], outs[len(news) :]
+        return _programs.run(program.jaxpr, constants, [*arrays, *before], choices(ok, olds))
 
-    plainly = functools.partial(_select, traced_step)
     early.defjvp(lambda primals, tangents: jax.jvp(plainly, primals, tangents))
     select = plainly if _programs.has_side_effects(program.jaxpr) else early
-    new, kept = select(ok, (inputs, program.consts), olds)
-    with_news, with_afters = restore
-    return with_news(new), with_afters(kept)
+    outs = select(ok, (arrays[:given], program.consts), arrays[given:], olds)
+    return with_news(outs[: len(news)]), with_afters(outs[len(news) :])
+
+
+def _olds(after: Any, before: Any) -> list[Any]:
+    """For each leaf of a state the leaf before, by path; zeros for an array that was not there, as in `optax.monitor`."""
+    known = dict(jax.tree_util.tree_leaves_with_path(before))
+
+    def old(path: Any, new: Any) -> Any:
+        if not (_is_array(new) or _is_shape(new)):
+            return known.get(path, new)
+        there = _is_array(known.get(path)) and jnp.shape(known[path]) == jnp.shape(new)
+        return known[path] if there else jnp.zeros_like(new)
+
+    return [old(path, new) for path, new in jax.tree_util.tree_leaves_with_path(after)]
 
 
 def _or_zeros(ok: Array) -> Callable[[Any], Any]:
@@ -336,20 +345,25 @@ def _or_old(ok: Array, old: Any) -> Callable[[Any], Any]:
     return choose
 
 
-@jax.custom_jvp
-def _harmless(ok: Array, floats: list[Array]) -> list[Array]:
-    """The floats themselves; but those of a skipped step are ones to a derivative, which would be 0 * NaN otherwise.
+def _harmless(ok: Array, inputs: Any) -> Any:
+    """The inputs; but the floats of a skipped step are ones to a derivative, which would be 0 * NaN otherwise.
 
     Ones, not zeros, since much has no derivative at zero: norms, and the root in the first step of Adam.
     """
+    floats, with_floats = _separate(inputs, _is_float)
+    return with_floats(_ones_to_derivatives(ok, floats))
+
+
+@jax.custom_jvp
+def _ones_to_derivatives(ok: Array, floats: list[Array]) -> list[Array]:
     return floats
 
 
-@_harmless.defjvp
+@_ones_to_derivatives.defjvp
 def _(primals: tuple[Array, list[Array]], tangents: tuple[Any, list[Array]]) -> tuple[list[Array], list[Array]]:
-    (ok, floats), (_, tangents_of_floats) = primals, tangents
+    (ok, floats), (_, directions) = primals, tangents
     ones = [jnp.where(ok, x, jnp.ones_like(x)) for x in floats]
-    return ones, [jnp.where(ok, dx, jnp.zeros_like(dx)) for dx in tangents_of_floats]
+    return ones, [jnp.where(ok, dx, jnp.zeros_like(dx)) for dx in directions]
 
 
 def _separate(tree: Any, belongs: Callable[[Any], bool]) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -373,6 +387,10 @@ def _is_traced(x: Any) -> bool:
 def _is_array(x: Any) -> bool:
     """Whether a compiled program can have it: no function, no word, and no gradient of an integer."""
     return isinstance(x, Array | np.ndarray | np.generic | numbers.Number) and jnp.result_type(x) != jax.dtypes.float0
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _is_float(x: Any) -> bool:

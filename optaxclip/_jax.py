@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 # 0.8.2 to 0.12.0: constants in a jaxpr; replaces `jax.core.Literal`, which is gone since 0.4.36.
 Literal = core.Literal
 
-# 0.8.2 to 0.12.0: a traced program, with its constants, and the function that runs it.
+# A traced program, one with its constants, and what runs it: two classes on 0.8.2 and 0.10.2, one class on 0.12.0.
 Jaxpr, ClosedJaxpr, jaxpr_as_fun = core.Jaxpr, core.ClosedJaxpr, core.jaxpr_as_fun
 
 
@@ -60,7 +60,7 @@ def varying(x: Any) -> frozenset[Hashable]:
 def axis_names() -> tuple[Hashable, ...]:
     """The axes that are mapped here by `shard_map`, `pmap` and `vmap`."""
     name = "unsafe_get_axis_names_DO_NOT_USE"
-    names = getattr(core, name, None) or getattr(jax.core, name, None)
+    names = getattr(core, name, None) or getattr(getattr(jax, "core", None), name, None)
     return tuple(names()) if names else tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.experimental.sparse import JAXSparse
 
 from optaxclip import _validate
 from optaxclip._packing import columns, common
@@ -119,8 +118,13 @@ class Layout(NamedTuple):
         return jax.tree.unflatten(self.treedef, nodes)
 
     def floats(self) -> Any:
-        """The gradients as a tree of arrays, with a zero for anything else."""
-        return self.filled([jnp.asarray(gradient).astype(jnp.result_type(gradient)) for gradient in self.gradients])
+        """The gradients as a tree of arrays of at least 16 bits, with a zero for anything else."""
+
+        def array(gradient: Any) -> Array:
+            dtype = jnp.result_type(gradient)
+            return jnp.asarray(gradient).astype(dtype if dtype.itemsize > 1 else jnp.float32)
+
+        return self.filled(map(array, self.gradients))
 
     def replaced(self, tree: Any, arrays: Iterable[Array]) -> Any:
         """A tree of this structure with other arrays where the gradients are; all else, boxes included, as it was."""
@@ -130,28 +134,37 @@ class Layout(NamedTuple):
         return jax.tree.unflatten(self.treedef, nodes)
 
     def rebuild(self, gradients: Iterable[Array]) -> Any:
-        """The updates with new gradients; what was None, although its parameter is there, stays None."""
+        """The updates with new gradients; what was no float, although its parameter is there, stays as it was."""
         nodes = list(self.nodes)
         for i, gradient in zip(self.measured, gradients, strict=True):
-            nodes[i] = None if nodes[i] is None else _with_inside(nodes[i], gradient)
+            nodes[i] = _with_inside(nodes[i], gradient) if _is_float(_inside(nodes[i])) else nodes[i]
         return jax.tree.unflatten(self.treedef, nodes)
 
 
-def lay_out(scope: Scope, tree: Any, params: Any = None) -> Layout:
-    """Finds the leaves of `tree` that `scope` measures; integers, booleans, float0 and keys never are.
+def lay_out(scope: Scope, tree: Any, params: Any = None, *, weights: bool = False) -> Layout:
+    """Finds the leaves of `tree` that `scope` measures; integers, booleans, float0 and keys are not.
 
-    Where a gradient is None though its parameter is there, it counts as zero, and stays None.
+    Where a gradient is None though its parameter is there, it counts as zero, and stays None. With `weights`, integers of 8
+    bits and less among the parameters are quantized weights, which are measured as well.
     """
     keys, nodes, treedef = _flattened(tree)
     present = list(map(_inside, nodes))
-    if params is not None and any(leaf is None for leaf in present):
+    if params is not None and (weights or any(leaf is None for leaf in present)):
         others = map(_inside, _validate.same_structure(params, treedef))
-        present = [_zeros(other) if leaf is None else leaf for leaf, other in zip(present, others, strict=True)]
+        present = [
+            _zeros(other) if leaf is None or (weights and _is_quantized(other) and not _is_float(leaf)) else leaf
+            for leaf, other in zip(present, others, strict=True)
+        ]
     paths = _paths(keys)
-    inexact = [i for i, leaf in enumerate(present) if _is_inexact(paths[i], leaf) and not _holds_statistics(keys[i])]
-    names = {i: _group_of(scope, paths[i]) for i in inexact}
-    axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.asarray(present[i])) for i in inexact}
-    measured = [i for i in inexact if names[i] is not None and axes[i] is not None]
+    for path, leaf in zip(paths, present, strict=True):
+        if not is_absent(leaf):
+            _validate.sparse(path, leaf)
+            _validate.leaf(path, leaf)
+    numbers = [i for i, leaf in enumerate(present) if _is_float(leaf) or (weights and _is_quantized(leaf))]
+    numbers = [i for i in numbers if not _holds_statistics(keys[i])]
+    names = {i: _group_of(scope, paths[i]) for i in numbers}
+    axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.asarray(present[i])) for i in numbers}
+    measured = [i for i in numbers if names[i] is not None and axes[i] is not None]
     found = [paths[i] for i in measured]
     layout = Layout(treedef, nodes, measured, [present[i] for i in measured], found, names=found)
     if scope.axes is not None:
@@ -179,7 +192,7 @@ def _flattened(tree: Any) -> tuple[list[Any], list[Any], Any]:
     """Keys and nodes of the leaves, among them None, `MaskedNode` and boxes; and the structure."""
 
     def is_leaf(node: Any) -> bool:
-        return is_absent(node) or isinstance(node, JAXSparse) or _is_box(node)
+        return is_absent(node) or _validate.is_sparse(node) or _is_box(node)
 
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [key for key, _ in flat], [node for _, node in flat], treedef
@@ -240,12 +253,18 @@ def _group_of(scope: Scope, path: str) -> str | None:
 
 
 def _zeros(param: Any) -> Any:
-    return jnp.zeros(param.shape, param.dtype) if hasattr(param, "dtype") else None
+    if not hasattr(param, "dtype"):
+        return None
+    return jnp.zeros(param.shape, jnp.float32 if _is_quantized(param) else param.dtype)
 
 
-def _is_inexact(path: str, leaf: Any) -> bool:
-    if is_absent(leaf):
-        return False
-    _validate.sparse(path, leaf)
-    _validate.leaf(path, leaf)
-    return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact)
+def _is_float(leaf: Any) -> bool:
+    return not is_absent(leaf) and jnp.issubdtype(_dtype(leaf), jnp.inexact)
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize == 1
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)

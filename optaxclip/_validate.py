@@ -101,8 +101,9 @@ def count(name: str, value: Any, *, low: int = 1, high: int | None = None, trace
         )
     if not traced:
         static(name, value)
-    if array and value.shape != ():
-        raise ValueError(f"{name} must be one count, got an array of shape {value.shape}; try several at once with jax.vmap")
+    shape = getattr(value, "shape", ())
+    if shape != ():
+        raise ValueError(f"{name} must be one count, got an array of shape {shape}; try several at once with jax.vmap")
     if isinstance(value, Tracer):
         return
     value = np.asarray(value)[()] if array else value
@@ -295,19 +296,6 @@ def transform(name: str, value: Any) -> None:
         )
 
 
-def same_state(name: str, before: Any, after: Any) -> None:
-    """Refuses a step after which the state is another tree, so that there is no choosing between the two.
-
-    Raises:
-        TypeError: its structure differs.
-    """
-    old, new = jax.tree.structure(before), jax.tree.structure(after)
-    if old != new:
-        raise TypeError(
-            f"{name} must keep the structure of its state, got {new} after {old}; let its init return what update returns"
-        )
-
-
 def function(name: str, value: Any, example: str, *, takes: int | None = None) -> None:
     """Refuses what cannot be called, or not with as many arguments as it `takes`.
 
@@ -442,7 +430,7 @@ def sparse(path: str, value: Any) -> None:
     Raises:
         TypeError: `value` is one.
     """
-    if _is_sparse(value):
+    if is_sparse(value):
         raise TypeError(
             f"updates must be a tree of dense arrays, got a {type(value).__name__} at {path!r}; pass its todense(), "
             "or clip the data of its sum_duplicates()"
@@ -655,19 +643,6 @@ def state_tree(treedef: Any, tree: Any) -> None:
         ) from error
 
 
-def same_blocks(given: int, known: int) -> None:
-    """Refuses updates that have other groups than the tree that the state was made for.
-
-    Raises:
-        ValueError: their numbers differ.
-    """
-    if given != known:
-        raise ValueError(
-            f"updates has {given} groups, but state was made for {known}; call init on a tree with the same leaves, "
-            "or update(updates, state, params) if some gradients are None"
-        )
-
-
 def not_both(first: str, one: Any, second: str, other: Any, advice: str) -> None:
     """Refuses two arguments that exclude each other.
 
@@ -704,7 +679,8 @@ def _is_named(value: Any) -> bool:
     return hasattr(value, "_fields") or (isinstance(value, tuple) and any(map(_is_named, value)))
 
 
-def _is_sparse(value: Any) -> bool:
+def is_sparse(value: Any) -> bool:
+    """Whether it is a sparse array."""
     return hasattr(type(value), "todense")  # of JAX, SciPy and others, none of which need be imported
 
 

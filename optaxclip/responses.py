@@ -60,7 +60,9 @@ def clamp(gradient: Array, size: Array, limit: Array) -> Array:
     exactly, and other norms not at all.
     """
     if jnp.iscomplexobj(gradient):
-        return jnp.where(size > limit, rescale(gradient, jnp.abs(gradient), limit), gradient)
+        magnitude = jnp.abs(gradient)
+        cut = rescale(gradient, magnitude, jnp.asarray(limit, magnitude.dtype))
+        return jnp.where(size > limit, cut, gradient)
     return jnp.where(size > limit, jnp.clip(gradient, -limit, limit), gradient)
 
 

@@ -97,7 +97,9 @@ def row(make, rule, *rest, **options):
 
 
 def of_rule(threshold, rule, **options):
-    return Method(functools.partial(optaxclip.clip, threshold), reference.each(functools.partial(rule, **options)))
+    return Method(
+        functools.partial(optaxclip.clip, threshold, scope=scopes.tree()), reference.each(functools.partial(rule, **options))
+    )
 
 
 BY_ELEMENT = "element", reference.linf, reference.clamp

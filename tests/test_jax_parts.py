@@ -3,7 +3,9 @@
 The name of a test is the name of the part that has changed.
 """
 
+import ast
 import inspect
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,15 @@ def literal():
     program = jax.make_jaxpr(lambda x: (x + 1.0, 2.0))(0.0).jaxpr
     constants = [v.val for v in [*program.eqns[0].invars, *program.outvars] if isinstance(v, _jax.Literal)]
     assert constants == [1.0, 2.0]
+
+
+def jaxpr_as_fun():
+    weights = jnp.arange(3.0)
+    program = jax.make_jaxpr(lambda x: x * weights)(0.0)
+    assert isinstance(program, _jax.ClosedJaxpr) and isinstance(program.jaxpr, _jax.Jaxpr)
+    for constants in program.consts, [weights + 1]:
+        (found,) = _jax.jaxpr_as_fun(_jax.ClosedJaxpr(program.jaxpr, constants))(2.0)
+        np.testing.assert_array_equal(found, 2.0 * constants[0])
 
 
 @jax.custom_vjp
@@ -148,6 +159,7 @@ def reshard():
 
 OTHERS = [bind, context, float64, is_weakly_typed, varying, axis_names, is_nameless, vary, reshard]
 PARTS = {"Literal": literal, **{part.__name__: part for part in OTHERS}}
+PARTS |= dict.fromkeys(["Jaxpr", "ClosedJaxpr", "jaxpr_as_fun"], jaxpr_as_fun)
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -156,6 +168,10 @@ def test_the_part_does_what_it_says(name):
 
 
 def test_every_part_is_tried():
-    own = {name for name, value in vars(_jax).items() if getattr(value, "__module__", "") == _jax.__name__}
-    assert own | {"Literal"} == set(PARTS)
+    tree = ast.parse(Path(_jax.__file__).read_text())
+    constants = [node for node in tree.body if isinstance(node, ast.Assign)]
+    assigned = {name.id for node in constants for name in ast.walk(node) if isinstance(name, ast.Name) and name.id != "core"}
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    exported = {alias.asname for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names if alias.asname}
+    assert own | exported | assigned == set(PARTS)
     assert all(inspect.getdoc(getattr(_jax, name)) for name in own)

@@ -53,12 +53,12 @@ CASES = {
     "examples": of_examples,
     "given examples": of_given_examples,
 }
-MESH = {"axis_shapes": (4,), "axis_names": ("x",)}
+MESH = (4,), ("x",)
 
 
 def in_shard_map(check_vma):
     def place(run):
-        mesh = jax.make_mesh(**MESH, axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+        mesh = jax.make_mesh(*MESH, axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
         each = {"in_specs": P("x"), "out_specs": P("x"), "check_vma": check_vma}
         return jax.jit(jax.shard_map(lambda x: run(x[0])[None], mesh=mesh, **each))(GRADS)
 
@@ -67,7 +67,7 @@ def in_shard_map(check_vma):
 
 def in_mesh(kind):
     def place(run):
-        with jax.set_mesh(jax.make_mesh(**MESH, axis_types=(kind,), devices=jax.devices()[:4])):
+        with jax.set_mesh(jax.make_mesh(*MESH, axis_types=(kind,), devices=jax.devices()[:4])):
             return jax.jit(run)(GRADS[0])
 
     return place

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.sparse
 from jax.experimental import sparse
 
 import optaxclip
@@ -330,13 +331,48 @@ REFUSALS = {
             "params has nothing at 'a', where updates has shape (); pass the params that these are updates of",
         ),
     ],
-    "same_blocks": [
+    "same_groups": [
         (
-            (3, 2),
+            (["a", "c"], ["a", "b", "d"]),
             {},
             ValueError,
-            "updates has 3 groups, but state was made for 2; call init on a tree with the same leaves, "
-            "or update(updates, state, params) if some gradients are None",
+            "updates has 2 groups, but state was made for 3, got ['c'] only in updates and ['b', 'd'] only in state; "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
+        ),
+        (
+            (["a", "b"], ("b", "a")),
+            {},
+            ValueError,
+            "updates has 2 groups, but state was made for 2, got the same ones in another order; "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
+        ),
+    ],
+    "state_tree": [
+        (
+            (jax.tree.structure({"a": 1}), {"b": 1}),
+            {},
+            ValueError,
+            "updates has another structure than the tree that state was made for, got PyTreeDef({'a': *}); "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
+        )
+    ],
+    "transform": [
+        (
+            ("inner", value),
+            {},
+            TypeError,
+            f"inner must be a GradientTransformation, got {value!r}; "
+            "pass one such as optax.adam(1e-3), or anything with its init and update",
+        )
+        for value in (optax.adam, 1.0, optax.MultiSteps)
+    ],
+    "same_state": [
+        (
+            ("inner", (1.0, 2.0), [1.0]),
+            {},
+            TypeError,
+            "inner must keep the structure of its state, got PyTreeDef([*]) after PyTreeDef((*, *)); "
+            "let its init return what update returns",
         )
     ],
     "whole": [
@@ -576,7 +612,10 @@ ACCEPTED = {
     "names": [((["b", "a"], ["a", "b", "a"]), {}), (([], []), {})],
     "params_given": [((np.ones(2),), {}), (([],), {})],
     "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
-    "same_blocks": [((2, 2), {})],
+    "same_groups": [((["a", "b"], ("a", "b")), {}), ((["a"], None), {})],
+    "state_tree": [((jax.tree.structure({"a": 1}), {"a": [1, 2]}), {})],
+    "transform": [(("inner", x), {}) for x in (optax.adam(1.0), optax.MultiSteps(optax.sgd(1.0), 2))],
+    "same_state": [(("inner", (1.0, {"a": 2}), (3.0, {"a": 4})), {})],
     "whole": [(("sharded_over", (2, 3), ()), {})],
     "not_split": [(("a", ()), {})],
     "not_relative": [(("threshold", thresholds.constant(1.0), "loss"), {})],
@@ -1018,6 +1057,38 @@ def test_a_tree_is_of_arrays():
             clip.update(tree, clip.init(GRADS))
 
 
+SPARSE = {
+    "BCOO": sparse.BCOO((jnp.array([3.0, 4.0, 1.0]), jnp.array([[0], [0], [2]])), shape=(3,)),  # [7, 0, 1], of size 7.07
+    "BCSR": sparse.BCSR.fromdense(jnp.eye(3)),
+    "CSR": sparse.CSR.fromdense(jnp.eye(3)),
+    "CSC": sparse.CSC.fromdense(jnp.eye(3)),
+    "COO": sparse.COO.fromdense(jnp.eye(3)),
+    "csr_array": scipy.sparse.csr_array(np.eye(3)),
+    "dia_matrix": scipy.sparse.dia_matrix(np.eye(3)),
+}
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optaxclip.clip(1.0, scopes.tree()),
+        lambda: optaxclip.clip_by_value(1.0),
+        lambda: optaxclip.spectral_clip(1.0),
+        lambda: optaxclip.carry(optaxclip.clip_by_norm(1.0)),
+        lambda: optaxclip.skip_nonfinite(optax.sgd(1.0)),
+        lambda: optaxclip.skip_spikes(optax.sgd(1.0), 1.0),
+        lambda: optaxclip.telemetry.monitor(),
+    ],
+)
+def test_sparse_leaves_are_refused(make, kind):
+    transform, grads = make(), {"a": {"b": SPARSE[kind]}, "c": jnp.ones(2)}
+    state = transform.init(jax.tree.map(jnp.ones_like, {"a": {"b": jnp.ones(3)}, "c": jnp.ones(2)}))
+    words = f"updates must be a tree of dense arrays, got a {kind} at 'a/b'; pass its todense(), or clip the data of its sum_"
+    with pytest.raises(TypeError, match="^" + re.escape(words)):
+        transform.update(grads, state)
+
+
 def test_parameters_are_not_looked_at_where_no_limit_needs_them():
     clip = optaxclip.clip(1.0, scopes.tree())
     for params in None, {"other": jnp.ones(1)}:
@@ -1028,7 +1099,8 @@ def test_a_gradient_may_be_none_where_the_parameters_say_what_it_was():
     clip, grads = optaxclip.clip(1.0, scope=scopes.leaf()), {"a": GRADS["a"], "b": None}
     assert clip.update(grads, clip.init(GRADS), GRADS)[0]["b"] is None
     words = (
-        "updates has 1 groups, but state was made for 2; call init on a tree with the same leaves, "
+        "updates has 1 groups, but state was made for 2, got [] only in updates and ['b'] only in state; "
+        "call init on a tree with the same leaves, "
         "or update(updates, state, params) if some gradients are None"
     )
     with pytest.raises(ValueError, match=exactly(words)):
@@ -1040,7 +1112,7 @@ def test_a_gradient_may_be_none_where_the_parameters_say_what_it_was():
 
 def test_every_function_of_validate_is_in_the_tables_above():
     functions = {name for name, value in vars(_validate).items() if inspect.isfunction(value) and not name.startswith("_")}
-    assert functions - {"checks_keywords"} == set(REFUSALS) == set(ACCEPTED)
+    assert functions - {"checks_keywords", "is_sparse"} == set(REFUSALS) == set(ACCEPTED)
 
 
 def raises(path):
@@ -1061,6 +1133,7 @@ def test_all_refusals_are_in_validate_but_those_of_axes_and_of_what_is_drawn():
     elsewhere = [path.name for path in sorted(SOURCE.rglob("*.py")) if path.name != "_validate.py" for _ in raises(path)]
     others = [name for name in elsewhere if name != "plots.py"]  # tested in `test_plots.py`
     assert others == [
+        "_layout.py",
         "scopes.py",
         "scopes.py",
         "scopes.py",
