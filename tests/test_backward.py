@@ -89,7 +89,7 @@ def test_equals_numpy_by_value_by_norm_and_per_example(cotangent, limit):
         return wide * np.minimum(1, limit / np.where(size > 0, size, 1))
 
     for parts, expected in ({}, scaled((0, 1))), (PER_EXAMPLE, scaled(1)), (BY_VALUE, np.clip(wide, -limit, limit)):
-        _, back = cotangent_through(jnp.zeros((4, 3)), cotangent, limit, **parts)
+        _, back = cotangent_through(jnp.zeros((4, 3), jnp.float32), cotangent, limit, **parts)
         np.testing.assert_allclose(back, expected, rtol=1e-5, atol=1e-30)
 
 
@@ -189,7 +189,7 @@ def test_16_bits_are_measured_in_32_and_kept(parts, dtype):
     cotangent = {"x": jnp.asarray(random(2, 300, scale=300.0), dtype)}
     y, back = cotangent_through(x, cotangent, 10.0, **parts)
     assert y["x"].dtype == back["x"].dtype == dtype
-    _, expected = cotangent_through({"x": jnp.ones((2, 300))}, jax.tree.map(jnp.float32, cotangent), 10.0, **parts)
+    _, expected = cotangent_through({"x": jnp.ones((2, 300), jnp.float32)}, jax.tree.map(jnp.float32, cotangent), 10.0, **parts)
     assert_close(jax.tree.map(jnp.float32, back), expected, rtol=8e-3, atol=1e-6)
 
 
