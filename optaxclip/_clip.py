@@ -189,7 +189,7 @@ def clip(
         after = _sharding.split_as(state.threshold, joined(threshold, layout, learned, state.threshold))
         return layout.rebuild(clipped), ClipState(jnp.asarray(optax.safe_increment(state.step)), after, reading)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, _sharding.in_their_mesh(update))
 
 
 def _contexts(rules: list[Threshold], context: Context, measure_params: Callable[[], list[Array]]) -> list[Context]:

@@ -246,7 +246,7 @@ def squares(gradient: Array | tuple[Term, ...]) -> Array:
         return jnp.sum((wide * jnp.conj(wide)).real)
     terms = _alike([term.factors() for term in gradient]) or []
     pairs = [(a, b, 1 if i == j else 2) for i, a in enumerate(terms) for j, b in enumerate(terms[: i + 1])]
-    total = sum((count * _inner(a, b) for a, b, count in pairs), jnp.zeros(()))
+    total = sum((count * _inner(a, b) for a, b, count in pairs), jnp.zeros((), jnp.float32))
     return jnp.maximum(total, 0)  # below 0 by rounding, where terms cancel
 
 

@@ -489,7 +489,8 @@ class _Parts:
         reading = reading._replace(measured=measured)
         rule_state, limits = state.threshold, self._limits(state)
         if self.rule and limits is not None:
-            rule_state = self.rule.learn(reading.size_before, counted, limits, rule_state, Context(state.step))
+            learned = self.rule.learn(reading.size_before, counted, limits, rule_state, Context(state.step))
+            rule_state = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), learned, rule_state)
         weights = counted / jnp.maximum(jnp.sum(counted), 1)
         means = jnp.tensordot(weights, jnp.where(counted[:, None, None], reading.measured, 0), 1)
         events = jnp.array([(means[3] > 0).any(), (mask & ~counted).any()], jnp.int32)

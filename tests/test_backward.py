@@ -1,5 +1,6 @@
 """Clipping in the backward pass: the value passes, and derivatives are those of back-propagation by hand that clips."""
 
+import contextlib
 import functools
 import re
 import types
@@ -88,7 +89,7 @@ def test_equals_numpy_by_value_by_norm_and_per_example(cotangent, limit):
         return wide * np.minimum(1, limit / np.where(size > 0, size, 1))
 
     for parts, expected in ({}, scaled((0, 1))), (PER_EXAMPLE, scaled(1)), (BY_VALUE, np.clip(wide, -limit, limit)):
-        _, back = cotangent_through(jnp.zeros((4, 3)), cotangent, limit, **parts)
+        _, back = cotangent_through(jnp.zeros((4, 3), jnp.float32), cotangent, limit, **parts)
         np.testing.assert_allclose(back, expected, rtol=1e-5, atol=1e-30)
 
 
@@ -188,7 +189,7 @@ def test_16_bits_are_measured_in_32_and_kept(parts, dtype):
     cotangent = {"x": jnp.asarray(random(2, 300, scale=300.0), dtype)}
     y, back = cotangent_through(x, cotangent, 10.0, **parts)
     assert y["x"].dtype == back["x"].dtype == dtype
-    _, expected = cotangent_through({"x": jnp.ones((2, 300))}, jax.tree.map(jnp.float32, cotangent), 10.0, **parts)
+    _, expected = cotangent_through({"x": jnp.ones((2, 300), jnp.float32)}, jax.tree.map(jnp.float32, cotangent), 10.0, **parts)
     assert_close(jax.tree.map(jnp.float32, back), expected, rtol=8e-3, atol=1e-6)
 
 
@@ -337,6 +338,24 @@ def test_vmap_clips_each_example_by_its_own_size(limit):
     a, b = np.cos(x["a"]) * scale[:, None], 2 * np.asarray(x["b"][0]) * scale
     factor = np.minimum(1, limit / np.sqrt(np.sum(a**2, 1) + b**2))
     assert_close(back, {"a": factor[:, None] * a, "b": [factor * b]}, rtol=1e-5)
+
+
+@pytest.mark.parametrize("context", [False, True])
+@each_choice
+def test_vmap_clips_each_example_on_an_explicit_mesh(parts, context):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"))
+    x = {"a": random(8, 3, 2, seed=1).astype(np.float32), "b": random(8, 5, seed=2).astype(np.float32)}
+
+    def loss(x):
+        x = clip_cotangent(x, 0.5, **({} if parts is PER_EXAMPLE else parts))
+        return jnp.sum(jnp.sin(x["a"])) + jnp.sum(x["b"] ** 2)
+
+    back = jax.grad(lambda x: jnp.sum(jax.vmap(loss)(x)))
+    split = jax.device_put(x, jax.NamedSharding(mesh, jax.P("fsdp")))
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        got = jax.jit(back)(split)
+    assert_close(got, jax.jit(back)(x), rtol=1e-5)
+    assert got["a"].sharding.is_equivalent_to(split["a"].sharding, 3)
 
 
 def test_a_batch_axis_clips_each_leaf_of_each_example_as_a_loop_does():

@@ -96,7 +96,11 @@ ONE = {
     "functions of data": ((2, 32), lambda p, x: jax.nn.relu(optaxclip.clip_cotangent(x, 1.0)) @ p["w"], "w"),
     "clipped backward": ((2, 32), lambda p, x: optaxclip.clip_cotangent(jnp.sin(x @ p["w"]), 0.1), "w"),
     "weight decay": ((2, 32), lambda p, x: jnp.append(x @ p["w"], 0.1 * jnp.sum(p["w"] ** 2)), ""),
-    "complex": ((2, 32), lambda p, x: jnp.abs(jax.lax.complex(x, 1 - x) @ jax.lax.complex(p["w"], jnp.zeros((32, 32)))), ""),
+    "complex": (
+        (2, 32),
+        lambda p, x: jnp.abs(jax.lax.complex(x, 1 - x) @ jax.lax.complex(p["w"], jnp.zeros((32, 32), jnp.float32))),
+        "",
+    ),
 }
 TWO = {
     "concatenated": ((2, 32), lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1), "wv"),
@@ -174,11 +178,11 @@ def test_chains_of_operations_on_two_uses_of_a_weight(one, two):
 
 
 def loop(p, x):
-    return jax.lax.scan(lambda h, t: (jnp.tanh(h @ p["w"] + t), None), jnp.zeros(32), x)[0]
+    return jax.lax.scan(lambda h, t: (jnp.tanh(h @ p["w"] + t), None), jnp.zeros(32, jnp.float32), x)[0]
 
 
 def decaying(p, x):
-    return jax.lax.scan(lambda h, t: (h * 0.9 + t @ p["w"], None), jnp.zeros(32), x, reverse=True)[0]
+    return jax.lax.scan(lambda h, t: (h * 0.9 + t @ p["w"], None), jnp.zeros(32, jnp.float32), x, reverse=True)[0]
 
 
 def nested(p, x):
@@ -187,7 +191,7 @@ def nested(p, x):
     def row(h, ts):
         return jax.lax.scan(lambda h, t: (jnp.tanh(h @ p["w"] + t), None), h, ts)
 
-    return jax.lax.scan(row, jnp.zeros(32), x.reshape(2, 2, 32))[0]
+    return jax.lax.scan(row, jnp.zeros(32, jnp.float32), x.reshape(2, 2, 32))[0]
 
 
 def layers(p, x, wrap=lambda body: body):
@@ -196,7 +200,7 @@ def layers(p, x, wrap=lambda body: body):
 
 def layers_over_time(p, x):
     def layer(h, w):
-        return jax.lax.scan(lambda state, t: (jnp.tanh(state @ w + t),) * 2, jnp.zeros(32), h)[1], None
+        return jax.lax.scan(lambda state, t: (jnp.tanh(state @ w + t),) * 2, jnp.zeros(32, jnp.float32), h)[1], None
 
     return jax.lax.scan(layer, x, p["w"])[0]
 
@@ -220,7 +224,7 @@ def dropped_out(p, x, key):
         key, own = jax.random.split(key)
         return (jnp.tanh(h @ p["w"] + t) * jax.random.bernoulli(own, 0.5, h.shape), key), None
 
-    return jax.lax.scan(step, (jnp.zeros(32), key), x)[0][0]
+    return jax.lax.scan(step, (jnp.zeros(32, jnp.float32), key), x)[0][0]
 
 
 def dropped_out_again(p, x, key):
@@ -251,7 +255,7 @@ def outer(a, b):
 
 
 def zeros():
-    return jnp.zeros((32, 32))
+    return jnp.zeros((32, 32), jnp.float32)
 
 
 def accumulated(body, start=lambda x: zeros(), **options):
@@ -300,7 +304,7 @@ CROSSED = {
 
 
 def check_handed(given, factored):
-    like = jax.eval_shape(given, jnp.zeros((3, 32)))
+    like = jax.eval_shape(given, jnp.zeros((3, 32), jnp.float32))
     params = {name: np.zeros(x.shape, np.float32) for name, x in zip("ab", like, strict=True) if x is not None}
     x = normal(BATCH, 3, 32)
     check(lambda p, x: sum(map(handed, p.values(), (y for y in given(x) if y is not None))), params, x, factored=factored)
@@ -376,7 +380,7 @@ ROWS = {
     "one": (tokens(BATCH), lambda p, i: p["w"][i], ""),  # as it happens, written as a slice
     "columns": (tokens(BATCH, 3, high=32), lambda p, i: p["w"][:, i], ""),
     "elements": (tokens(BATCH, 3, high=32), lambda p, i: p["w"][i, i], ""),
-    "one-hot": (tokens(BATCH, 3), lambda p, i: jax.nn.one_hot(i, 40) @ p["w"], "w"),
+    "one-hot": (tokens(BATCH, 3), lambda p, i: jax.nn.one_hot(i, 40, dtype=jnp.float32) @ p["w"], "w"),
     "twice": (tokens(BATCH, 3), lambda p, i: p["w"][i] + jnp.cos(p["w"][i + 1]), "w"),
     "tied": (tokens(BATCH, 3), lambda p, i: jnp.tanh(p["w"][i]) @ p["w"].T, "w"),
     "tied the other way": (tokens(BATCH, 3), lambda p, i: (p["w"] @ p["w"][i].T, p["w"][i])[0], "w"),
@@ -384,7 +388,7 @@ ROWS = {
     "scaled and transposed": (tokens(BATCH, 3), lambda p, i: (2 * p["w"].T)[:, None].squeeze(1).T[i], "w"),
     "in a loop": (
         tokens(BATCH, 3),
-        lambda p, i: jax.lax.scan(lambda h, k: (jnp.sin(h + p["w"][k[None]]), None), jnp.zeros((1, 32)), i)[0],
+        lambda p, i: jax.lax.scan(lambda h, k: (jnp.sin(h + p["w"][k[None]]), None), jnp.zeros((1, 32), jnp.float32), i)[0],
         "w",
     ),
 }
@@ -401,7 +405,7 @@ def test_a_loop_over_tables():
         def body(h, w):
             return jnp.tanh((h + w[i]) @ w.T @ w if tied else h + w[i]), None
 
-        return jax.lax.scan(body, jnp.zeros((3, 32)), p["w"])[0]
+        return jax.lax.scan(body, jnp.zeros((3, 32), jnp.float32), p["w"])[0]
 
     for tied in False, True:
         check_output(lambda p, i, tied=tied: tables(p, i, tied), {"w": normal(3, 40, 32) / 9}, tokens(BATCH, 3), factored="")

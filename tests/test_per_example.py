@@ -480,7 +480,7 @@ def test_parameters_may_be_any_arrays():
         function = clipped_grad(linear, 1e3, norm=norm, reduce="sum")
         _, got = quickly(lambda x: function(params, x))(x)  # noqa: B023
         np.testing.assert_array_equal(got["double"], [3, 5])
-        assert got["double"].dtype == np.float32 and got["number"] == 3
+        assert got["double"].dtype == jnp.ones(2).dtype and got["number"] == 3
 
 
 @pytest.mark.parametrize("options, size", [("factors", None), ("factors", 4), ("stored", 4)])
@@ -784,6 +784,22 @@ def test_vmap_of_update_on_an_explicit_mesh(scope, context):
     same_tree(got, quickly(run)(gradients, several))
 
 
+ROWS = {name: getattr(optaxclip, name)() for name in ("zclip", "history_clip", "quantile_clip", "autoclip", "spam_clip")}
+ROWS["by leaf"] = optaxclip.clip({"w1": 0.5, "w2": thresholds.ema(), "b1": 1.0, "b2": 1.0}, scopes.leaf())
+
+
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("row", ROWS)
+def test_rules_that_learn_under_vmap_on_an_explicit_mesh(row, context):
+    gradients = {name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()}
+    state = ROWS[row].init(PARAMS)
+
+    def run(gradients):
+        return jax.vmap(ROWS[row].update, (0, None))(gradients, state)
+
+    same_tree(within(context, run, put(gradients, "fsdp")), quickly(run)(gradients))
+
+
 # Empty batches, and leaves that are no floats
 
 
@@ -800,7 +816,7 @@ def test_a_batch_of_no_examples_gives_zeros_and_teaches_nothing(reduce, size):
             assert not any(leaf.any() for leaf in got.values())
             assert seen.losses.shape == seen.counted.shape == (0,) and seen.sizes.shape == seen.clipped.shape == (0, 1)
             assert seen.state.step == 1 and seen.limits.shape == (1,) and (seen.state.reading.counted == 0).all()
-            np.testing.assert_array_equal(seen.state.rules, state.rules)
+            np.testing.assert_array_equal(seen.state.threshold, state.threshold)
     assert function.plan(PARAMS, x, y) == function.plan(PARAMS, X, Y)
 
 
@@ -812,7 +828,7 @@ def test_an_empty_batch_of_keys_and_of_gradients():
     (value, _), got = compiled(clipped_grad(noisy, 1.0), jnp.ones(2), jnp.ones((0, 2)), keys)
     assert value == 0 and got.tolist() == [0, 0]
     out, state = compiled(aggregate(LARGEST).update, {"a": jnp.ones((0, 2)), "n": jnp.zeros(0, int)}, None)
-    assert out["a"].tolist() == [0, 0] and out["n"] == 0 and state.step == 1 and state.rules == 1
+    assert out["a"].tolist() == [0, 0] and out["n"] == 0 and state.step == 1 and state.threshold == 1
 
 
 def test_leaves_that_are_no_floats_have_no_gradient():

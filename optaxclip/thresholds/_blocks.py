@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
+from optaxclip import _sharding
+
 
 def count(sizes: Array) -> Array:
     """A count for each size, at zero."""
@@ -29,4 +31,4 @@ def logarithm(sizes: Array) -> Array:
 
 def pushed(sizes: Array, last: Array) -> Array:
     """The last sizes `[window, ...]`, newest first, with these in front and without the oldest."""
-    return jnp.concatenate([sizes[None], last[:-1]])
+    return jnp.concatenate([sizes[None], _sharding.mapped_as(sizes, last[:-1])])
