@@ -366,16 +366,6 @@ REFUSALS = {
             "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
         )
     ],
-    "transform": [
-        (
-            ("inner", value),
-            {},
-            TypeError,
-            f"inner must be a GradientTransformation, got {value!r}; "
-            "pass one such as optax.adam(1e-3), or anything with its init and update",
-        )
-        for value in (optax.adam, 1.0, optax.MultiSteps)
-    ],
     "same_state": [
         (
             ("inner", (1.0, 2.0), [1.0]),
@@ -625,7 +615,6 @@ ACCEPTED = {
     "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
     "same_groups": [((["a", "b"], ("a", "b")), {}), ((["a"], None), {})],
     "state_tree": [((jax.tree.structure({"a": 1}), {"a": [1, 2]}), {})],
-    "transform": [(("inner", x), {}) for x in (optax.adam(1.0), optax.MultiSteps(optax.sgd(1.0), 2))],
     "same_state": [(("inner", (1.0, {"a": 2}), (3.0, {"a": 4})), {})],
     "whole": [(("sharded_over", (2, 3), ()), {})],
     "not_split": [(("a", ()), {})],
