@@ -524,7 +524,7 @@ def _broadcast(inputs: list[Any], equation: Any) -> list[Any] | None:
     if isinstance(x, Lazy):
         new = [axis for axis in range(len(shape)) if axis not in equation.params["broadcast_dimensions"]]
         return _each(x, lambda term: _with_axes(term, new)) if math.prod(x.shape) == math.prod(shape) else None
-    return [] if isinstance(x, np.ndarray | np.generic | float | int) and np.ndim(x) == 0 and x == 0 else None
+    return [] if not isinstance(x, Array) and np.ndim(x) == 0 and np.asarray(x) == 0 else None  # a literal zero
 
 
 def _each(x: Any, change: Callable[[Any], Any]) -> list[Any] | None:
