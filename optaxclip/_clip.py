@@ -54,13 +54,16 @@ def clip(
     | updates | result |
     |---|---|
     | size within the limit | the same bits (but for `smooth` and `normalize`, which act below it too) |
-    | size above the limit | size at most `limit * (1 + d)`: d = 1e-6 in float32 and wider, 2e-3 in float16, 8e-3 in bfloat16 |
+    | size above the limit | size at most `limit * (1 + d)`, d by dtype |
     | squares overflow or underflow | the same, by the true size |
     | size not finite | by `nonfinite`, and counted; no rule learns from it |
     | all zero | zero; no rule learns from it |
     | None, `MaskedNode`, integers, booleans, float0, keys | passed through, not measured |
     | limit infinite | not clipped |
     | traced limit negative or NaN | counts as 0: a zero update, never ascent |
+
+    The excess d is the rounding of the result: 1e-6 in float32 and wider, 2e-3 in float16, 8e-3 in bfloat16, 0.07 in
+    float8_e4m3, 0.13 in float8_e5m2, 0.25 in float4. All are measured in float32 or wider, and given back in their own dtype.
 
     Structure, shapes and dtypes of the updates are kept. The state has the same
     structure, shapes and dtypes from `init` on.

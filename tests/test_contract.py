@@ -136,6 +136,66 @@ def test_within_the_limit_never_larger_never_another_sign(case: Case, dtype, see
             assert group_size(case, group, after, params) <= case.limit(gather(group, params)) * excess + 1e-12
 
 
+# 14. Any float that JAX can hold here. What is rounded to few bits is within half a spacing.
+
+
+def floats():
+    names = [name for name in dir(jnp) if name.startswith(("float", "bfloat"))]
+    kinds = {jnp.dtype(getattr(jnp, name)) for name in names if isinstance(getattr(jnp, name), type(jnp.float32))}
+    return sorted(filter(is_held, kinds), key=str)
+
+
+def is_held(dtype):
+    try:
+        return jax.dtypes.canonicalize_dtype(dtype) == dtype and jnp.ones(1).astype(dtype).dtype == dtype
+    except jax.errors.JaxRuntimeError:  # floats of 6 bits, on a CPU
+        return False
+
+
+def rounded(tree, dtype):
+    """The tree in a dtype; only magnitudes where it has no sign, as that of powers of two."""
+    signed = jnp.finfo(dtype).min < 0
+    return jax.tree.map(lambda x: (x if signed else jnp.abs(x)).astype(dtype), tree)
+
+
+def test_all_floats_are_in_the_table():
+    names = {str(dtype) for dtype in floats()}
+    assert {"float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float16", "bfloat16", "float32"} <= names and len(names) >= 12
+
+
+@each_case
+def test_any_float_is_clipped_in_its_own_dtype(case: Case):
+    transform = case.make(1.0)
+    trees = {str(dtype): rounded(normal_tree(1, 2.0), dtype) for dtype in floats()}
+
+    @jax.jit
+    def run(trees):
+        return {name: transform.update(tree, transform.init(tree), PARAMS) for name, tree in trees.items()}
+
+    for name, (out, state) in run(trees).items():
+        info, updates = jnp.finfo(name), trees[name]
+        assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype(name)}
+        spacing, least = 2.0**-info.nmant, float(info.smallest_normal)  # between 1 and 2; below the least it is coarser
+        before, after = ([np.asarray(x.astype(jnp.float32), float) for x in jax.tree.leaves(tree)] for tree in (updates, out))
+        for x, y, want in zip(before, after, expected(case, before, leaves64(PARAMS)), strict=True):
+            assert (np.abs(y) <= np.abs(x)).all() and (np.sign(y) * np.sign(x) >= 0).all(), name
+            np.testing.assert_allclose(y, want, rtol=max(0.51 * spacing, 2e-6), atol=0.51 * spacing * least, err_msg=name)
+        jax.tree.map(lambda x, y: np.testing.assert_(x.dtype == y.dtype), state, jax.eval_shape(transform.init, updates))
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.int4, jnp.int8, jnp.uint4, jnp.float8_e4m3fn, jnp.float4_e2m1fn], ids=lambda d: d.__name__
+)
+def test_quantized_weights_are_measured(dtype):
+    params = {"kernel": jnp.full((3, 2), 2, dtype), "bias": jnp.ones(2), "step": jnp.int32(7)}
+    grads = {"kernel": jnp.full((3, 2), 9.0), "bias": jnp.full(2, 9.0), "step": jnp.int32(0)}
+    clip = optaxclip.adaptive_grad_clip(0.1)
+    updates, state = jax.jit(clip.update)(grads, clip.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], np.full((3, 2), 0.2), rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], np.full(2, 0.1), rtol=1e-6)
+    assert described(state) == described(clip.init(params))
+
+
 # 3. Exact no-op: within the limit, the same bits.
 
 
