@@ -16,7 +16,6 @@ from jax.experimental import checkify
 
 from optaxclip import _jax, _programs, _sharding, _validate, norms, scopes
 from optaxclip._layout import lay_out
-from optaxclip._numerics import harmless
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, patient
 from optaxclip.thresholds.fixed import as_threshold
@@ -272,7 +271,7 @@ def _unless_skipped(
 
 def _select(step: Callable[[Any, Any], tuple[Any, Any]], ok: Array, inputs: Any, state: Any) -> tuple[Any, Any]:
     """The updates and the state of `step(inputs, state)` if it is ok, else zeros and the state before."""
-    updates, after = step(_harmless(ok, inputs), state)
+    updates, after = step(*_harmless(ok, (inputs, state)))
     kept = [_or_old(ok, old)(new) for new, old in zip(jax.tree.leaves(after), _olds(after, state), strict=True)]
     return jax.tree.map(_or_zeros(ok), updates), jax.tree.unflatten(jax.tree.structure(after), kept)
 
@@ -286,7 +285,6 @@ def _select_early(step: Callable[[Any, Any], tuple[Any, Any]], ok: Array, inputs
     and not a third. A step with side effects is not reordered, and the derivative is that of `_select`.
     """
     arrays, with_arrays = _separate((inputs, state), _is_traced)  # `update` may look at the numbers that are known
-    given = sum(map(_is_traced, jax.tree.leaves(inputs)))
     restore: list[Callable[[Sequence[Any]], Any]] = []
 
     def arrays_of_step(arrays: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -303,19 +301,18 @@ def _select_early(step: Callable[[Any, Any], tuple[Any, Any]], ok: Array, inputs
     def choices(ok: Array, olds: list[Any]) -> list[Callable[[Any], Any]]:
         return [*(_or_zeros(ok) for _ in news), *(_or_old(ok, old) for old in olds)]
 
-    def plainly(ok: Array, inputs: Any, before: list[Any], olds: list[Any]) -> list[Any]:
-        arrays, constants = _harmless(ok, inputs)
-        outs = _jax.jaxpr_as_fun(_jax.ClosedJaxpr(program.jaxpr, constants))(*arrays, *before)
+    def plainly(ok: Array, constants: list[Any], arrays: list[Any], olds: list[Any]) -> list[Any]:
+        constants, arrays = _harmless(ok, (constants, arrays))
+        outs = _jax.jaxpr_as_fun(_jax.ClosedJaxpr(program.jaxpr, constants))(*arrays)
         return [choose(out) for choose, out in zip(choices(ok, olds), outs, strict=True)]
 
     @jax.custom_jvp
-    def early(ok: Array, inputs: Any, before: list[Any], olds: list[Any]) -> list[Any]:
-        arrays, constants = inputs
-        return _programs.run(program.jaxpr, constants, [*arrays, *before], choices(ok, olds))
+    def early(ok: Array, constants: list[Any], arrays: list[Any], olds: list[Any]) -> list[Any]:
+        return _programs.run(program.jaxpr, constants, arrays, choices(ok, olds))
 
     early.defjvp(lambda primals, tangents: jax.jvp(plainly, primals, tangents))
     select = plainly if _programs.has_side_effects(program.jaxpr) else early
-    outs = select(ok, (arrays[:given], program.consts), arrays[given:], olds)
+    outs = select(ok, program.consts, arrays, olds)
     return with_news(outs[: len(news)]), with_afters(outs[len(news) :])
 
 
@@ -347,9 +344,20 @@ def _or_old(ok: Array, old: Any) -> Callable[[Any], Any]:
 
 
 def _harmless(ok: Array, inputs: Any) -> Any:
-    """The inputs, without a derivative that is 0 * NaN where a step is skipped."""
+    """The inputs; but no derivative goes through a skipped step, which may compute 0 * NaN."""
     floats, with_floats = _separate(inputs, _is_float)
-    return with_floats(harmless(ok, floats))
+    return with_floats(_no_derivative_unless(ok, floats))
+
+
+@jax.custom_jvp
+def _no_derivative_unless(ok: Array, floats: list[Array]) -> list[Array]:
+    return floats
+
+
+@_no_derivative_unless.defjvp
+def _(primals: tuple[Array, list[Array]], tangents: tuple[Any, list[Array]]) -> tuple[list[Array], list[Array]]:
+    (ok, floats), (_, directions) = primals, tangents
+    return floats, [jnp.where(ok, dx, jnp.zeros_like(dx)) for dx in directions]
 
 
 def _separate(tree: Any, belongs: Callable[[Any], bool]) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
