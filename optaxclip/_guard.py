@@ -68,6 +68,9 @@ def skip_nonfinite(
     and schedules stand still, and no weight decays. It is a selection, never a product with zero, and it fuses
     into the optimizer's own pass; where a clip by l2 norms is inside, its norm is the one that is looked at.
 
+    A derivative through a run is that of the run without its skipped steps. What multiplies NaN before it gets here, as the
+    weight of a loss that is NaN, has a derivative of 0 * NaN all the same.
+
     Belongs around the whole chain, and around `optax.MultiSteps`, where it leaves out one micro-batch. Inside MultiSteps it
     comes too late: after one NaN micro-batch the accumulated gradients stay NaN, and every later step is skipped. The signal
     is a `clip/skipped_steps` that grows at every step. To leave out a whole set of micro-batches, average their gradients

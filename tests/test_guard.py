@@ -273,17 +273,28 @@ def test_the_derivative_over_a_skipped_step_is_that_of_a_run_without_it(name, ba
         np.testing.assert_allclose(jax.jit(jax.vmap(jax.jacfwd(run)))(weights), want, rtol=1e-4)
 
 
-def test_the_derivative_without_jit_is_the_same():
-    guarded = skip_nonfinite(optax.sgd(0.1, momentum=0.9))
+@pytest.mark.parametrize("jit", [True, False])
+def test_no_derivative_enters_a_skipped_step_by_the_state(jit):
+    """An optimizer whose state is multiplied by the gradient: the derivative of a skipped step would be 0 * NaN."""
+    inner = optax.GradientTransformation(lambda params: jnp.ones(3), lambda u, s, p=None: (u * s, u * s))
+    guarded = skip_nonfinite(inner)
+    update = jax.jit(guarded.update) if jit else guarded.update
 
     def after(weight):
         state, total = guarded.init(jnp.ones(3)), 0.0
-        for bad in True, False, True, False:
-            updates, state = guarded.update(weight + jnp.arange(3.0) + jnp.where(bad, jnp.nan, 0), state, value=weight)
+        for bad in False, True, False:
+            updates, state = update(weight + jnp.arange(3.0) + jnp.where(bad, jnp.nan, 0), state)
             total += jnp.sum(updates)
         return total
 
-    np.testing.assert_allclose([jax.grad(after)(0.3), jax.jacfwd(after)(0.3)], -0.1 * 3 * (1 + 1.9), rtol=1e-6)
+    want = sum(1 + 2 * (0.5 + i) for i in range(3))
+    np.testing.assert_allclose([jax.grad(after)(0.5), jax.jacfwd(after)(0.5)], want, rtol=1e-6)
+
+
+def test_what_is_looked_at_has_no_derivative():
+    guarded = skip_spikes(optax.sgd(1.0), thresholds.growth(2.0))
+    state = guarded.init(jnp.ones(2))
+    assert not jax.grad(lambda grads: guarded.update(grads, state)[1].watch.size)(jnp.ones(2)).any()
 
 
 def run_micro_batches(steps, bad_ones):
