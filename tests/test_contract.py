@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from jax.experimental import checkify
-from transforms import CASES, SCALERS, Case, expected, gather, group_size, unlimited
+from transforms import CASES, SCALERS, Case, expected, gather, group_size, l2, unlimited
 
 import optaxclip
+from optaxclip._packing import LARGE
 
 SHAPES = {"bias": (3,), "conv": (1, 2, 2, 3), "dense": (4, 3), "scale": ()}
 # How far above its limit a clipped size may be: rounding of the result to its dtype, and float32 arithmetic.
@@ -112,6 +113,76 @@ def test_true_norm_of_hard_numbers(case: Case, name):
         for got, x, y in zip(jax.tree.leaves(out), leaves64(out), want, strict=True):
             tolerance = max(EXCESS[got.dtype.name], 1e-5)
             np.testing.assert_allclose(x, y, rtol=tolerance, atol=6e-8 if got.dtype == jnp.float16 else 0)
+
+
+# The same on both sides of every size at which the code takes another way.
+
+
+def even_and_odd(leaves):
+    yield from ([(i, ...) for i in range(first, len(leaves), 2)] for first in range(min(2, len(leaves))))
+
+
+BY_PARITY = Case(
+    "clip", lambda s, **o: optaxclip.clip(s, optaxclip.scopes.group(lambda path: str(int(path) % 2)), **o), even_and_odd
+)
+BY_SIZE = {"clip_by_global_norm", "clip_by_norm", "adaptive_grad_clip"}
+WITHIN, OVER = (128, 128), (113, 145)  # shapes of LARGE and of LARGE + 1 numbers
+SMALL = [(3,), (2, 3), (), (1, 2, 2, 3), (1,)]
+TREES = {
+    "within": [WITHIN],
+    "over": [OVER],
+    "within, a vector": [(LARGE,)],
+    "over, a vector": [(LARGE + 1,)],
+    "both": [WITHIN, OVER],
+    "equal within": [WITHIN, WITHIN, WITHIN],
+    "equal over": [OVER, OVER, OVER],
+    "within and small": [*SMALL, WITHIN, *SMALL],
+    "over and small": [*SMALL, OVER, *SMALL],
+    "one small": SMALL[:1],
+    "two small": SMALL[:2],
+    "few small": SMALL,
+    "many small": [SMALL[k % 5] if k % 10 else (2 + k,) for k in range(130)],  # some equal, some not
+    "many equal": [(2, 3)] * 130,
+}
+
+
+def tree_of(name, dtype, scale):
+    """Leaves whose numbers are of the scale, a tenth and a hundredth of it, in turns."""
+    random = np.random.default_rng(0)
+    leaves = [scale * 10.0 ** -(k % 3) * random.normal(size=shape) for k, shape in enumerate(TREES[name])]
+    return [jnp.asarray(leaf, dtype) for leaf in leaves]
+
+
+def trees_by_size():
+    """Trees by name, dtype and scale."""
+    kinds = [(name, "float32", 1.0) for name in TREES]
+    for name in ("both", "over", "over and small"):
+        kinds += [(name, "float32", 1e25), (name, "float32", 1e-15), (name, "bfloat16", 1.0)]
+    trees = {kind: tree_of(*kind) for kind in kinds}
+    for name in ("within and small", "over and small"):  # beside the widest float that there is, and a Python number
+        trees[name, "mixed", 1.0] = [*trees[name, "float32", 1.0], jnp.full(3, 0.3), 0.5]
+    return trees
+
+
+@each_of([case for case in CASES if case.name in BY_SIZE and case.norm is l2] + [BY_PARITY])
+def test_on_both_sides_of_every_size_it_equals_float64_arithmetic(case: Case):
+    trees = trees_by_size()
+    params = jax.tree.map(lambda x: jnp.roll(x, 1), trees)
+    relative = case.name == "adaptive_grad_clip"  # to the parameters, which have the same scale
+    limits = {kind: np.float32(1.0 if relative else kind[-1]) for kind in trees}
+
+    @jax.jit
+    def run(trees, params, limits):
+        clips = {kind: case.make(limit) for kind, limit in limits.items()}
+        return {kind: clip.update(trees[kind], clip.init(params[kind]), params[kind]) for kind, clip in clips.items()}
+
+    for kind, (out, state) in run(trees, params, limits).items():
+        assert described(state, weak=False) == described(jax.eval_shape(case.make(1.0).init, params[kind]), weak=False)
+        before, after, weights = (leaves64(jax.tree.map(jnp.asarray, tree)) for tree in (trees[kind], out, params[kind]))
+        for x, y, want in zip(before, after, expected(case, before, weights, limits[kind]), strict=True):
+            assert x.dtype == y.dtype
+            tolerance = EXCESS["bfloat16"] if kind[1] == "bfloat16" else 2e-6
+            np.testing.assert_allclose(y, want, rtol=tolerance, err_msg=str(kind))
 
 
 # 2. Post-condition: within the limit, never larger than before, never another sign.
@@ -271,7 +342,7 @@ def test_one_trace_in_a_donated_scan(case: Case):
     params = normal_tree(4)
     carry = (params, transform.init(params))
     for _ in range(2):
-        carry, _ = run(carry, jnp.arange(5.0))
+        carry, _ = run(carry, jnp.arange(5.0, dtype=jnp.float32))
     assert len(traces) == 1
     assert all(s.step == 10 for s in clip_states(carry[1]))
     chex.assert_tree_all_finite(carry[0])
@@ -296,7 +367,7 @@ def test_one_step_outside_of_a_loop_needs_no_state():
 
 
 def test_clip_itself_takes_injected_limits():
-    clip = optax.inject_hyperparams(optaxclip.clip, static_args="response")(threshold=1.0)
+    clip = optax.inject_hyperparams(optaxclip.clip, static_args="response")(threshold=1.0, scope=optaxclip.scopes.tree())
     np.testing.assert_allclose(update(clip, jnp.array([3.0, 4.0]))[0], [0.6, 0.8], rtol=1e-6)
 
 
@@ -337,7 +408,7 @@ def test_trees_without_a_float_come_back(case: Case, updates):
 
 @each_case
 def test_complex_numbers_are_clipped_by_magnitude(case: Case):
-    updates = {"z": jnp.array([3 + 4j, 6 - 8j]), "x": jnp.array([0.1])}
+    updates = {"z": jnp.array([3 + 4j, 6 - 8j], jnp.complex64), "x": jnp.array([0.1], jnp.float32)}
     if case.bounds is not None:
         with pytest.raises(TypeError, match="complex64"):
             update(case.make(1.0), updates)
