@@ -296,7 +296,7 @@ def test_one_step_outside_of_a_loop_needs_no_state():
 
 
 def test_clip_itself_takes_injected_limits():
-    clip = optax.inject_hyperparams(optaxclip.clip, static_args="response")(threshold=1.0)
+    clip = optax.inject_hyperparams(optaxclip.clip, static_args="response")(threshold=1.0, scope=optaxclip.scopes.tree())
     np.testing.assert_allclose(update(clip, jnp.array([3.0, 4.0]))[0], [0.6, 0.8], rtol=1e-6)
 
 
