@@ -10,7 +10,7 @@ updates --> MEASURE --> sizes --> LIMIT --> limits --> RESPOND --> updates
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from optaxclip import _sharding, _validate, norms, responses
 from optaxclip._layout import Layout, lay_out
 from optaxclip._numerics import harmless
 from optaxclip._packing import Packing, packing_of
-from optaxclip._record import UNREAD, nothing_read, record_step
+from optaxclip._record import nothing_read, record_step, unread
 from optaxclip._states import is_placeholder, joined, placeholder_state, rules_of, separate
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope, Threshold
 from optaxclip.thresholds import as_thresholds
@@ -113,6 +113,7 @@ def clip(
     _validate.scope_given(scope)
     threshold = as_thresholds(threshold)
     _validate.part("scope", scope, Scope, "scopes.tree()")
+    scope = cast(Scope, scope)
     _validate.part("norm", norm, Norm, "norms.l2()")
     _validate.function("response", response, "responses.rescale", takes=3)
     _validate.option("nonfinite", nonfinite, POLICIES)
@@ -127,7 +128,7 @@ def clip(
     def init(params: Any) -> Any:
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
-            return ClipState(step, placeholder_state(threshold, scope, params), UNREAD if record else optax.EmptyState())
+            return ClipState(step, placeholder_state(threshold, scope, params), unread() if record else optax.EmptyState())
         layout = lay_out(scope, params, weights=relative)
         if isinstance(threshold, dict):
             _validate.names(threshold, layout.names)

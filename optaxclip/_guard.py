@@ -311,7 +311,12 @@ def _select_early(step: Callable[[Any, Any], tuple[Any, Any]], ok: Array, inputs
 
     @jax.custom_jvp
     def early(ok: Array, constants: list[Any], arrays: list[Any], olds: list[Any]) -> list[Any]:
-        return _programs.run(program.jaxpr, constants, arrays, choices(ok, olds))
+        try:
+            return _programs.run(program.jaxpr, constants, arrays, choices(ok, olds))
+        except (
+            Exception
+        ):  # `update` has run above, so a version of JAX moved what the walk looks at; the other way needs none of it
+            return plainly(ok, constants, arrays, olds)
 
     early.defjvp(lambda primals, tangents: jax.jvp(plainly, primals, tangents))
     select = plainly if _programs.has_side_effects(program.jaxpr) else early

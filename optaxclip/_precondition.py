@@ -38,8 +38,10 @@ def clip_after(
         weights = None if params is None else layout._replace(gradients=layout.matching(params)).floats()
         gradients = layout.floats()
         steps, inner_state = inner.update(gradients, state.inner, weights)
-        clipped, clip_state = clip.update(steps, state.clip, weights, measured=measured(gradients, inner_state))
-        out = list(map(norms.cast_like, layout.of(clipped), layout.gradients))
+        steps = layout.rebuild(layout.of(steps))
+        clipped, clip_state = clip.update(steps, state.clip, params, measured=measured(gradients, inner_state))
+        parts = zip(layout.of(clipped), layout.gradients, strict=True)
+        out = [norms.cast_like(like if x is None else x, like) for x, like in parts]
         return layout.rebuild(out), PreconditionedState(inner_state, clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from optaxclip._jax import Jaxpr, Literal, bind
+from optaxclip._jax import Literal, bind
 
 
-def has_side_effects(program: Jaxpr) -> bool:
+def has_side_effects(program: Any) -> bool:
     """Whether it prints, calls back, checks or writes; to name a mapped axis is an effect to JAX, but none of these."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in program.effects)
 
 
-def run(program: Jaxpr, constants: Sequence[Any], inputs: Sequence[Any], choices: Sequence[Callable[[Any], Any]]) -> list[Any]:
+def run(program: Any, constants: Sequence[Any], inputs: Sequence[Any], choices: Sequence[Callable[[Any], Any]]) -> list[Any]:
     """The outputs of a program, each replaced by what its choice makes of it.
 
     An output that an equation computes is replaced there, so that the equations after it see what was chosen.

@@ -12,8 +12,10 @@ from optaxclip._layout import Layout
 from optaxclip._packing import Packing, alike, places, stacked
 from optaxclip._types import Names, Reading
 
-UNREAD = Reading(np.zeros((4, 0), np.float32), np.zeros(2, np.int32))
-"""Where nothing is known of the groups."""
+
+def unread() -> Reading:
+    """The reading where nothing is known of the groups."""
+    return Reading(jnp.zeros((4, 0)), jnp.zeros(2, jnp.int32))
 
 
 def nothing_read(layout: Layout, sizes: list[Array]) -> Reading:

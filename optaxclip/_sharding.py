@@ -97,12 +97,14 @@ def is_explicit(x: Any) -> bool:
 
 def zeros_beside(leaf: Any, shape: jax.ShapeDtypeStruct) -> Array:
     """Zeros of this shape, split over devices as the leaf is, along the axes that have the same length."""
-    sharding = getattr(leaf, "sharding", None) if isinstance(leaf, Array) and not isinstance(leaf, Tracer) else shape.sharding
-    if isinstance(sharding, NamedSharding) and len(sharding.spec) <= len(shape.shape):
-        own = zip(sharding.spec, jnp.shape(leaf), shape.shape, strict=False)  # a spec may be short
-        spec = PartitionSpec(*[axes if length == kept else None for axes, length, kept in own])
-        return jax.lax.full(shape.shape, 0, shape.dtype, sharding=NamedSharding(sharding.mesh, spec))
-    return jnp.zeros_like(shape)
+    if isinstance(leaf, Tracer):
+        return sharded_like(jnp.zeros_like(shape), shape)
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.spec) > len(shape.shape):
+        return jnp.zeros(shape.shape, shape.dtype)
+    own = zip(sharding.spec, jnp.shape(leaf), shape.shape, strict=False)  # a spec may be short
+    spec = PartitionSpec(*[axes if length == kept else None for axes, length, kept in own])
+    return jax.lax.full(shape.shape, 0, shape.dtype, sharding=NamedSharding(sharding.mesh, spec))
 
 
 def placed(state: Any, sizes: Array) -> Any:

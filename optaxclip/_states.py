@@ -21,7 +21,12 @@ Rules = Threshold | dict[Any, Threshold]
 def _placeholder_type() -> type:
     """The type of what Optax gives to `init` in place of parameters, to learn where a state has trees like them."""
     found: list[type] = []
-    optax.tree_utils.tree_map_params(lambda params: found.append(type(params)), lambda x: x, None)
+
+    def init(params: Any) -> Any:
+        found.append(type(params))
+        return ()
+
+    optax.tree_utils.tree_map_params(init, lambda x: x, ())
     return found[0]
 
 

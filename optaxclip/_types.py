@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 Axes = tuple[int, ...]
@@ -186,4 +185,4 @@ class ClipState(NamedTuple):
 
     step: Array
     threshold: Any
-    reading: Reading | optax.EmptyState
+    reading: Reading | Any

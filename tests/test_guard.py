@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import checkify, io_callback
 
 import optaxclip
-from optaxclip import skip_nonfinite, skip_spikes, telemetry, thresholds
+from optaxclip import _programs, skip_nonfinite, skip_spikes, telemetry, thresholds
 
 PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.zeros(4)}
 SCHEDULE = optax.exponential_decay(0.1, 1, 0.5)
@@ -644,3 +644,21 @@ def test_the_compiled_step_copies_no_moments():
     assert copies(skip_nonfinite(optax.adam(1e-3))) == copies(optax.adam(1e-3)) == 0
     assert copies(skip_spikes(optax.adam(1e-3), thresholds.zscore(3.0))) == 0
     assert copies(plainly(optax.adam(1e-3))) > 0  # the obvious form does
+
+
+def test_where_jax_moved_what_the_walk_looks_at_the_plain_selection_is_made(monkeypatch):
+    guarded = skip_nonfinite(optax.adam(0.1))
+    state = guarded.init(PARAMS)
+    expected = jax.jit(guarded.update)(gradients(0), state, PARAMS)
+    calls = []
+
+    def moved(*args):
+        calls.append(args)
+        raise AttributeError("get_bind_params")
+
+    monkeypatch.setattr(_programs, "bind", moved)
+    updates, after = jax.jit(lambda grads: guarded.update(grads, state, PARAMS))(gradients(0))
+    chex.assert_trees_all_close((updates, after), expected, rtol=1e-6)
+    updates, after = jax.jit(lambda grads: guarded.update(grads, state, PARAMS))(gradients(0, np.nan))
+    chex.assert_trees_all_equal((updates, after.inner), (jax.tree.map(jnp.zeros_like, PARAMS), state.inner))
+    assert len(calls) == 2

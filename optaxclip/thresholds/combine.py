@@ -228,8 +228,9 @@ def _combine(thresholds: Sequence[Any], names: Sequence[str], choose: Callable[[
     )
 
 
-def side_by_side(rules: Sequence[Threshold], order: Sequence[int]) -> Threshold:
-    """One rule for a block `[groups]`, made of a rule for each group; its state has theirs in the given order."""
+def side_by_side(rules: Sequence[Threshold], order: Sequence[int] | None = None) -> Threshold:
+    """One rule for a block `[groups]`, made of a rule for each group; its state has theirs in this order."""
+    order = range(len(rules)) if order is None else order
     place = {i: k for k, i in enumerate(order)}
 
     def one(block: Any, i: int) -> Any:

@@ -754,7 +754,7 @@ def optax_apply_if_finite(there, here):
 
 @line(
     "`optax.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=optax.skip_not_finite)`",
-    "`skip_nonfinite(optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation())`",
+    "`skip_nonfinite(optax.MultiSteps(optax.sgd(1.0), 2))`",
     "Same: a small batch that is not finite is left out of the mean",
 )
 def optax_skip_not_finite(there, here):
@@ -765,7 +765,7 @@ def optax_skip_not_finite(there, here):
 @line(
     "`optax.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=functools.partial(optax.skip_large_updates, "
     "max_squared_norm=100.0))`",
-    "`skip_spikes(optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation(), 10.0)`",
+    "`skip_spikes(optax.MultiSteps(optax.sgd(1.0), 2), 10.0)`",
     "Same; there the limit is the *square* of the norm. Here it may be a rule that learns, and after ten in a row "
     "(`patience`) one is taken",
 )
