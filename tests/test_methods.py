@@ -362,7 +362,7 @@ def test_rows_pass_on_the_keywords_of_clip(make, definition):
     grads, params = {"a": jnp.array([jnp.nan, 1.0])}, {"a": jnp.ones(2)}
     clip = make(1.0, nonfinite="zero", record=False)
     updates, state = clip.update(grads, clip.init(params), params)
-    assert updates["a"][0] == 0 and state.reading is None
+    assert updates["a"][0] == 0 and state.reading == optax.EmptyState()
     split = make(1.0, sharded_over="i")
     halves = jax.vmap(lambda g, w: update(split, {"a": g}, {"a": w})["a"], axis_name="i")
     together = update(make(1.0), {"a": np.float32([3, 4, 0, 12])}, {"a": np.ones(4, np.float32)})["a"]

@@ -211,7 +211,7 @@ def test_microbatches_change_nothing(options, size):
     assert jax.tree.structure(whole) == jax.tree.structure(parts)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-7 * np.max(np.abs(b), initial=0.5))  # sums in another order
     np.testing.assert_array_equal(parts[0][1].aux["x"], X)
 
 
