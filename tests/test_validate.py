@@ -1126,7 +1126,6 @@ def test_all_refusals_are_in_validate_but_those_of_axes_and_of_what_is_drawn():
         "_layout.py",
         "scopes.py",
         "scopes.py",
-        "scopes.py",
     ]  # tested above, in `test_sharding.py` and `test_scopes.py`
 
 
