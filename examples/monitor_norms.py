@@ -68,7 +68,7 @@ def numbers(opt_state: Any, params: Any) -> dict[str, Array]:
     for name, monitor in ("norm_before", before), ("norm_after", after):
         sizes = telemetry.metrics(monitor, params, prefix=name)
         found |= {key.replace("/size_before", ""): sizes[key] for key in sizes if key.startswith(f"{name}/size_before/")}
-    return {key.removesuffix("/value"): value for key, value in found.items()}  # which Flax adds to the path of a leaf
+    return found
 
 
 def start(steps: int, key: Array) -> tuple[Any, Array]:

@@ -121,7 +121,7 @@ def test_each_clip_keeps_its_own_limit(full):
 
 def test_a_limit_at_the_median_norm_learns_nothing(full, begun):
     logged = full[1]["leaf norm 2"]
-    limits = {f"{leaf}/value": float(np.median(logged[f"norm_before/{leaf}"][1])) for leaf in LEAVES}
+    limits = {leaf: float(np.median(logged[f"norm_before/{leaf}"][1])) for leaf in LEAVES}
     clip = optaxclip.clip(limits, scope=scopes.group(lambda path: path))
     params, order = begun
     _, told = jax.jit(lambda *run: monitor_norms.train(clip, *run))(params, np.tile(order[:8], (50, 1)))

@@ -15,7 +15,7 @@ Transform = optax.GradientTransformationExtraArgs
 
 
 def layer(path: str) -> str:
-    """The layer of a parameter: `"output/kernel/value" -> "output"`."""
+    """The layer of a parameter: `"output/kernel" -> "output"`."""
     return path.split("/")[0]
 
 
