@@ -1,6 +1,8 @@
-"""What clipping costs, beside Optax, PyTorch, Keras and jax_privacy, and beside the least it can cost.
+"""What clipping costs, beside Optax, PyTorch, Keras and jax_privacy, and beside the least it can
+cost.
 
-Times are ratios within one run, medians with quartiles. `docs/performance.md` derives the limits, and says what is shown.
+Times are ratios within one run, medians with quartiles. `docs/performance.md` derives the limits,
+and says what is shown.
 """
 
 import argparse
@@ -23,24 +25,43 @@ BENCHMARKS = {  # and how often each row is measured, if not told otherwise: in 
 def main() -> None:
     """Prints tables, and saves them with JSON and pictures."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure, of {', '.join(BENCHMARKS)}; all")
-    parser.add_argument("--quick", action="store_true", help="small models, few rounds: a minute in all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"what to measure, of {', '.join(BENCHMARKS)}; all"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small models, few rounds: a minute in all"
+    )
     parser.add_argument("--rounds", type=int, help="how often each row is measured")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="where JSON, tables and pictures go")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results/benchmarks"),
+        help="where JSON, tables and pictures go",
+    )
     options = parser.parse_args()
     if unknown := set(options.names) - set(BENCHMARKS):
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+        parser.error(
+            f"no benchmark is called {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(BENCHMARKS)}"
+        )
     for peer, package in peers.PACKAGES.items():
         if not peers.installed(peer):
             print(f"no rows of {peer}: {package} is not installed")
     for name in options.names or BENCHMARKS:
         measure, full_rounds, quick_rounds = BENCHMARKS[name]
-        rounds, start = options.rounds or (quick_rounds if options.quick else full_rounds), time.perf_counter()
+        rounds, start = (
+            options.rounds or (quick_rounds if options.quick else full_rounds),
+            time.perf_counter(),
+        )
         print(f"\n{name} ...", flush=True)
         rows = list(measure(rounds, options.quick))
-        print(f"\n{tables(rows)}\n{name} took {time.perf_counter() - start:.0f} seconds", flush=True)
+        print(
+            f"\n{tables(rows)}\n{name} took {time.perf_counter() - start:.0f} seconds", flush=True
+        )
         if rows:
             save(options.out, name, rows, rounds)
         if any(row.limit for row in rows):

@@ -1,6 +1,8 @@
-"""How long JAX takes to trace a step and XLA to compile it, as ratios to Optax's global norm with Adam on the same tree.
+"""How long JAX takes to trace a step and XLA to compile it, as ratios to Optax's global norm with
+Adam on the same tree.
 
-Each is done in fresh caches, all in turn. Tracing is from the Python functions to a program for XLA, `init` included.
+Each is done in fresh caches, all in turn. Tracing is from the Python functions to a program for
+XLA, `init` included.
 """
 
 import time
@@ -19,7 +21,11 @@ from benchmarks.timing import cold, spread
 TREES = {  # with how often each is measured in a round: what takes a fraction of a second is disturbed the most
     "10 tiny leaves": (lambda: trees.tiny(10), METHODS, 5),
     "200 tiny leaves": (lambda: trees.tiny(200), METHODS, 1),
-    "GPT-2 (148 leaves)": (trees.gpt2, METHODS, 1),  # leaves are large, which on a CPU are measured in two ways
+    "GPT-2 (148 leaves)": (
+        trees.gpt2,
+        METHODS,
+        1,
+    ),  # leaves are large, which on a CPU are measured in two ways
     "2000 tiny leaves": (trees.tiny, FEW, 1),
 }
 QUICK = {"10 tiny leaves": (lambda: trees.tiny(10), FEW, 1)}
@@ -32,11 +38,15 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
 
 
 def _rows(name: str, tree: Any, methods: list[str], rounds: int) -> Iterator[Row]:
-    times = cold({row: _measure(optimizer, tree) for row, optimizer in chosen(methods).items()}, rounds)
+    times = cold(
+        {row: _measure(optimizer, tree) for row, optimizer in chosen(methods).items()}, rounds
+    )
     for i, what in enumerate(["Trace", "Compile"]):
         title = f"{what} time over that of Optax's global norm, {name}"
         for (method, library), seconds in times.items():
-            yield Row(title, method, library, *spread(seconds[:, i] / times["global norm", "Optax"][:, i]))
+            yield Row(
+                title, method, library, *spread(seconds[:, i] / times["global norm", "Optax"][:, i])
+            )
 
 
 def _measure(optimizer: optax.GradientTransformation, tree: Any) -> Callable[[], np.ndarray]:

@@ -1,4 +1,6 @@
-"""The optimizers that are measured: Adam with each clip of this library, and with its peer in Optax."""
+"""The optimizers that are measured: Adam with each clip of this library, and with its peer in
+Optax.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -9,7 +11,9 @@ import optax
 import optaxclip
 from optaxclip import thresholds
 
-READS_AND_WRITES = 7  # of Adam: gradients, parameters and two moments are read, and all but the gradients written
+READS_AND_WRITES = (
+    7  # of Adam: gradients, parameters and two moments are read, and all but the gradients written
+)
 
 
 class Method(NamedTuple):
@@ -54,14 +58,20 @@ METHODS = {
     "global norm, skip NaN": Method(
         1, {"optaxclip": optaxclip.skip_nonfinite(OURS), "Optax": optax.apply_if_finite(THEIRS, 10)}
     ),
-    "global norm, skip spikes": Method(1, {"optaxclip": optaxclip.skip_spikes(OURS, thresholds.zscore(4.0))}),
+    "global norm, skip spikes": Method(
+        1, {"optaxclip": optaxclip.skip_spikes(OURS, thresholds.zscore(4.0))}
+    ),
 }
 FEW = ["none", "value", "global norm", "adagc", "global norm, skip NaN"]  # where all take too long
 
 
 def chosen(methods: Iterable[str]) -> dict[tuple[str, str], optax.GradientTransformation]:
     """By method and library, the optimizers of these methods."""
-    return {(name, library): optimizer for name in methods for library, optimizer in METHODS[name].optimizers.items()}
+    return {
+        (name, library): optimizer
+        for name in methods
+        for library, optimizer in METHODS[name].optimizers.items()
+    }
 
 
 def step(optimizer: optax.GradientTransformation) -> Callable[..., Any]:

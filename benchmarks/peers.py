@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# of what there are rows, and the package that is needed for them
 PACKAGES = {
     "torch": "torch",
     "Keras": "keras",
     "jax_privacy": "jax_privacy",
     "TPU": "libtpu",
     "H100": "jax_cuda12_plugin",
-}  # of what there are rows, and the package that is needed for them
+}
 
 Steps = dict[str, Callable[[], Any]]
 
@@ -26,7 +27,9 @@ def installed(peer: str) -> bool:
 
 
 def torch_steps(params: Any, grads: Any, methods: list[str]) -> Steps:
-    """By method, as far as there are such, a step of PyTorch's fused Adam on copies of these arrays."""
+    """By method, as far as there are such, a step of PyTorch's fused Adam on copies of these
+    arrays.
+    """
     torch = importlib.import_module("torch")
     clip = torch.nn.utils
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
@@ -47,7 +50,9 @@ def torch_steps(params: Any, grads: Any, methods: list[str]) -> Steps:
             adam.step()
 
     def step_of(method: Callable[..., None]) -> Callable[[], Any]:
-        weights = [torch.tensor(x, device=device, requires_grad=True) for x in jax.tree.leaves(params)]
+        weights = [
+            torch.tensor(x, device=device, requires_grad=True) for x in jax.tree.leaves(params)
+        ]
         for weight, gradient in zip(weights, jax.tree.leaves(grads), strict=True):
             weight.grad = torch.tensor(gradient, device=device)
         adam = torch.optim.Adam(weights, lr=1e-3, fused=True)
@@ -59,12 +64,19 @@ def torch_steps(params: Any, grads: Any, methods: list[str]) -> Steps:
 
         return step
 
-    known = {"none": none, "value": value, "global norm": global_norm, "global norm, skip NaN": skip}
+    known = {
+        "none": none,
+        "value": value,
+        "global norm": global_norm,
+        "global norm, skip NaN": skip,
+    }
     return {method: step_of(known[method]) for method in methods if method in known}
 
 
 def keras_steps(params: Any, grads: Any, methods: list[str]) -> Steps:
-    """By method, as far as there are such, a compiled step of Keras's Adam, with JAX as its backend, on copies of these."""
+    """By method, as far as there are such, a compiled step of Keras's Adam, with JAX as its
+    backend, on copies of these.
+    """
     os.environ["KERAS_BACKEND"] = "jax"  # read when it is imported
     keras = importlib.import_module("keras")
     gradients = list(map(jnp.array, jax.tree.leaves(grads)))

@@ -1,4 +1,5 @@
-"""What clipping each example costs over a plain batch gradient: memory, work and bytes by the compiler, and wall time.
+"""What clipping each example costs over a plain batch gradient: memory, work and bytes by the
+compiler, and wall time.
 
 The compiler counts the body of a loop once, so where there is a loop, flops and bytes are left out.
 """
@@ -102,12 +103,17 @@ def rows_of(model: Any) -> dict[str, Callable[..., Any]]:
     rows = {
         "plain": jax.value_and_grad(mean),
         "clipped_grad": per_example.clipped_grad(loss, 1.0),
-        f"clipped_grad, microbatch {MICROBATCH}": per_example.clipped_grad(loss, 1.0, microbatch=MICROBATCH),
+        f"clipped_grad, microbatch {MICROBATCH}": per_example.clipped_grad(
+            loss, 1.0, microbatch=MICROBATCH
+        ),
         "optax": stored,
     }
     if peers.installed("jax_privacy"):
         clipping = importlib.import_module("jax_privacy.clipping")
-        for name, size in ("jax_privacy", None), (f"jax_privacy, microbatch {MICROBATCH}", MICROBATCH):
+        for name, size in (
+            ("jax_privacy", None),
+            (f"jax_privacy, microbatch {MICROBATCH}", MICROBATCH),
+        ):
             options = {"batch_argnums": (1, 2), "keep_batch_dim": False, "microbatch_size": size}
             rows[name] = clipping.clipped_grad(loss, l2_clip_norm=1.0, **options)
     return rows
@@ -119,8 +125,13 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
         model, make_batch = MODELS[title]
         batch = make_batch()
         params: Any = model.init(jax.random.key(0), batch[0][0])
-        compiled: dict[str, Any] = {name: jax.jit(row).lower(params, *batch).compile() for name, row in rows_of(model).items()}
-        times = timed({name: functools.partial(row, params, *batch) for name, row in compiled.items()}, rounds)
+        compiled: dict[str, Any] = {
+            name: jax.jit(row).lower(params, *batch).compile()
+            for name, row in rows_of(model).items()
+        }
+        times = timed(
+            {name: functools.partial(row, params, *batch) for name, row in compiled.items()}, rounds
+        )
         costs = {name: counted(row) for name, row in compiled.items()}
         table = f"Over a plain gradient, {title}, batches of {BATCH}"
         for name in compiled:
@@ -134,4 +145,8 @@ def counted(compiled: Any) -> dict[str, float]:
     """Temporary memory, flops and bytes; NaN for the last two of a program with a loop."""
     cost, loop = compiled.cost_analysis(), " while(" in compiled.as_text()
     flops, moved = np.array([cost["flops"], cost["bytes accessed"]]) * (np.nan if loop else 1)
-    return {"temporary memory": compiled.memory_analysis().temp_size_in_bytes, "flops": flops, "bytes": moved}
+    return {
+        "temporary memory": compiled.memory_analysis().temp_size_in_bytes,
+        "flops": flops,
+        "bytes": moved,
+    }

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-PACKAGES = "jax jaxlib optax optaxclip numpy flax torch keras jax-privacy libtpu jax-cuda12-plugin".split()
+PACKAGES = (
+    "jax jaxlib optax optaxclip numpy flax torch keras jax-privacy libtpu jax-cuda12-plugin".split()
+)
 
 
 class Row(NamedTuple):
@@ -43,7 +45,8 @@ def circumstances() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "date": datetime.date.today().isoformat(),
-        "versions": {"python": platform.python_version()} | {name: version for name, version in found.items() if version},
+        "versions": {"python": platform.python_version()}
+        | {name: version for name, version in found.items() if version},
     }
 
 
@@ -51,17 +54,27 @@ def save(folder: Path, benchmark: str, rows: Sequence[Row], rounds: int) -> None
     """Writes `BENCHMARK.json` and `BENCHMARK.md`, which say the same."""
     folder.mkdir(parents=True, exist_ok=True)
     where = circumstances()
-    whole = {"benchmark": benchmark, **where, "rounds": rounds, "rows": [row._asdict() for row in rows]}
+    whole = {
+        "benchmark": benchmark,
+        **where,
+        "rounds": rounds,
+        "rows": [row._asdict() for row in rows],
+    }
     (folder / f"{benchmark}.json").write_text(json.dumps(whole, indent=1) + "\n")
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    times = "times are medians, with quartiles, of " + (f"{rounds} rounds" if rounds > 1 else "one round")
+    times = "times are medians, with quartiles, of " + (
+        f"{rounds} rounds" if rounds > 1 else "one round"
+    )
     said = f"Measured on {where['date']}, {times}; device: {where['device']}, {where['cores']} CPU cores; {versions}."
     (folder / f"{benchmark}.md").write_text(f"{tables(rows)}\n{said}\n")
 
 
 def tables(rows: Sequence[Row]) -> str:
     """All tables in Markdown: a line for each method, and a column for the limits if there are any."""
-    return "\n".join(_table(title, [row for row in rows if row.table == title]) for title in unique(row.table for row in rows))
+    return "\n".join(
+        _table(title, [row for row in rows if row.table == title])
+        for title in unique(row.table for row in rows)
+    )
 
 
 def unique(items: Any) -> list[Any]:
@@ -86,7 +99,9 @@ def _table(title: str, rows: Sequence[Row]) -> str:
 def _cell(row: Row) -> str:
     if row.low is None or row.high is None:
         return f"{row.value:.0f}" if float(row.value).is_integer() else f"{row.value:.3f}"
-    value, low, high = (f"{x:.2f}" if x < 100 else f"{x:.0f}" for x in (row.value, row.low, row.high))
+    value, low, high = (
+        f"{x:.2f}" if x < 100 else f"{x:.0f}" for x in (row.value, row.low, row.high)
+    )
     return f"{value} ({low} to {high})"
 
 

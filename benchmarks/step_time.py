@@ -1,4 +1,6 @@
-"""Wall time of an optimizer step on this machine's default device, as a ratio to the bare optimizer's of the same library."""
+"""Wall time of an optimizer step on this machine's default device, as a ratio to the bare
+optimizer's of the same library.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,9 +14,13 @@ from benchmarks.optimizers import FEW, METHODS, READS_AND_WRITES, chosen, compil
 from benchmarks.report import Row
 from benchmarks.timing import spread, timed
 
-# A CPU has a GPT-2 with two layers and 4000 words: each row holds parameters and moments of its own.
+# A CPU has a GPT-2 with two layers and 4000 words: each row holds parameters and moments of its
+# own.
 TREES = {
-    "GPT-2": (lambda: trees.gpt2() if jax.default_backend() == "gpu" else trees.gpt2(2, vocabulary=4000), METHODS),
+    "GPT-2": (
+        lambda: trees.gpt2() if jax.default_backend() == "gpu" else trees.gpt2(2, vocabulary=4000),
+        METHODS,
+    ),
     "ResNet-50": (trees.resnet50, METHODS),
     "tiny leaves": (trees.tiny, FEW),
 }
@@ -42,7 +48,9 @@ def _steps(params: Any, grads: Any, methods: list[str]) -> dict[tuple[str, str],
     steps = {row: _step(optimizer, params, on_device) for row, optimizer in chosen(methods).items()}
     for library, make in ("torch", peers.torch_steps), ("Keras", peers.keras_steps):
         if peers.installed(library):
-            steps |= {(method, library): step for method, step in make(params, grads, methods).items()}
+            steps |= {
+                (method, library): step for method, step in make(params, grads, methods).items()
+            }
     return steps
 
 

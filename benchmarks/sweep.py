@@ -1,7 +1,8 @@
 """A sweep over thresholds: all in one program under `jax.vmap`, or one after the other.
 
-A threshold is an argument of one compiled program, or a Python number of which each makes a program of its own. Each run trains
-a regression by SGD with momentum. With compilation, all is done in fresh caches, as in a process that has just started.
+A threshold is an argument of one compiled program, or a Python number of which each makes a program
+of its own. Each run trains a regression by SGD with momentum. With compilation, all is done in
+fresh caches, as in a process that has just started.
 """
 
 import time
@@ -27,7 +28,9 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
     """Rows of two tables; of two thresholds, to be quick."""
     thresholds = jnp.array(THRESHOLDS[::8] if quick else THRESHOLDS)
     measures = {
-        (way, library): _measure(start, clip, thresholds) for way, start in WAYS.items() for library, clip in CLIPS.items()
+        (way, library): _measure(start, clip, thresholds)
+        for way, start in WAYS.items()
+        for library, clip in CLIPS.items()
     }
     times = cold(measures, rounds)
     reference = times[next(iter(times))]
@@ -42,7 +45,10 @@ def run(clip: Callable[[Any], optax.GradientTransformation], threshold: Any) -> 
     optimizer = optax.chain(clip(threshold), optax.sgd(0.01, momentum=0.9))
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (STEPS, BATCH, 20))
-    params = {"hidden": jax.random.normal(keys[1], (20, WIDTH)) / 3, "out": jax.random.normal(keys[2], (WIDTH,)) / 3}
+    params = {
+        "hidden": jax.random.normal(keys[1], (20, WIDTH)) / 3,
+        "out": jax.random.normal(keys[2], (WIDTH,)) / 3,
+    }
 
     def loss(params: Any, x: Array) -> Array:
         return jnp.mean((jax.nn.relu(x @ params["hidden"]) @ params["out"] - x.sum(1)) ** 2)
@@ -70,11 +76,17 @@ def called(clip: Any, thresholds: Array) -> Callable[[], Any]:
 
 def compiled(clip: Any, thresholds: Array) -> Callable[[], Any]:
     """A program for each."""
-    programs = [jax.jit(lambda number=float(threshold): run(clip, number)) for threshold in thresholds]
+    programs = [
+        jax.jit(lambda number=float(threshold): run(clip, number)) for threshold in thresholds
+    ]
     return lambda: [program() for program in programs]
 
 
-WAYS = {"one program, under vmap": vmapped, "one program, called in turn": called, "a program for each threshold": compiled}
+WAYS = {
+    "one program, under vmap": vmapped,
+    "one program, called in turn": called,
+    "a program for each threshold": compiled,
+}
 
 
 def _measure(start: Callable[..., Any], clip: Any, thresholds: Array) -> Callable[[], np.ndarray]:

@@ -1,7 +1,8 @@
 """Wall time, as ratios within one run.
 
-All that is compared runs in one process, in turn, so what disturbs one disturbs all; a step follows one of its own kind, as in
-training, because what others leave in caches and allocators is not its cost.
+All that is compared runs in one process, in turn, so what disturbs one disturbs all; a step follows
+one of its own kind, as in training, because what others leave in caches and allocators is not its
+cost.
 """
 
 import gc
@@ -25,7 +26,9 @@ class Spread(NamedTuple):
 
 def timed(steps: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, np.ndarray]:
     """Seconds that each step takes, `[rounds]`."""
-    return interleaved({key: lambda step=step: _seconds(step) for key, step in steps.items()}, rounds)
+    return interleaved(
+        {key: lambda step=step: _seconds(step) for key, step in steps.items()}, rounds
+    )
 
 
 def interleaved(measures: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, np.ndarray]:
@@ -35,7 +38,9 @@ def interleaved(measures: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[
 
 
 def cold(measures: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, np.ndarray]:
-    """The same, each in fresh caches. What is done once in a process is no one's, so the first is called before all."""
+    """The same, each in fresh caches. What is done once in a process is no one's, so the first is
+    called before all.
+    """
 
     def fresh(measure: Callable[[], Any]) -> Any:
         jax.clear_caches()
@@ -43,7 +48,9 @@ def cold(measures: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, np
         return measure()
 
     fresh(next(iter(measures.values())))
-    return interleaved({key: lambda measure=measure: fresh(measure) for key, measure in measures.items()}, rounds)
+    return interleaved(
+        {key: lambda measure=measure: fresh(measure) for key, measure in measures.items()}, rounds
+    )
 
 
 def spread(values: np.ndarray) -> Spread:

@@ -1,7 +1,9 @@
-"""What a scheduled program moves to and from main memory, kernel by kernel, and how many messages it sends.
+"""What a scheduled program moves to and from main memory, kernel by kernel, and how many messages
+it sends.
 
-Bytes are counted so: each operand that a kernel reads from main memory once, and each result that it writes
-once. Buffers that the compiler keeps on chip are free, and an asynchronous copy onto the chip counts as one read.
+Bytes are counted so: each operand that a kernel reads from main memory once, and each result that
+it writes once. Buffers that the compiler keeps on chip are free, and an asynchronous copy onto the
+chip counts as one read.
 """
 
 import math
@@ -38,11 +40,15 @@ NO_KERNEL = {
     "collective-permute-done",
     "opt-barrier",
 }
-COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 
 
 def messages(program: str) -> int:
-    """How many collective operations there are, each counted once, those of branches and loops as well."""
+    """How many collective operations there are, each counted once, those of branches and loops as
+    well.
+    """
     return len(COLLECTIVE.findall(program))
 
 
@@ -76,4 +82,7 @@ def _bytes(text: str) -> int:
     """Size of the arrays in `text` that live in main memory; `S(1)` and the like are on chip."""
     off_chip = [array for array in _arrays(text) if not re.search(r"S\([1-9]\)", array)]
     parsed = [array.split("{")[0].rstrip("]").split("[") for array in off_chip]
-    return sum(WIDTHS.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in parsed)
+    return sum(
+        WIDTHS.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
+        for dtype, shape in parsed
+    )

@@ -12,18 +12,52 @@ def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257) -> dict[st
     """GPT-2: 124 million parameters in 148 leaves."""
     block = {
         **{f"ln{i}_{name}": (width,) for i in (1, 2) for name in ("scale", "bias")},
-        **{"qkv": (width, 3 * width), "qkv_bias": (3 * width,), "out": (width, width), "out_bias": (width,)},
-        **{"up": (width, 4 * width), "up_bias": (4 * width,), "down": (4 * width, width), "down_bias": (width,)},
+        **{
+            "qkv": (width, 3 * width),
+            "qkv_bias": (3 * width,),
+            "out": (width, width),
+            "out_bias": (width,),
+        },
+        **{
+            "up": (width, 4 * width),
+            "up_bias": (4 * width,),
+            "down": (4 * width, width),
+            "down_bias": (width,),
+        },
     }
-    shapes = {"wte": (vocabulary, width), "wpe": (1024, width), "ln_scale": (width,), "ln_bias": (width,)}
+    shapes = {
+        "wte": (vocabulary, width),
+        "wpe": (1024, width),
+        "ln_scale": (width,),
+        "ln_bias": (width,),
+    }
     return _structs({**shapes, **{f"block{i}": block for i in range(layers)}})
 
 
-def llama(layers: int = 22, width: int = 2048, hidden: int = 5632, keys: int = 256, vocabulary: int = 32000) -> dict[str, Any]:
-    """TinyLlama: 1.1 billion parameters in 201 leaves. `keys` is the width of keys and values, which heads share."""
+def llama(
+    layers: int = 22,
+    width: int = 2048,
+    hidden: int = 5632,
+    keys: int = 256,
+    vocabulary: int = 32000,
+) -> dict[str, Any]:
+    """TinyLlama: 1.1 billion parameters in 201 leaves. `keys` is the width of keys and values,
+    which heads share.
+    """
     block = {
-        **{"attention_norm": (width,), "q": (width, width), "k": (width, keys), "v": (width, keys), "o": (width, width)},
-        **{"mlp_norm": (width,), "gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)},
+        **{
+            "attention_norm": (width,),
+            "q": (width, width),
+            "k": (width, keys),
+            "v": (width, keys),
+            "o": (width, width),
+        },
+        **{
+            "mlp_norm": (width,),
+            "gate": (width, hidden),
+            "up": (width, hidden),
+            "down": (hidden, width),
+        },
     }
     shapes = {"embedding": (vocabulary, width), "norm": (width,), "head": (width, vocabulary)}
     return _structs({**shapes, **{f"block{i}": block for i in range(layers)}})
@@ -40,7 +74,10 @@ def resnet50() -> dict[str, Any]:
         width = 64 * 2**stage
         for block in range(blocks):
             tree[f"stage{stage}_{block}"] = {
-                **{f"conv{i}": convolution(*shape) for i, shape in enumerate([(1, inputs, width), (3, width, width)])},
+                **{
+                    f"conv{i}": convolution(*shape)
+                    for i, shape in enumerate([(1, inputs, width), (3, width, width)])
+                },
                 **{"conv2": convolution(1, width, 4 * width)},
                 **({} if block else {"shortcut": convolution(1, inputs, 4 * width)}),
             }
@@ -67,4 +104,8 @@ def noise(tree: Any, scale: float) -> Any:
 
 
 def _structs(shapes: Any) -> Any:
-    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )

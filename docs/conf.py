@@ -48,14 +48,20 @@ TABLE = re.compile(r"(?:^\|.*\|$\n?)+", re.MULTILINE)
 
 
 def from_markdown(app, what, name, obj, options, lines):
-    """Links and tables in docstrings are Markdown, as they are read in a terminal; Sphinx wants them in its own language."""
+    """Links and tables in docstrings are Markdown, as they are read in a terminal; Sphinx wants
+    them in its own language.
+    """
     text = LINK.sub(lambda link: f"`{' '.join(link[1].split())} <{link[2]}>`__", "\n".join(lines))
     lines[:] = TABLE.sub(lambda table: _list_table(table[0].splitlines()), text).splitlines()
 
 
 def _list_table(rows):
     head, _, *body = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
-    cells = [f"   {'* ' if not i else '  '}- {cell}" for row in [head, *body] for i, cell in enumerate(row)]
+    cells = [
+        f"   {'* ' if not i else '  '}- {cell}"
+        for row in [head, *body]
+        for i, cell in enumerate(row)
+    ]
     return "\n".join([".. list-table::", "   :header-rows: 1", "", *cells, ""])
 
 
@@ -66,7 +72,9 @@ class Written(str):
 
 
 def with_written_defaults(app, function, bound_method):
-    """Puts `norms.l2()` in a signature in place of all that it is; a row has the options of `clip` besides its own."""
+    """Puts `norms.l2()` in a signature in place of all that it is; a row has the options of `clip`
+    besides its own.
+    """
     if inspect.isfunction(function) and function.__module__.startswith(project):
         written = {**_defaults(optaxclip.clip), **_defaults(function)}
         signature = inspect.signature(function)
@@ -81,10 +89,16 @@ def _defaults(function):
     arguments = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].args
     positional = [*arguments.posonlyargs, *arguments.args]
     pairs = [
-        *zip(positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True),
+        *zip(
+            positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True
+        ),
         *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
     ]
-    return {argument.arg: Written(ast.unparse(default)) for argument, default in pairs if default is not None}
+    return {
+        argument.arg: Written(ast.unparse(default))
+        for argument, default in pairs
+        if default is not None
+    }
 
 
 def setup(app):

@@ -1,8 +1,10 @@
-"""Draws the pictures of the documentation, and writes its page of methods out of their docstrings: `scripts/docs` runs it.
+"""Draws the pictures of the documentation, and writes its page of methods out of their docstrings:
+`scripts/docs` runs it.
 
-Every method clips the same gradients of one matrix: noise around a slowly falling norm, single spikes, two zero steps, and a
-level that rises for good. What is drawn is what its own reading says. What a step costs is kept in `measured/methods.json`;
-`python -m docs.gallery --measure` writes that where there is a compiler for TPU, as in the environment of `scripts/bench`.
+Every method clips the same gradients of one matrix: noise around a slowly falling norm, single
+spikes, two zero steps, and a level that rises for good. What is drawn is what its own reading says.
+What a step costs is kept in `measured/methods.json`; `python -m docs.gallery --measure` writes that
+where there is a compiler for TPU, as in the environment of `scripts/bench`.
 """
 
 import argparse
@@ -41,7 +43,9 @@ class Entry(NamedTuple):
 
     call: str
     scale: float = 1.0
-    chain: Callable[..., optax.GradientTransformation] | None = lambda clip, adam: optax.chain(clip, adam)
+    chain: Callable[..., optax.GradientTransformation] | None = lambda clip, adam: optax.chain(
+        clip, adam
+    )
 
     @property
     def name(self) -> str:
@@ -70,13 +74,13 @@ ENTRIES = {
         Entry("log_norm_clip()"),
         Entry("growth_clip()"),
         Entry("spam_clip(50.0)"),
-        Entry("stabilize_gradient()"),
+        Entry("gradient_stabilizer()"),
     ],
     "Other things than gradients, or otherwise": [
         Entry("clippy()", scale=0.01, chain=lambda clip, adam: optax.chain(adam, clip)),
         Entry("scale_by_stable_adam()", chain=lambda clip, _: clip),
         Entry("spectral_clip(1.0)", chain=None),
-        Entry("carry(clip_by_global_norm(4.0))"),
+        Entry("error_feedback(clip_by_global_norm(4.0))"),
     ],
 }
 ADAM = optax.adam(1e-3)
@@ -95,7 +99,12 @@ def stream() -> np.ndarray:
     """Gradients `[steps, *shape]`, the same every time."""
     random = np.random.default_rng(0)
     step = np.arange(STEPS)
-    norms = 2 * (1 + 2 * np.exp(-step / 40)) * np.exp(0.2 * random.normal(size=STEPS)) * np.where(step >= RISE, 5, 1)
+    norms = (
+        2
+        * (1 + 2 * np.exp(-step / 40))
+        * np.exp(0.2 * random.normal(size=STEPS))
+        * np.where(step >= RISE, 5, 1)
+    )
     for spike, factor in SPIKES.items():
         norms[spike] *= factor
     norms[[60, 61]] = 0
@@ -131,9 +140,14 @@ def page() -> str:
         text.append(f"\n## {heading}")
         for entry in entries:
             before, references = parts(inspect.getdoc(getattr(optaxclip, entry.name)) or "")
-            cost_of = f"Cost {costs[entry.name]:.2f}" if entry.chain else "Cost: a singular value decomposition of each matrix"
+            cost_of = (
+                f"Cost {costs[entry.name]:.2f}"
+                if entry.chain
+                else "Cost: a singular value decomposition of each matrix"
+            )
             text += [
-                f"\n### `{entry.name}`\n\n{before}\n\n![Size, limit and size after clipping](gallery/{entry.name}.svg)\n",
+                f"\n### `{entry.name}`\n\n{before}\n\n![Size, limit and size after "
+                f"clipping](gallery/{entry.name}.svg)\n",
                 f"*`{entry.call}`. {cost_of}, state {remembered(entry)}.*\n\n"
                 f"{references or 'The classic.'} API: {{func}}`optaxclip.{entry.name}`.",
             ]
@@ -171,12 +185,26 @@ def direction() -> Figure:
     ):
         clipped = clip.update(gradient, clip.init(gradient))[0]
         angle = np.linspace(-0.3, np.pi / 2, 100)
-        border = (2 * np.cos(angle), 2 * np.sin(angle)) if "tree" in title else ([2, 2, -0.4], [-0.6, 2, 2])
+        border = (
+            (2 * np.cos(angle), 2 * np.sin(angle))
+            if "tree" in title
+            else ([2, 2, -0.4], [-0.6, 2, 2])
+        )
         axes.plot(*border, color="black", linestyle=(0, (4, 2)), linewidth=1)
-        for arrow, style in zip((gradient, clipped), (plots.LINES["size_before"], plots.LINES["size_after"]), strict=True):
-            axes.annotate("", arrow, (0, 0), arrowprops={"color": style["color"], "width": 2, "headwidth": 9})
-            axes.annotate(style["label"], arrow, (4, -16), textcoords="offset points", color=style["color"])
-        axes.set(title=title, xlim=(-0.4, 3.8), ylim=(-0.6, 2.6), aspect="equal", xlabel="first number")
+        for arrow, style in zip(
+            (gradient, clipped),
+            (plots.LINES["size_before"], plots.LINES["size_after"]),
+            strict=True,
+        ):
+            axes.annotate(
+                "", arrow, (0, 0), arrowprops={"color": style["color"], "width": 2, "headwidth": 9}
+            )
+            axes.annotate(
+                style["label"], arrow, (4, -16), textcoords="offset points", color=style["color"]
+            )
+        axes.set(
+            title=title, xlim=(-0.4, 3.8), ylim=(-0.6, 2.6), aspect="equal", xlabel="first number"
+        )
     figure.axes[0].set(ylabel="second number")
     return figure
 
@@ -185,8 +213,12 @@ def response_curves() -> Figure:
     """Size after against size before, at limit 1."""
     figure = Figure((5.6, 2.8), layout="constrained")
     axes, size = figure.subplots(), jnp.linspace(0.005, 3, 600)
-    named = ("rescale", "smooth", "zero", "normalize", "band", "automatic", "psac")
-    for name, colour in zip(named, ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#555555"), strict=True):
+    named = ("rescale", "smooth", "drop", "normalize", "band", "automatic", "psac")
+    for name, colour in zip(
+        named,
+        ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#555555"),
+        strict=True,
+    ):
         after = getattr(responses, name)(size, size, jnp.ones_like(size))
         axes.plot(size, after, label=name, color=colour, linewidth=3 if name == "rescale" else 1.3)
     axes.set(xlabel="size before, in limits", ylabel="size after, in limits")
@@ -203,14 +235,23 @@ def save(figure: Figure, path: Path) -> None:
 
 def measure() -> dict[str, float]:
     """What a step costs on TPU v5e with each method, for GPT-2, in units of its parameters."""
-    optimizers = {entry.name: entry.chain(entry.clip(), ADAM) for entry in sum(ENTRIES.values(), []) if entry.chain}
+    optimizers = {
+        entry.name: entry.chain(entry.clip(), ADAM)
+        for entry in sum(ENTRIES.values(), [])
+        if entry.chain
+    }
     peers = {"adam": ADAM, "optax": optax.chain(optax.clip_by_global_norm(1.0), ADAM)}
-    return {name: round(cost(optimizer, gpt2(), "v5e").units, 3) for name, optimizer in tqdm({**peers, **optimizers}.items())}
+    return {
+        name: round(cost(optimizer, gpt2(), "v5e").units, 3)
+        for name, optimizer in tqdm({**peers, **optimizers}.items())
+    }
 
 
 def main() -> None:
     """Writes the page and all pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", action="store_true", help="only write what a step costs")
     if parser.parse_args().measure:
         COSTS.write_text(json.dumps(measure(), indent=2) + "\n")

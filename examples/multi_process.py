@@ -1,8 +1,10 @@
-"""Several processes train one model, its parameters and its batches split between them: they clip by one norm, and skip as one.
+"""Several processes train one model, its parameters and its batches split between them: they clip
+by one norm, and skip as one.
 
-Each process stands for a host of a cluster: it knows its own rows of every matrix and of every batch, and talks to the others
-through `jax.distributed` alone. In one step a single process gets a NaN in its rows; all leave the step out. The result is
-compared with that of one process which has everything.
+Each process stands for a host of a cluster: it knows its own rows of every matrix and of every
+batch, and talks to the others through `jax.distributed` alone. In one step a single process gets a
+NaN in its rows; all leave the step out. The result is compared with that of one process which has
+everything.
 """
 
 import argparse
@@ -25,12 +27,16 @@ import optaxclip
 from optaxclip import telemetry
 
 BATCH, WIDTH = 32, 64
-OPTIMIZER = optaxclip.skip_nonfinite(optax.chain(optaxclip.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9)))
+OPTIMIZER = optaxclip.skip_nonfinite(
+    optax.chain(optaxclip.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9))
+)
 MODEL = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(WIDTH), nn.tanh, nn.Dense(1)])
 
 
 def batches(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs `[steps, BATCH, WIDTH]` and targets `[steps, BATCH]`, with a NaN in the last rows of the middle step."""
+    """Inputs `[steps, BATCH, WIDTH]` and targets `[steps, BATCH]`, with a NaN in the last rows of
+    the middle step.
+    """
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((steps, BATCH, WIDTH), np.float32)
     y = np.sin(x.sum(-1))
@@ -39,11 +45,15 @@ def batches(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split(tree: Any, mesh: Mesh) -> Any:
-    """NumPy arrays as global arrays, of which each process has some rows; what cannot be split evenly is with all of them."""
+    """NumPy arrays as global arrays, of which each process has some rows; what cannot be split
+    evenly is with all of them.
+    """
 
     def place(x: np.ndarray) -> jax.Array:
         spec = PartitionSpec("hosts") if x.ndim and x.shape[0] % mesh.size == 0 else PartitionSpec()
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+        return jax.make_array_from_callback(
+            x.shape, NamedSharding(mesh, spec), lambda index: x[index]
+        )
 
     return jax.tree.map(place, tree)
 
@@ -67,14 +77,23 @@ def train(seed: int, steps: int) -> dict[str, Any]:
 
     for batch in zip(x, y, strict=True):
         params, opt_state = step(params, opt_state, *split(batch, mesh))
-    counts = {name: float(value) for name, value in telemetry.metrics(opt_state).items() if "steps" in name or "before" in name}
+    counts = {
+        name: float(value)
+        for name, value in telemetry.metrics(opt_state).items()
+        if "steps" in name or "before" in name
+    }
     whole = multihost_utils.process_allgather(params, tiled=True)
-    return {"params": np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(whole)]).tolist(), **counts}
+    return {
+        "params": np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(whole)]).tolist(),
+        **counts,
+    }
 
 
 def main() -> None:
     """Starts the processes, and compares what each of them has in the end with the same from one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=2, help="how many")
     parser.add_argument("--steps", type=int, default=40, help="of training")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
@@ -86,7 +105,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if options.process is not None:
         jax.distributed.initialize(options.address, options.processes, options.process)
-        (folder / f"process{options.process}.json").write_text(json.dumps(train(options.seed, options.steps)))
+        (folder / f"process{options.process}.json").write_text(
+            json.dumps(train(options.seed, options.steps))
+        )
         return
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -96,7 +117,9 @@ def main() -> None:
     alone = train(options.seed, options.steps)
     if any([process.wait() for process in running]):
         raise SystemExit("a process failed; its error is above")
-    print(f"{'':12}{'skipped':>9}{'clipped':>9}{'last norm':>11}{'furthest parameter from one process':>38}")
+    print(
+        f"{'':12}{'skipped':>9}{'clipped':>9}{'last norm':>11}{'furthest parameter from one process':>38}"
+    )
     for i in range(options.processes):
         found = json.loads((folder / f"process{i}.json").read_text())
         apart = np.max(np.abs(np.subtract(found["params"], alone["params"])))

@@ -8,10 +8,10 @@ from optaxclip import scopes as scopes
 from optaxclip import telemetry as telemetry
 from optaxclip import testing as testing
 from optaxclip import thresholds as thresholds
+from optaxclip._backward import clip_activation_grad as clip_activation_grad
 from optaxclip._backward import clip_cotangent as clip_cotangent
-from optaxclip._backward import clipped as clipped
-from optaxclip._carry import carry as carry
 from optaxclip._clip import clip as clip
+from optaxclip._feedback import error_feedback as error_feedback
 from optaxclip._guard import skip_nonfinite as skip_nonfinite
 from optaxclip._guard import skip_spikes as skip_spikes
 from optaxclip._types import ClipState as ClipState
@@ -28,6 +28,7 @@ from optaxclip.methods import clip_by_global_norm as clip_by_global_norm
 from optaxclip.methods import clip_by_norm as clip_by_norm
 from optaxclip.methods import clip_by_value as clip_by_value
 from optaxclip.methods import clippy as clippy
+from optaxclip.methods import gradient_stabilizer as gradient_stabilizer
 from optaxclip.methods import growth_clip as growth_clip
 from optaxclip.methods import history_clip as history_clip
 from optaxclip.methods import log_norm_clip as log_norm_clip
@@ -35,5 +36,4 @@ from optaxclip.methods import quantile_clip as quantile_clip
 from optaxclip.methods import scale_by_stable_adam as scale_by_stable_adam
 from optaxclip.methods import spam_clip as spam_clip
 from optaxclip.methods import spectral_clip as spectral_clip
-from optaxclip.methods import stabilize_gradient as stabilize_gradient
 from optaxclip.methods import zclip as zclip

@@ -1,13 +1,15 @@
 r"""Gradients of one example, kept as factors whose product is never computed.
 
-The gradient of a matrix is a product: of what came into the layer and of what flowed back to its output, summed over the
-positions where the matrix was used, :math:`G = \sum_t u_t v_t^T`. Its norm needs only products of rows with rows,
-:math:`|G|^2 = \sum_{t,s} (u_t \cdot u_s)(v_t \cdot v_s)`, and the weighted sum over a batch is one product for all examples.
-Where the factors are fewer numbers than the gradient, both are less memory and less work.
+The gradient of a matrix is a product: of what came into the layer and of what flowed back to its
+output, summed over the positions where the matrix was used, :math:`G = \sum_t u_t v_t^T`. Its norm
+needs only products of rows with rows, :math:`|G|^2 = \sum_{t,s} (u_t \cdot u_s)(v_t \cdot v_s)`,
+and the weighted sum over a batch is one product for all examples. Where the factors are fewer
+numbers than the gradient, both are less memory and less work.
 
-To find factors, the program that JAX traces for the gradient of one example is run again, but what a matrix product, a
-convolution or a sum over rows returns is remembered as factors until something asks for its numbers. So it does not matter
-with what a model is written, and what is not known here is computed as ever.
+To find factors, the program that JAX traces for the gradient of one example is run again, but what
+a matrix product, a convolution or a sum over rows returns is remembered as factors until something
+asks for its numbers. So it does not matter with what a model is written, and what is not known here
+is computed as ever.
 """
 
 import dataclasses
@@ -33,9 +35,11 @@ class Product:
     """A product of two factors, summed over the axes that are not in the result.
 
     Attributes:
-        left: a factor; if `chosen`, integers instead: which row of the result each row of `right` is added to.
+        left: a factor; if `chosen`, integers instead: which row of the result each row of `right`
+            is added to.
         right: the other factor.
-        left_axes: for each axis of the left factor, which axis of the result it is; negative where it is summed over.
+        left_axes: for each axis of the left factor, which axis of the result it is; negative where
+            it is summed over.
         right_axes: the same for the right factor.
         shape: of the result.
         chosen: the axis of the result that the integers count along.
@@ -53,7 +57,9 @@ class Product:
         return self
 
     def multiply(self, weights: Array | None = None) -> Array:
-        """The product; with weights `[examples]`, the weighted sum over examples, which both factors have in front."""
+        """The product; with weights `[examples]`, the weighted sum over examples, which both
+        factors have in front.
+        """
         left, right, lefts, rights = self.left, self.right, self.left_axes, self.right_axes
         if weights is not None:
             left, right = _without(left, weights), _weighted(right, weights)
@@ -93,9 +99,12 @@ class Product:
     def with_axis(self, axis: int) -> "Product":
         """Factors of the product with a new axis of length 1."""
         renamed = self._renamed(
-            {old: old + (old >= axis) for old in range(len(self.shape))}, (*self.shape[:axis], 1, *self.shape[axis:])
+            {old: old + (old >= axis) for old in range(len(self.shape))},
+            (*self.shape[:axis], 1, *self.shape[axis:]),
         )
-        return dataclasses.replace(renamed, right=self.right[None], right_axes=(axis, *renamed.right_axes))
+        return dataclasses.replace(
+            renamed, right=self.right[None], right_axes=(axis, *renamed.right_axes)
+        )
 
     def part(self, axis: int, start: int, end: int) -> "Product | None":
         """Factors of the part of the product that is between two places of an axis."""
@@ -112,9 +121,15 @@ class Product:
         """Both factors have got an axis in front: it is summed over, or the first of the result."""
         if summed:
             new = min(*self.left_axes, *self.right_axes, 0) - 1
-            return dataclasses.replace(self, left_axes=(new, *self.left_axes), right_axes=(new, *self.right_axes))
-        moved = self._renamed({old: old + 1 for old in range(len(self.shape))}, (length, *self.shape))
-        return dataclasses.replace(moved, left_axes=(0, *moved.left_axes), right_axes=(0, *moved.right_axes))
+            return dataclasses.replace(
+                self, left_axes=(new, *self.left_axes), right_axes=(new, *self.right_axes)
+            )
+        moved = self._renamed(
+            {old: old + 1 for old in range(len(self.shape))}, (length, *self.shape)
+        )
+        return dataclasses.replace(
+            moved, left_axes=(0, *moved.left_axes), right_axes=(0, *moved.right_axes)
+        )
 
     def exchanged(self) -> "Product":
         """The same with left and right exchanged."""
@@ -122,24 +137,33 @@ class Product:
 
     def owned(self) -> frozenset[int]:
         """The axes of the result that belong to the left factor."""
-        return frozenset(axis for axis in (*self.left_axes, self.chosen) if axis is not None and axis >= 0)
+        return frozenset(
+            axis for axis in (*self.left_axes, self.chosen) if axis is not None and axis >= 0
+        )
 
     def _renamed(self, names: dict[int, int], shape: tuple[int, ...]) -> "Product":
-        lefts, rights = (tuple(names.get(axis, axis) for axis in axes) for axes in (self.left_axes, self.right_axes))
+        lefts, rights = (
+            tuple(names.get(axis, axis) for axis in axes)
+            for axes in (self.left_axes, self.right_axes)
+        )
         chosen = None if self.chosen is None else names[self.chosen]
-        return dataclasses.replace(self, left_axes=lefts, right_axes=rights, shape=shape, chosen=chosen)
+        return dataclasses.replace(
+            self, left_axes=lefts, right_axes=rights, shape=shape, chosen=chosen
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """A convolution of two arrays, of which one is the gradient with respect to the kernel if the other flowed back.
+    """A convolution of two arrays, of which one is the gradient with respect to the kernel if the
+    other flowed back.
 
     Attributes:
         left: `[channels, summed, *space]`.
         right: `[channels, summed, *positions]`.
         options: as of `jax.lax.conv_general_dilated`.
-        order: for each axis of the result, which of `[left channels, right channels, *kernel]` it is.
+        order: for each axis of the result, which of `[left channels, right channels, *kernel]` it
+            is.
         shape: of the result.
     """
 
@@ -151,16 +175,35 @@ class Convolution:
 
     def factors(self) -> Product:
         """As a product: the left factor is every patch that the positions see."""
-        options, shape = dict(self.options), tuple(self.shape[self.order.index(axis)] for axis in range(len(self.shape)))
+        options, shape = (
+            dict(self.options),
+            tuple(self.shape[self.order.index(axis)] for axis in range(len(self.shape))),
+        )
         kernel = shape[2:]
         channels, summed, *space = self.left.shape
         steps, strides = options["window_strides"], options["rhs_dilation"]
         positions = self.right.shape[2:]
         padding = []
         for size, inside, length, count, step, stride, (low, _) in zip(
-            space, options["lhs_dilation"], kernel, positions, steps, strides, options["padding"], strict=True
+            space,
+            options["lhs_dilation"],
+            kernel,
+            positions,
+            steps,
+            strides,
+            options["padding"],
+            strict=True,
         ):
-            padding.append((low, (count - 1) * stride + (length - 1) * step + 1 - ((size - 1) * inside + 1) - low))
+            padding.append(
+                (
+                    low,
+                    (count - 1) * stride
+                    + (length - 1) * step
+                    + 1
+                    - ((size - 1) * inside + 1)
+                    - low,
+                )
+            )
         patches = jax.lax.conv_general_dilated_patches(
             self.left.reshape(channels * summed, 1, *space),
             kernel,
@@ -176,14 +219,20 @@ class Convolution:
         return plain.transposed(self.order)
 
     def multiply(self, weights: Array | None = None) -> Array:
-        """The result; with weights `[examples]`, the weighted sum over examples, which both arrays have in front."""
+        """The result; with weights `[examples]`, the weighted sum over examples, which both arrays
+        have in front.
+        """
         left, right = self.left, self.right
         if weights is not None:
             left, right = (_merged(x) for x in (_without(left, weights), _weighted(right, weights)))
         ndim = len(self.shape)
         numbers = jax.lax.ConvDimensionNumbers(*[tuple(range(ndim))] * 3)
         found = jax.lax.conv_general_dilated(
-            left, right, dimension_numbers=numbers, preferred_element_type=_wide(right), **dict(self.options)
+            left,
+            right,
+            dimension_numbers=numbers,
+            preferred_element_type=_wide(right),
+            **dict(self.options),
         )
         return jnp.transpose(found, self.order)
 
@@ -216,15 +265,20 @@ class Lazy:
 
     def is_short(self) -> bool:
         """Whether the factors are fewer numbers than the array."""
-        return sum(x.left.size + x.right.size for x in _outlines(self.terms)) < math.prod(self.shape)
+        return sum(x.left.size + x.right.size for x in _outlines(self.terms)) < math.prod(
+            self.shape
+        )
 
     def is_chosen(self) -> bool:
         """Whether rows are added to it by their places: such terms cannot be stacked, only summed."""
         return any(isinstance(term, Product) and term.chosen is not None for term in self.terms)
 
 
-def factored_grad(loss: Callable[..., Any], params: Any, *example: Any) -> tuple[Any, list[Array | tuple[Term, ...]]]:
-    """What `loss(params, *example)` returns, and its gradients by the leaves of `params`: arrays, or the terms of their sum.
+def factored_grad(
+    loss: Callable[..., Any], params: Any, *example: Any
+) -> tuple[Any, list[Array | tuple[Term, ...]]]:
+    """What `loss(params, *example)` returns, and its gradients by the leaves of `params`: arrays,
+    or the terms of their sum.
 
     Args:
         loss: returns a scalar, and another tree.
@@ -245,43 +299,72 @@ def squares(gradient: Array | tuple[Term, ...]) -> Array:
         wide = gradient.astype(_wide(gradient))
         return jnp.sum((wide * jnp.conj(wide)).real)
     terms = _alike([term.factors() for term in gradient]) or []
-    pairs = [(a, b, 1 if i == j else 2) for i, a in enumerate(terms) for j, b in enumerate(terms[: i + 1])]
+    pairs = [
+        (a, b, 1 if i == j else 2)
+        for i, a in enumerate(terms)
+        for j, b in enumerate(terms[: i + 1])
+    ]
     total = sum((count * _inner(a, b) for a, b, count in pairs), jnp.zeros((), jnp.float32))
     return jnp.maximum(total, 0)  # below 0 by rounding, where terms cancel
 
 
 def weighted_sum(gradient: Array | tuple[Term, ...], weights: Array) -> Array:
-    """The weighted sum of gradients of examples, which every array has in front; what has the weight 0 may be NaN."""
+    """The weighted sum of gradients of examples, which every array has in front; what has the
+    weight 0 may be NaN.
+    """
     if isinstance(gradient, tuple):
         return functools.reduce(jnp.add, (term.multiply(weights) for term in gradient))
-    return jnp.tensordot(weights.astype(_wide(gradient)), _without(gradient, weights).astype(_wide(gradient)), 1)
+    return jnp.tensordot(
+        weights.astype(_wide(gradient)), _without(gradient, weights).astype(_wide(gradient)), 1
+    )
 
 
 def _is_factored(x: Any) -> bool:
-    return isinstance(x, Lazy) and bool(x.terms) and x.is_short() and _alike(_outlines(x.terms)) is not None
+    return (
+        isinstance(x, Lazy)
+        and bool(x.terms)
+        and x.is_short()
+        and _alike(_outlines(x.terms)) is not None
+    )
 
 
 def _outlines(terms: Sequence[Term]) -> list[Product]:
     """The factors of terms as shapes."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), terms, is_leaf=lambda x: isinstance(x, Array))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        terms,
+        is_leaf=lambda x: isinstance(x, Array),
+    )
     return [jax.eval_shape(lambda term: term.factors(), term) for term in shapes]
 
 
 def _alike(terms: list[Product]) -> list[Product] | None:
-    """The same terms with left factors that have the same axes of the result; None if that can't be."""
+    """The same terms with left factors that have the same axes of the result; None if that can't
+    be.
+    """
     first = next((term for term in terms if term.chosen is not None), terms[0])
     common = [set(term.owned()) & set(term.right_axes) for term in terms]
     if any(axes != common[0] for axes in common):
         return None
-    turned = [term if term.owned() == first.owned() or term.chosen is not None else term.exchanged() for term in terms]
+    turned = [
+        term if term.owned() == first.owned() or term.chosen is not None else term.exchanged()
+        for term in terms
+    ]
     return turned if all(term.owned() == first.owned() for term in turned) else None
 
 
 def _inner(a: Product, b: Product) -> Array:
     """The inner product of two products whose left factors have the same axes."""
-    names = {axis: axis - 1000 for axis in (*b.left_axes, *b.right_axes) if axis < 0}  # other positions
-    lefts, rights = (tuple(names.get(axis, axis) for axis in axes) for axes in (b.left_axes, b.right_axes))
-    out = tuple(dict.fromkeys([*(axis for axis in a.left_axes if axis < 0 or axis in a.right_axes), *names.values()]))
+    # other positions
+    names = {axis: axis - 1000 for axis in (*b.left_axes, *b.right_axes) if axis < 0}
+    lefts, rights = (
+        tuple(names.get(axis, axis) for axis in axes) for axes in (b.left_axes, b.right_axes)
+    )
+    out = tuple(
+        dict.fromkeys(
+            [*(axis for axis in a.left_axes if axis < 0 or axis in a.right_axes), *names.values()]
+        )
+    )
     if a.chosen is None and b.chosen is None:
         left = _einsum(a.left, a.left_axes, b.left, lefts, out, "highest")
     elif b.chosen is None:
@@ -296,16 +379,24 @@ def _inner(a: Product, b: Product) -> Array:
 
 
 def _einsum(
-    x: Array, x_axes: tuple[int, ...], y: Array, y_axes: tuple[int, ...], out: tuple[int, ...], precision: Any = None
+    x: Array,
+    x_axes: tuple[int, ...],
+    y: Array,
+    y_axes: tuple[int, ...],
+    out: tuple[int, ...],
+    precision: Any = None,
 ) -> Array:
     names = {axis: chr(ord("a") + i) for i, axis in enumerate(dict.fromkeys((*x_axes, *y_axes)))}
     words = ["".join(names[axis] for axis in axes) for axes in (x_axes, y_axes, out)]
     x, y = map(_promotable, (x, y))
-    return jnp.einsum("{},{}->{}".format(*words), x, y, precision=precision, preferred_element_type=_wide(x, y))
+    return jnp.einsum(
+        "{},{}->{}".format(*words), x, y, precision=precision, preferred_element_type=_wide(x, y)
+    )
 
 
 def _wide(*arrays: Array) -> Any:
-    return jnp.result_type(jnp.float32, *[x.dtype for x in arrays if x.dtype.itemsize > 1])  # JAX promotes no floats of 8 bits
+    # JAX promotes no floats of 8 bits
+    return jnp.result_type(jnp.float32, *[x.dtype for x in arrays if x.dtype.itemsize > 1])
 
 
 def _promotable(x: Array) -> Array:
@@ -333,12 +424,21 @@ def _squeezed(x: Array, axes: tuple[int, ...], axis: int) -> Array:
 
 # Running a program
 
-_UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # what parameters of another structure raise
+# what parameters of another structure raise
+_UNREADABLE = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+)
 
 
 def _run(program: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """The outputs of a program, each an array or `Lazy`, for arguments that may be either."""
-    values: dict[Any, Any] = dict(zip([*program.constvars, *program.invars], [*consts, *args], strict=True))
+    values: dict[Any, Any] = dict(
+        zip([*program.constvars, *program.invars], [*consts, *args], strict=True)
+    )
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, Literal) else values[v]
@@ -365,27 +465,41 @@ def _array(x: Any) -> Any:
 
 
 def _scan(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
-    """A loop, of which sums in the carry and rows in the outputs are made of factors if these are short."""
+    """A loop, of which sums in the carry and rows in the outputs are made of factors if these are
+    short.
+    """
     options, body, ends = equation.params, equation.params["jaxpr"], _ends(equation)
     if ends is None:
         return None
     first, end = ends
-    consts, start, xs = list(map(_array, inputs[:first])), inputs[first:end], list(map(_array, inputs[end:]))
+    consts, start, xs = (
+        list(map(_array, inputs[:first])),
+        inputs[first:end],
+        list(map(_array, inputs[end:])),
+    )
     length = options["length"]
     sums, rows = _short(body, first, end)
     sums = {i for i in sums if isinstance(start[i], Lazy)}
 
     def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], Any]:
         kept = iter(carry)
-        given = [_nothing(v.aval) if i in sums else next(kept) for i, v in enumerate(body.jaxpr.invars[first:end])]
+        given = [
+            _nothing(v.aval) if i in sums else next(kept)
+            for i, v in enumerate(body.jaxpr.invars[first:end])
+        ]
         outs = _run(body.jaxpr, body.consts, [*consts, *given, *x])
         terms = {i: [term.factors() for term in outs[i].terms] for i in sums | rows}
         carried = [_array(x) for i, x in enumerate(outs[: end - first]) if i not in sums]
-        return carried, (terms, [_array(x) for i, x in enumerate(outs) if i >= end - first and i not in rows])
+        return carried, (
+            terms,
+            [_array(x) for i, x in enumerate(outs) if i >= end - first and i not in rows],
+        )
 
     others = [i for i in range(end - first) if i not in sums]
     begin = [jnp.asarray(_array(start[i]), body.jaxpr.invars[first + i].aval.dtype) for i in others]
-    carried, (terms, ys) = jax.lax.scan(step, begin, xs, length, options["reverse"], options["unroll"])
+    carried, (terms, ys) = jax.lax.scan(
+        step, begin, xs, length, options["reverse"], options["unroll"]
+    )
     arrays = iter([*carried, *ys])
 
     def result(i: int, like: Any) -> Any:
@@ -393,13 +507,20 @@ def _scan(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
             return next(arrays)
         own = [term.stacked(length, i in sums) for term in terms[i]]
         own = [*start[i].terms, *own] if i in sums else own
-        return Lazy(own, lambda: sum((term.multiply() for term in own), jnp.zeros(like.shape)).astype(like.dtype), like)
+        return Lazy(
+            own,
+            lambda: sum((term.multiply() for term in own), jnp.zeros(like.shape)).astype(
+                like.dtype
+            ),
+            like,
+        )
 
     return [result(i, v.aval) for i, v in enumerate(equation.outvars)]
 
 
 def _ends(equation: Any) -> tuple[int, int] | None:
-    """Where in the inputs of a loop the constants end, and where the carry does; None if they are in another order.
+    """Where in the inputs of a loop the constants end, and where the carry does; None if they are
+    in another order.
 
     Shapes tell it in every version of JAX, the parameters do not.
     """
@@ -412,13 +533,18 @@ def _ends(equation: Any) -> tuple[int, int] | None:
 
     xs, ys = sliced(equation.invars, body.invars), sliced(equation.outvars, body.outvars)
     end, carry = len(xs) - sum(xs), len(ys) - sum(ys)
-    kinds = [[(v.aval.shape, v.aval.dtype) for v in vs] for vs in (body.invars[end - carry : end], body.outvars[:carry])]
+    kinds = [
+        [(v.aval.shape, v.aval.dtype) for v in vs]
+        for vs in (body.invars[end - carry : end], body.outvars[:carry])
+    ]
     ordered = xs == sorted(xs) and ys == sorted(ys) and carry <= end and kinds[0] == kinds[1]
     return (end - carry, end) if ordered else None
 
 
 def _short(body: Any, first: int, end: int) -> tuple[set[int], set[int]]:
-    """Of the outputs of a loop's body, which are sums of what was carried and short factors, and which are short factors."""
+    """Of the outputs of a loop's body, which are sums of what was carried and short factors, and
+    which are short factors.
+    """
     sums: set[int] = set()
     rows: set[int] = set()
 
@@ -429,21 +555,34 @@ def _short(body: Any, first: int, end: int) -> tuple[set[int], set[int]]:
             used.add(i)
             return args[first + i]
 
-        given = [Lazy([Carried(i)], functools.partial(ask, i), v.aval) for i, v in enumerate(body.jaxpr.invars[first:end])]
+        given = [
+            Lazy([Carried(i)], functools.partial(ask, i), v.aval)
+            for i, v in enumerate(body.jaxpr.invars[first:end])
+        ]
         outs = _run(body.jaxpr, body.consts, [*args[:first], *given, *args[end:]])
         for i, x in enumerate(outs):
             terms = x.terms if isinstance(x, Lazy) else ()
             carried = [term for term in terms if isinstance(term, Carried)]
-            rest = Lazy([term for term in terms if not isinstance(term, Carried)], lambda x=x: _array(x), x)
+            rest = Lazy(
+                [term for term in terms if not isinstance(term, Carried)], lambda x=x: _array(x), x
+            )
             if i < end - first and carried == [Carried(i)] and rest.terms and rest.is_short():
                 sums.add(i)
-            elif i >= end - first and terms and not carried and rest.is_short() and not rest.is_chosen():
+            elif (
+                i >= end - first
+                and terms
+                and not carried
+                and rest.is_short()
+                and not rest.is_chosen()
+            ):
                 rows.add(i)
             else:
                 _array(x)
         sums.difference_update(used)
 
-    jax.eval_shape(probe, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in body.jaxpr.invars])
+    jax.eval_shape(
+        probe, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in body.jaxpr.invars]
+    )
     return sums, rows
 
 
@@ -451,7 +590,8 @@ def _nothing(like: Any) -> Lazy:
     return Lazy([], lambda: jnp.zeros(like.shape, like.dtype), like)
 
 
-# What the results of operations are made of: terms; None, also among them, for what is to be computed
+# What the results of operations are made of: terms; None, also among them, for what is to be
+# computed
 
 
 def _is_real(x: Any) -> bool:
@@ -466,7 +606,9 @@ def _dot(inputs: list[Any], equation: Any) -> list[Any] | None:
     count = len(left_common)
 
     def named(x: Array, sums: Sequence[int], common: Sequence[int], start: int) -> tuple[int, ...]:
-        names = {axis: -1 - i for i, axis in enumerate(sums)} | {axis: i for i, axis in enumerate(common)}
+        names = {axis: -1 - i for i, axis in enumerate(sums)} | {
+            axis: i for i, axis in enumerate(common)
+        }
         free = [axis for axis in range(x.ndim) if axis not in names]
         names |= {axis: start + i for i, axis in enumerate(free)}
         return tuple(names[axis] for axis in range(x.ndim))
@@ -478,7 +620,11 @@ def _dot(inputs: list[Any], equation: Any) -> list[Any] | None:
 
 def _convolution(inputs: list[Any], equation: Any) -> list[Any] | None:
     (left, right), options, out = map(_array, inputs), equation.params, equation.outvars[0].aval
-    if options["feature_group_count"] != 1 or options["batch_group_count"] != 1 or not _is_real(out):
+    if (
+        options["feature_group_count"] != 1
+        or options["batch_group_count"] != 1
+        or not _is_real(out)
+    ):
         return None
     numbers = options["dimension_numbers"]
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
@@ -486,7 +632,11 @@ def _convolution(inputs: list[Any], equation: Any) -> list[Any] | None:
     for axis, at in enumerate(numbers.out_spec):
         order[at] = axis
     left, right = jnp.transpose(left, numbers.lhs_spec), jnp.transpose(right, numbers.rhs_spec)
-    return [Convolution(left, right, tuple((name, options[name]) for name in names), tuple(order), out.shape)]
+    return [
+        Convolution(
+            left, right, tuple((name, options[name]) for name in names), tuple(order), out.shape
+        )
+    ]
 
 
 def _add_rows(inputs: list[Any], equation: Any) -> list[Any] | None:
@@ -510,7 +660,10 @@ def _add_rows(inputs: list[Any], equation: Any) -> list[Any] | None:
         rows = jnp.where(inside[(...,) + (None,) * (rows.ndim - place.ndim)], rows, 0)
     positions = tuple(range(-place.ndim, 0))
     place = jnp.clip(place, 0, out.shape[0] - 1)
-    return [*table.terms, Product(place, rows, positions, (*positions, *range(1, out.ndim)), out.shape, 0)]
+    return [
+        *table.terms,
+        Product(place, rows, positions, (*positions, *range(1, out.ndim)), out.shape, 0),
+    ]
 
 
 def _add(inputs: list[Any], equation: Any) -> list[Any] | None:
@@ -522,9 +675,18 @@ def _add(inputs: list[Any], equation: Any) -> list[Any] | None:
 def _broadcast(inputs: list[Any], equation: Any) -> list[Any] | None:
     x, shape = inputs[0], equation.outvars[0].aval.shape
     if isinstance(x, Lazy):
-        new = [axis for axis in range(len(shape)) if axis not in equation.params["broadcast_dimensions"]]
-        return _each(x, lambda term: _with_axes(term, new)) if math.prod(x.shape) == math.prod(shape) else None
-    return [] if not isinstance(x, Array) and np.ndim(x) == 0 and np.asarray(x) == 0 else None  # a literal zero
+        new = [
+            axis
+            for axis in range(len(shape))
+            if axis not in equation.params["broadcast_dimensions"]
+        ]
+        return (
+            _each(x, lambda term: _with_axes(term, new))
+            if math.prod(x.shape) == math.prod(shape)
+            else None
+        )
+    # a literal zero
+    return [] if not isinstance(x, Array) and np.ndim(x) == 0 and np.asarray(x) == 0 else None
 
 
 def _each(x: Any, change: Callable[[Any], Any]) -> list[Any] | None:
@@ -542,12 +704,20 @@ def _converted(inputs: list[Any], equation: Any) -> list[Any] | None:
 
 def _times(inputs: list[Any], equation: Any) -> list[Any] | None:
     x, factor = inputs if isinstance(inputs[0], Lazy) else inputs[::-1]
-    return _each(x, lambda term: term.scaled(factor)) if not isinstance(factor, Lazy) and np.ndim(factor) == 0 else None
+    return (
+        _each(x, lambda term: term.scaled(factor))
+        if not isinstance(factor, Lazy) and np.ndim(factor) == 0
+        else None
+    )
 
 
 def _divided(inputs: list[Any], equation: Any) -> list[Any] | None:
     x, divisor = inputs
-    return _each(x, lambda term: term.scaled(1 / divisor)) if not isinstance(divisor, Lazy) and np.ndim(divisor) == 0 else None
+    return (
+        _each(x, lambda term: term.scaled(1 / divisor))
+        if not isinstance(divisor, Lazy) and np.ndim(divisor) == 0
+        else None
+    )
 
 
 def _negative(inputs: list[Any], equation: Any) -> list[Any] | None:
@@ -595,10 +765,14 @@ def _inlined(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
 
 
 def _computed_again(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
-    """What is computed again to save memory; the barrier keeps the compiler from merging it with the first computation."""
+    """What is computed again to save memory; the barrier keeps the compiler from merging it with
+    the first computation.
+    """
     if not hasattr(equation.params["jaxpr"], "eqns"):
         return None
-    return _run(equation.params["jaxpr"], (), jax.lax.optimization_barrier(list(map(_array, inputs))))
+    return _run(
+        equation.params["jaxpr"], (), jax.lax.optimization_barrier(list(map(_array, inputs)))
+    )
 
 
 def _parts(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
@@ -611,7 +785,10 @@ def _parts(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
     outs = functools.cache(lambda: _bind(equation, inputs))
     try:
         ends = itertools.accumulate(sizes or [1] * len(equation.outvars), initial=0)
-        made = [_each(inputs[0], functools.partial(change, where=(axis, *ends))) for ends in itertools.pairwise(ends)]
+        made = [
+            _each(inputs[0], functools.partial(change, where=(axis, *ends)))
+            for ends in itertools.pairwise(ends)
+        ]
     except _UNREADABLE:
         return None
     if any(terms is None or None in terms for terms in made):
@@ -624,10 +801,11 @@ def _parts(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the outputs of an operation are made of factors, for the parameters that the operation is known with.
+    """How the outputs of an operation are made of factors, for the parameters that the operation is
+    known with.
 
-    The parameters of JAX's operations are no public interface. With any others the operation is computed as ever, which
-    costs memory and never a result.
+    The parameters of JAX's operations are no public interface. With any others the operation is
+    computed as ever, which costs memory and never a result.
 
     Attributes:
         outputs: `(inputs, equation) -> outputs`; None for an operation that is to be computed.
@@ -644,12 +822,18 @@ class Rule:
         return self.needed <= options.keys() <= self.needed | self.others
 
 
-def _rule(outputs: Callable[[list[Any], Any], Sequence[Any] | None], needed: str = "", others: str = "") -> Rule:
+def _rule(
+    outputs: Callable[[list[Any], Any], Sequence[Any] | None], needed: str = "", others: str = ""
+) -> Rule:
     return Rule(outputs, frozenset(needed.split()), frozenset(others.split()))
 
 
-def _terms(make: Callable[[list[Any], Any], list[Any] | None], needed: str = "", others: str = "") -> Rule:
-    """The rule of an operation with one output, of which `make` returns the terms; None, also among them, to compute it."""
+def _terms(
+    make: Callable[[list[Any], Any], list[Any] | None], needed: str = "", others: str = ""
+) -> Rule:
+    """The rule of an operation with one output, of which `make` returns the terms; None, also among
+    them, to compute it.
+    """
 
     def outputs(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
         try:
@@ -672,17 +856,24 @@ _RULES: dict[str, Rule] = {
     "closed_call": _rule(_inlined, "call_jaxpr"),
     "checkpoint": _rule(_computed_again, "jaxpr", "differentiated policy prevent_cse"),
     "remat2": _rule(_computed_again, "jaxpr", "differentiated policy prevent_cse"),
-    "scan": _rule(_scan, "jaxpr length reverse unroll", "num_consts num_carry linear _split_transpose ft_in ft_out"),
+    "scan": _rule(
+        _scan,
+        "jaxpr length reverse unroll",
+        "num_consts num_carry linear _split_transpose ft_in ft_out",
+    ),
     "split": _rule(_parts, "axis sizes"),
     "unstack": _rule(_parts, "axis"),
     "dot_general": _terms(_dot, "dimension_numbers", _DOT),
     "conv_general_dilated": _terms(
         _convolution,
-        "dimension_numbers window_strides padding lhs_dilation rhs_dilation precision feature_group_count batch_group_count",
+        "dimension_numbers window_strides padding lhs_dilation rhs_dilation precision "
+        "feature_group_count batch_group_count",
         _DOT,
     ),
     "scatter-add": _terms(
-        _add_rows, "dimension_numbers mode", "indices_are_sorted unique_indices update_jaxpr update_consts out_sharding"
+        _add_rows,
+        "dimension_numbers mode",
+        "indices_are_sorted unique_indices update_jaxpr update_consts out_sharding",
     ),
     "add": _terms(_add),
     "add_any": _terms(_add),

@@ -1,7 +1,8 @@
 """Every part of JAX that is private or still moves between versions, in one place.
 
-No other module uses these parts, and `tests/test_jax_parts.py` tries each by itself. So when a new version of JAX changes
-one of them, that test names it and this file is where to mend it. Tested on JAX 0.8.2, 0.10.2 and 0.12.0.
+No other module uses these parts, and `tests/test_jax_parts.py` tries each by itself. So when a new
+version of JAX changes one of them, that test names it and this file is where to mend it. Tested on
+JAX 0.8.2, 0.10.2 and 0.12.0.
 """
 
 from collections.abc import Hashable, Sequence
@@ -17,17 +18,20 @@ from jax.typing import ArrayLike
 # 0.8.2 to 0.12.0: constants in a jaxpr; replaces `jax.core.Literal`, which is gone since 0.4.36.
 Literal = core.Literal
 
-# A traced program, one with its constants, and what runs it: two classes on 0.8.2 and 0.10.2, one class on 0.12.0.
+# A traced program, one with its constants, and what runs it: two classes on 0.8.2 and 0.10.2, one
+# class on 0.12.0.
 Jaxpr, ClosedJaxpr, jaxpr_as_fun = core.Jaxpr, core.ClosedJaxpr, core.jaxpr_as_fun
 
 
-# 0.8.2 to 0.12.0: `ctx.manager` restores the mesh and the options of an equation; there is no public way.
+# 0.8.2 to 0.12.0: `ctx.manager` restores the mesh and the options of an equation; there is no
+# public way.
 def context(equation: Any) -> AbstractContextManager[Any]:
     """The context in which an equation of a jaxpr was traced."""
     return equation.ctx.manager
 
 
-# 0.8.2 returns functions and options, 0.10.2 and 0.12.0 options alone; `jax.core.eval_jaxpr` runs whole jaxprs only.
+# 0.8.2 returns functions and options, 0.10.2 and 0.12.0 options alone; `jax.core.eval_jaxpr` runs
+# whole jaxprs only.
 def bind(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     """The outputs of one equation of a jaxpr."""
     parts = equation.primitive.get_bind_params(equation.params)
@@ -56,7 +60,8 @@ def varying(x: Any) -> frozenset[Hashable]:
     return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)
 
 
-# In `jax.core` on 0.8.2, in `jax.extend.core` on 0.10.2 and 0.12.0. Only errors use it, so it may be missing.
+# In `jax.core` on 0.8.2, in `jax.extend.core` on 0.10.2 and 0.12.0. Only errors use it, so it may
+# be missing.
 def axis_names() -> tuple[Hashable, ...]:
     """The axes that are mapped here by `shard_map`, `pmap` and `vmap`."""
     name = "unsafe_get_axis_names_DO_NOT_USE"
@@ -64,9 +69,12 @@ def axis_names() -> tuple[Hashable, ...]:
     return tuple(names()) if names else tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-# A string that begins "<axis 0x" on 0.8.2, one constant on 0.10.2 and 0.12.0; there is no public way to ask.
+# A string that begins "<axis 0x" on 0.8.2, one constant on 0.10.2 and 0.12.0; there is no public
+# way to ask.
 def is_nameless(axis: Hashable) -> bool:
-    """Whether JAX made up this axis for a `pmap` without `axis_name`, so that no collective can name it."""
+    """Whether JAX made up this axis for a `pmap` without `axis_name`, so that no collective can
+    name it.
+    """
     return str(axis).startswith(("<axis 0x", "_internal_pmap_axis_name"))
 
 

@@ -15,9 +15,7 @@ from optaxclip._packing import columns, common
 from optaxclip._sharding import Names, is_names, names_of
 from optaxclip._types import Axes, Scope
 
-STATISTICS = (
-    "_overwrite_with_gradient"  # Flax keeps fp8 statistics under this key: they replace parameters, they are no gradients
-)
+STATISTICS = "_overwrite_with_gradient"  # Flax keeps fp8 statistics under this key: they replace parameters, they are no gradients
 
 
 class Layout(NamedTuple):
@@ -60,11 +58,15 @@ class Layout(NamedTuple):
         return [value for i in sorted(rest) if hasattr(value := _inside(self.nodes[i]), "dtype")]
 
     def per_leaf(self, *blocks: list[Array]) -> list[Any]:
-        """For each gradient its own entry of each of the blocks, together as they broadcast against it."""
+        """For each gradient its own entry of each of the blocks, together as they broadcast against
+        it.
+        """
         if self.axes is not None:
             return list(zip(*blocks, strict=True))
         if len(self.groups) == 1:
-            return [list(common(jnp.concatenate([block[0] for block in blocks])))] * len(self.gradients)
+            return [list(common(jnp.concatenate([block[0] for block in blocks])))] * len(
+                self.gradients
+            )
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
         own = columns(jnp.stack([block[0] for block in blocks]))
         return [own[group_of[k]] for k in range(len(self.gradients))]
@@ -78,7 +80,8 @@ class Layout(NamedTuple):
         """The leaves of `params` that belong to the gradients.
 
         Raises:
-            ValueError: there are no parameters, or one is missing or has another shape than its gradient.
+            ValueError: there are no parameters, or one is missing or has another shape than its
+                gradient.
         """
         if not self.measured:
             return []
@@ -90,7 +93,8 @@ class Layout(NamedTuple):
         return own
 
     def names_of_axes(self, sharded_over: Any) -> list[Names | None]:
-        """For each gradient the mapped axes, from one choice for all or a tree of them that the updates start with.
+        """For each gradient the mapped axes, from one choice for all or a tree of them that the
+        updates start with.
 
         Raises:
             ValueError: the tree has another structure than the updates.
@@ -105,13 +109,17 @@ class Layout(NamedTuple):
             jax.tree.map(choose, sharded_over, tree, is_leaf=is_names)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                "sharded_over must be names of mapped axes or a tree of them that the updates start with, got "
-                f"{sharded_over!r} for updates of structure {self.treedef}; give each part its names, () for none"
+                "sharded_over must be names of mapped axes or a tree of them that the updates "
+                "start with, got "
+                f"{sharded_over!r} for updates of structure {self.treedef}; give each part its "
+                f"names, () for none"
             ) from error
         return [chosen[i] for i in self.measured]
 
     def filled(self, arrays: Iterable[Array]) -> Any:
-        """A tree like the updates: these arrays where the gradients are, and a zero for any other array."""
+        """A tree like the updates: these arrays where the gradients are, and a zero for any other
+        array.
+        """
         nodes = [_with_inside(node, _stand_in(_inside(node))) for node in self.nodes]
         for i, array in zip(self.measured, arrays, strict=True):
             nodes[i] = array if self.nodes[i] is None else _with_inside(self.nodes[i], array)
@@ -127,32 +135,42 @@ class Layout(NamedTuple):
         return self.filled(map(array, self.gradients))
 
     def replaced(self, tree: Any, arrays: Iterable[Array]) -> Any:
-        """A tree of this structure with other arrays where the gradients are; all else, boxes included, as it was."""
+        """A tree of this structure with other arrays where the gradients are; all else, boxes
+        included, as it was.
+        """
         nodes = self.treedef.flatten_up_to(tree)
         for i, array in zip(self.measured, arrays, strict=True):
             nodes[i] = _with_inside(nodes[i], array)
         return jax.tree.unflatten(self.treedef, nodes)
 
     def rebuild(self, gradients: Iterable[Array]) -> Any:
-        """The updates with new gradients; what was no float, although its parameter is there, stays as it was."""
+        """The updates with new gradients; what was no float, although its parameter is there, stays
+        as it was.
+        """
         nodes = list(self.nodes)
         for i, gradient in zip(self.measured, gradients, strict=True):
-            nodes[i] = _with_inside(nodes[i], gradient) if _is_float(_inside(nodes[i])) else nodes[i]
+            nodes[i] = (
+                _with_inside(nodes[i], gradient) if _is_float(_inside(nodes[i])) else nodes[i]
+            )
         return jax.tree.unflatten(self.treedef, nodes)
 
 
 def lay_out(scope: Scope, tree: Any, params: Any = None, *, weights: bool = False) -> Layout:
-    """Finds the leaves of `tree` that `scope` measures; integers, booleans, float0 and keys are not.
+    """Finds the leaves of `tree` that `scope` measures; integers, booleans, float0 and keys are
+    not.
 
-    Where a gradient is None though its parameter is there, it counts as zero, and stays None. With `weights`, integers of 8
-    bits and less among the parameters are quantized weights, which are measured as well.
+    Where a gradient is None though its parameter is there, it counts as zero, and stays None. With
+    `weights`, integers of 8 bits and less among the parameters are quantized weights, which are
+    measured as well.
     """
     keys, nodes, treedef = _flattened(tree)
     present = list(map(_inside, nodes))
     if params is not None and (weights or any(leaf is None for leaf in present)):
         others = map(_inside, _validate.same_structure(params, treedef))
         present = [
-            _zeros(other) if leaf is None or (weights and _is_quantized(other) and not _is_float(leaf)) else leaf
+            _zeros(other)
+            if leaf is None or (weights and _is_quantized(other) and not _is_float(leaf))
+            else leaf
             for leaf, other in zip(present, others, strict=True)
         ]
     paths = _paths(keys)
@@ -160,10 +178,15 @@ def lay_out(scope: Scope, tree: Any, params: Any = None, *, weights: bool = Fals
         if not is_absent(leaf):
             _validate.sparse(path, leaf)
             _validate.leaf(path, leaf)
-    numbers = [i for i, leaf in enumerate(present) if _is_float(leaf) or (weights and _is_quantized(leaf))]
+    numbers = [
+        i for i, leaf in enumerate(present) if _is_float(leaf) or (weights and _is_quantized(leaf))
+    ]
     numbers = [i for i in numbers if not _holds_statistics(keys[i])]
     names = {i: _group_of(scope, paths[i]) for i in numbers}
-    axes = {i: () if scope.axes is None else scope.axes(paths[i], jnp.asarray(present[i])) for i in numbers}
+    axes = {
+        i: () if scope.axes is None else scope.axes(paths[i], jnp.asarray(present[i]))
+        for i in numbers
+    }
     measured = [i for i in numbers if names[i] is not None and axes[i] is not None]
     found = [paths[i] for i in measured]
     layout = Layout(treedef, nodes, measured, [present[i] for i in measured], found, names=found)
@@ -199,11 +222,15 @@ def _flattened(tree: Any) -> tuple[list[Any], list[Any], Any]:
 
 
 def _is_box(node: Any) -> bool:
-    """Whether a node holds one leaf and what is known of it, such as Flax's `nnx.Param` and `nn.Partitioned`.
+    """Whether a node holds one leaf and what is known of it, such as Flax's `nnx.Param` and
+    `nn.Partitioned`.
 
-    Some functions of Flax take boxes off and others leave them on, so their keys are no part of a path.
+    Some functions of Flax take boxes off and others leave them on, so their keys are no part of a
+    path.
     """
-    if isinstance(node, jax.Array | np.ndarray) or not (hasattr(node, "__jax_array__") or hasattr(node, "unbox")):
+    if isinstance(node, jax.Array | np.ndarray) or not (
+        hasattr(node, "__jax_array__") or hasattr(node, "unbox")
+    ):
         return False
     values = jax.tree.leaves(node, is_leaf=is_absent)
     return len(values) == 1 and values[0] is not node
@@ -216,7 +243,11 @@ def _inside(node: Any) -> Any:
 
 def _with_inside(node: Any, value: Any) -> Any:
     """The box with another leaf in it; without a box, that leaf."""
-    return jax.tree.unflatten(jax.tree.structure(node, is_leaf=is_absent), [value]) if _is_box(node) else value
+    return (
+        jax.tree.unflatten(jax.tree.structure(node, is_leaf=is_absent), [value])
+        if _is_box(node)
+        else value
+    )
 
 
 def _stand_in(value: Any) -> Any:
@@ -225,11 +256,15 @@ def _stand_in(value: Any) -> Any:
 
 
 def _paths(keys: Sequence[Any]) -> list[str]:
-    """A path for each leaf, `encoder/0/kernel`; leaves that would share one get longer ones, and no two are the same."""
+    """A path for each leaf, `encoder/0/kernel`; leaves that would share one get longer ones, and no
+    two are the same.
+    """
     paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key in keys]
     for spell in (_escaped, jax.tree_util.keystr):
         count = Counter(paths)
-        paths = [spell(key) if count[path] > 1 else path for key, path in zip(keys, paths, strict=True)]
+        paths = [
+            spell(key) if count[path] > 1 else path for key, path in zip(keys, paths, strict=True)
+        ]
     return paths
 
 
@@ -263,7 +298,11 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _is_quantized(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize == 1
+    return (
+        hasattr(leaf, "dtype")
+        and jnp.issubdtype(leaf.dtype, jnp.integer)
+        and leaf.dtype.itemsize == 1
+    )
 
 
 def _dtype(leaf: Any) -> Any:

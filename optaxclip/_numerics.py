@@ -8,19 +8,23 @@ from jax import Array
 
 
 def share(values: Array, top: Array) -> Array:
-    """`values / top`, where the top is a positive float; otherwise the values. The top is only a scale, without derivative."""
+    """`values / top`, where the top is a positive float; otherwise the values. The top is only a
+    scale, without derivative.
+    """
     top = jax.lax.stop_gradient(jnp.where((top > 0) & jnp.isfinite(top), top, 1))
-    # A quarter of both, because the compiler multiplies by 1 / top, which is flushed to 0 for the largest floats.
+    # A quarter of both, because the compiler multiplies by 1 / top, which is flushed to 0 for the
+    # largest floats.
     quarter = jnp.where(top > 1, 0.25, 1).astype(top.dtype)
     return values * quarter / (top * quarter)
 
 
 @jax.custom_jvp
 def harmless(ok: Array, floats: Any) -> Any:
-    """A tree of floats itself; but where they are not ok, they are ones to a derivative, which would be 0 * NaN otherwise.
+    """A tree of floats itself; but where they are not ok, they are ones to a derivative, which
+    would be 0 * NaN otherwise.
 
-    Ones, not zeros, since much has no derivative at zero: norms, and the root in the first step of Adam. Where nobody asks
-    for a derivative it costs nothing.
+    Ones, not zeros, since much has no derivative at zero: norms, and the root in the first step of
+    Adam. Where nobody asks for a derivative it costs nothing.
     """
     return floats
 

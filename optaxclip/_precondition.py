@@ -32,14 +32,20 @@ def clip_after(
         floats = params if is_placeholder(params) else lay_out(scopes.leaf(), params).floats()
         return PreconditionedState(inner.init(floats), clip.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, PreconditionedState]:
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, PreconditionedState]:
         _validate.state(state, PreconditionedState)
         layout = lay_out(scopes.leaf(), updates, params)
-        weights = None if params is None else layout._replace(gradients=layout.matching(params)).floats()
+        weights = (
+            None if params is None else layout._replace(gradients=layout.matching(params)).floats()
+        )
         gradients = layout.floats()
         steps, inner_state = inner.update(gradients, state.inner, weights)
         steps = layout.rebuild(layout.of(steps))
-        clipped, clip_state = clip.update(steps, state.clip, params, measured=measured(gradients, inner_state))
+        clipped, clip_state = clip.update(
+            steps, state.clip, params, measured=measured(gradients, inner_state)
+        )
         parts = zip(layout.of(clipped), layout.gradients, strict=True)
         out = [norms.cast_like(like if x is None else x, like) for x, like in parts]
         return layout.rebuild(out), PreconditionedState(inner_state, clip_state)

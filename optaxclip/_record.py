@@ -1,4 +1,6 @@
-"""RECORD, the last part of the engine: what a step measured and did, as a table with four numbers for each group or leaf."""
+"""RECORD, the last part of the engine: what a step measured and did, as a table with four numbers
+for each group or leaf.
+"""
 
 from typing import Any
 
@@ -48,17 +50,24 @@ def record_step(
     blocks = list(zip(sizes, clipped_sizes, limits, strict=True))
     several = 1 if layout.axes is None else packing.several
     joined = [jax.vmap(_column, out_axes=1)(*block) for block in blocks[:several]]
-    own = [numbers[k] for (k,) in packing.own[several:]] if numbers else [None] * len(blocks[several:])
+    own = (
+        [numbers[k] for (k,) in packing.own[several:]]
+        if numbers
+        else [None] * len(blocks[several:])
+    )
     order = np.arange(len(layout.names)) if layout.axes is None else packing.order
     measured = _read(joined, list(map(_source, blocks[several:], own)), order)
     if layout.axes is not None:
         measured = _sharding.everywhere(measured)
     counted = jnp.stack([measured[3] > 0, ~jnp.isfinite(measured[0])]).any(1).astype(jnp.int32)
-    return Reading(measured.astype(reading.measured.dtype), reading.counted + counted, Names.of(layout.names))
+    return Reading(
+        measured.astype(reading.measured.dtype), reading.counted + counted, Names.of(layout.names)
+    )
 
 
 def _source(block: tuple[Array, ...], numbers: Any) -> tuple[Array, ...]:
-    """What a block is read from: sizes before and after and limits; or, where there is one limit, the numbers themselves.
+    """What a block is read from: sizes before and after and limits; or, where there is one limit,
+    the numbers themselves.
 
     XLA on CPU would store the magnitudes of the numbers, and those after clipping.
     """
@@ -69,7 +78,9 @@ def _source(block: tuple[Array, ...], numbers: Any) -> tuple[Array, ...]:
 
 
 def _read(joined: list[Array], sources: list[tuple[Array, ...]], order: np.ndarray) -> Array:
-    """A table `[4, blocks]`: columns that there are, and columns read from the sources, put in order."""
+    """A table `[4, blocks]`: columns that there are, and columns read from the sources, put in
+    order.
+    """
 
     def one_by_one(joined: list[Array], sources: list[Any]) -> Array:
         return _table(joined + [_column(*source)[:, None] for source in sources], order)
@@ -78,7 +89,10 @@ def _read(joined: list[Array], sources: list[tuple[Array, ...]], order: np.ndarr
         own = alike(sources)
         first = len(order) - len(sources)
         found = np.append(np.arange(first), first + places(own))
-        return _table(joined + [jax.vmap(_column, out_axes=1)(*stack) for stack in stacked(sources, own)], found[order])
+        return _table(
+            joined + [jax.vmap(_column, out_axes=1)(*stack) for stack in stacked(sources, own)],
+            found[order],
+        )
 
     if not sources:
         return _table(joined, order)
@@ -95,7 +109,9 @@ def _table(columns: list[Array], order: np.ndarray) -> Array:
 
 @jax.jit  # so that sources that are equal are traced once
 def _column(*source: Array) -> Array:
-    """Four numbers: the largest size before and after, the largest limit, and the share of what is over it."""
+    """Four numbers: the largest size before and after, the largest limit, and the share of what is
+    over it.
+    """
     if len(source) == 2:
         numbers, limit = source
         size = jnp.abs(numbers)
@@ -104,7 +120,10 @@ def _column(*source: Array) -> Array:
         largest = [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
     else:
         size, clipped_size, limit = source
-        largest = [jnp.max(block, initial=0) for block in (size, clipped_size, _sharding.mapped_as(size, limit))]
+        largest = [
+            jnp.max(block, initial=0)
+            for block in (size, clipped_size, _sharding.mapped_as(size, limit))
+        ]
     # Through int8, because XLA adds converted booleans one by one on CPU.
     share = _is_over(size, limit).astype(jnp.int8).sum(dtype=jnp.float32) / max(size.size, 1)
     return jnp.stack([*largest, share])

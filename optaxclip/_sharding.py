@@ -1,4 +1,6 @@
-"""What is split over mapped axes (of `jax.shard_map`, `jax.pmap`, `jax.vmap`), and sums and maxima over all its parts."""
+"""What is split over mapped axes (of `jax.shard_map`, `jax.pmap`, `jax.vmap`), and sums and maxima
+over all its parts.
+"""
 
 import functools
 import itertools
@@ -20,7 +22,9 @@ Names = tuple[Hashable, ...]
 
 def is_names(value: Any) -> bool:
     """Whether this is one name, several names, or None, and not a container of such."""
-    containers = isinstance(value, dict | list) or (isinstance(value, tuple) and not all(isinstance(n, str) for n in value))
+    containers = isinstance(value, dict | list) or (
+        isinstance(value, tuple) and not all(isinstance(n, str) for n in value)
+    )
     return not containers
 
 
@@ -32,8 +36,8 @@ def names_of(value: Any) -> Names | None:
 def manual_axes() -> Names:
     """The axes of the `shard_map` or `pmap` around this code.
 
-    A `pmap` without `axis_name` does not count. Its axis has no name, so no collective can use it and each device has
-    gradients of its own, which are whole.
+    A `pmap` without `axis_name` does not count. Its axis has no name, so no collective can use it
+    and each device has gradients of its own, which are whole.
     """
     axes = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(axis for axis in axes if not _jax.is_nameless(axis))
@@ -51,18 +55,21 @@ def all_bound(name: str, names: Names | None) -> Names | None:
         ValueError: one of them is no axis that is mapped here.
     """
     missing = tuple(axis for axis in names or () if not _is_bound(axis))
-    _validate.mapped(name, missing, tuple(axis for axis in _jax.axis_names() if not _jax.is_nameless(axis)))
+    _validate.mapped(
+        name, missing, tuple(axis for axis in _jax.axis_names() if not _jax.is_nameless(axis))
+    )
     return names
 
 
 def varying(x: Any) -> Names | None:
     """The axes along which a value differs between devices; None where its type does not tell.
 
-    It is None with `check_vma=False` and in `pmap`. On JAX 0.8.2, 0.10.2 and 0.12.0 `pmap` is a `shard_map` with
-    `check_vma=False`: the mesh, its axis types, the types of values, the kind of trace, the name stack and the trace
-    context are equal. So code inside cannot tell whether gradients are whole, as usual in `pmap`, or sharded, and
-    must ask. Two kinds of `pmap` can be told. There gradients count as whole, as Optax has them: a `pmap` without
-    `axis_name` (see `manual_axes`), and any `pmap` on 0.8.2 with `jax_pmap_shmap_merge=False`.
+    It is None with `check_vma=False` and in `pmap`. On JAX 0.8.2, 0.10.2 and 0.12.0 `pmap` is a
+    `shard_map` with `check_vma=False`: the mesh, its axis types, the types of values, the kind of
+    trace, the name stack and the trace context are equal. So code inside cannot tell whether
+    gradients are whole, as usual in `pmap`, or sharded, and must ask. Two kinds of `pmap` can be
+    told. There gradients count as whole, as Optax has them: a `pmap` without `axis_name` (see
+    `manual_axes`), and any `pmap` on 0.8.2 with `jax_pmap_shmap_merge=False`.
     """
     axes = manual_axes()
     tracked = bool(axes) and bool(_jax.varying(jax.lax.axis_index(axes[0])))
@@ -85,7 +92,9 @@ def split_axes(name: str, given: Names | None, x: Any) -> Names:
 
 
 def unsharded(x: Any, last: int) -> Any:
-    """`x`, of which every device has all along the last axes; only on an explicit mesh is there something to do."""
+    """`x`, of which every device has all along the last axes; only on an explicit mesh is there
+    something to do.
+    """
     spec = _spec(x)
     return _split(x, spec[: max(len(spec) - last, 0)], x) if any(spec) else x
 
@@ -96,7 +105,9 @@ def is_explicit(x: Any) -> bool:
 
 
 def zeros_beside(leaf: Any, shape: jax.ShapeDtypeStruct) -> Array:
-    """Zeros of this shape, split over devices as the leaf is, along the axes that have the same length."""
+    """Zeros of this shape, split over devices as the leaf is, along the axes that have the same
+    length.
+    """
     if isinstance(leaf, Tracer):
         return sharded_like(jnp.zeros_like(shape), shape)
     sharding = getattr(leaf, "sharding", None)
@@ -126,7 +137,9 @@ def sharded_like(x: Any, like: Any) -> Any:
 
 
 def beside(state: Any, sizes: Array) -> Any:
-    """The state of a block, of arrays that end in its shape, on an explicit mesh split over it as the sizes are."""
+    """The state of a block, of arrays that end in its shape, on an explicit mesh split over it as
+    the sizes are.
+    """
     own = _spec(sizes)
 
     def place(x: Any) -> Any:
@@ -140,13 +153,18 @@ def split_as(like: Any, tree: Any) -> Any:
     """The tree, on an explicit mesh split over it as another of its structure is."""
 
     def split(old: Any, new: Any) -> Any:
-        return _split(new, _spec(old) or (None,) * new.ndim, new) if any(_spec(new)) and _spec(new) != _spec(old) else new
+        return (
+            _split(new, _spec(old) or (None,) * new.ndim, new)
+            if any(_spec(new)) and _spec(new) != _spec(old)
+            else new
+        )
 
     return jax.tree.map(split, like, tree)
 
 
 def varying_as(like: Any, tree: Any) -> Any:
-    """The tree, of which each device has its own along every axis along which something in `like` differs.
+    """The tree, of which each device has its own along every axis along which something in `like`
+    differs.
 
     The derivative by what is the same on all devices is a sum over them; by this it is not.
     """
@@ -161,24 +179,33 @@ def varying_as(like: Any, tree: Any) -> Any:
 
 def explicit_mesh(tree: Any) -> Any:
     """The explicit mesh that an array of the tree is on, or None."""
-    meshes = [getattr(_sharding_of(x), "mesh", None) for x in jax.tree.leaves(tree) if isinstance(x, Array)]
+    meshes = [
+        getattr(_sharding_of(x), "mesh", None)
+        for x in jax.tree.leaves(tree)
+        if isinstance(x, Array)
+    ]
     return next((mesh for mesh in meshes if getattr(mesh, "explicit_axes", ())), None)
 
 
 def compiled_on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled if it is called with arrays on an explicit mesh: one by one, some operations do not run there."""
+    """The function, compiled if it is called with arrays on an explicit mesh: one by one, some
+    operations do not run there.
+    """
     compiled = jax.jit(function)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        here = any(isinstance(x, Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(args))
+        here = any(
+            isinstance(x, Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(args)
+        )
         return (compiled if here and explicit_mesh(args) is not None else function)(*args)
 
     return run
 
 
 def in_their_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with the explicit mesh of its traced arguments as the mesh of the context, if there is none.
+    """The function, with the explicit mesh of its traced arguments as the mesh of the context, if
+    there is none.
 
     Under `jax.vmap`, JAX joins what is mapped over an axis of that mesh with constants only there.
     """
@@ -195,7 +222,9 @@ def in_their_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def batch_axes(batch: Any) -> Any:
-    """How an explicit mesh splits the first axis of the arrays: by the first of them that it splits; None if none is."""
+    """How an explicit mesh splits the first axis of the arrays: by the first of them that it
+    splits; None if none is.
+    """
     return next((spec[0] for x in jax.tree.leaves(batch) if any((spec := _spec(x))[:1])), None)
 
 
@@ -215,8 +244,15 @@ def parts_of(mesh: Any, axes: Any) -> int:
 
 
 def resharded(tree: Any, out: Any) -> Any:
-    """The tree, split as `out`, a tree of shardings that it starts with; as it is where that is None."""
-    return jax.tree.map(lambda to, part: part if to is None else _jax.reshard(part, to), out, tree, is_leaf=lambda x: x is None)
+    """The tree, split as `out`, a tree of shardings that it starts with; as it is where that is
+    None.
+    """
+    return jax.tree.map(
+        lambda to, part: part if to is None else _jax.reshard(part, to),
+        out,
+        tree,
+        is_leaf=lambda x: x is None,
+    )
 
 
 def automatic(mesh: Any, function: Callable[..., Any], out: Any, *args: Any) -> Any:
@@ -236,7 +272,8 @@ def automatic(mesh: Any, function: Callable[..., Any], out: Any, *args: Any) -> 
 
 
 def mapped_as(like: Array, x: Array) -> Array:
-    """`x` in the shape of `like`, and mapped by `jax.vmap` if that is; the compiler drops the selection.
+    """`x` in the shape of `like`, and mapped by `jax.vmap` if that is; the compiler drops the
+    selection.
 
     On an explicit mesh JAX refuses to stack what is mapped with what is not.
     """
@@ -247,8 +284,11 @@ def gathered(x: Array, axes: Names) -> Array:
     """`[n, ...]` of every device one after the other, the same on all of them."""
     if not axes:
         return x
-    # A sum, because of what `jax.lax.all_gather` returns JAX does not know that it is the same on all.
-    places = jnp.zeros((jax.lax.psum(1, axes), *x.shape), jnp.int32 if x.dtype == jnp.dtype(bool) else x.dtype)
+    # A sum, because of what `jax.lax.all_gather` returns JAX does not know that it is the same on
+    # all.
+    places = jnp.zeros(
+        (jax.lax.psum(1, axes), *x.shape), jnp.int32 if x.dtype == jnp.dtype(bool) else x.dtype
+    )
     parts = jax.lax.psum(places.at[jax.lax.axis_index(axes)].set(x.astype(places.dtype)), axes)
     return parts.reshape(-1, *x.shape[1:]).astype(x.dtype)
 
@@ -262,7 +302,9 @@ def once(x: Array, own: Names, axes: Names) -> Array:
         axes: over which sums or maxima are about to be taken.
     """
     copies = [axis for axis in axes if axis not in own]
-    first = functools.reduce(jnp.logical_and, (jax.lax.axis_index(axis) == 0 for axis in copies), jnp.array(True))
+    first = functools.reduce(
+        jnp.logical_and, (jax.lax.axis_index(axis) == 0 for axis in copies), jnp.array(True)
+    )
     return jnp.where(first, x, 0) if copies else x
 
 
@@ -273,7 +315,10 @@ def total(tree: Any, axes: Names) -> Any:
         return tree
     vector = jax.lax.psum(jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]), axes)
     ends = itertools.accumulate((leaf.size for leaf in leaves), initial=0)
-    parts = [vector[i:j].reshape(leaf.shape) for (i, j), leaf in zip(itertools.pairwise(ends), leaves, strict=True)]
+    parts = [
+        vector[i:j].reshape(leaf.shape)
+        for (i, j), leaf in zip(itertools.pairwise(ends), leaves, strict=True)
+    ]
     return jax.tree.unflatten(treedef, parts)
 
 
@@ -298,7 +343,9 @@ def _largest(x: Array, axes: Names) -> Array:
 
 
 @_largest.defjvp
-def _largest_jvp(axes: Names, primals: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
+def _largest_jvp(
+    axes: Names, primals: Sequence[Array], tangents: Sequence[Array]
+) -> tuple[Array, Array]:
     """The derivative of a maximum is that of the element that it is; JAX has none for `pmax`."""
     (x,), (dx,) = primals, tangents
     top = _largest(x, axes)
@@ -309,13 +356,19 @@ def _largest_jvp(axes: Names, primals: Sequence[Array], tangents: Sequence[Array
 def _is_bound(name: Hashable) -> bool:
     try:
         jax.lax.axis_size(name)
-    except (NameError, TypeError, ValueError):  # no such axis; a set, for one; a number, an axis of an array to JAX
+    except (
+        NameError,
+        TypeError,
+        ValueError,
+    ):  # no such axis; a set, for one; a number, an axis of an array to JAX
         return False
     return True
 
 
 def _split(x: Any, spec: tuple[Any, ...], like: Any) -> Any:
-    """`x`, split over the explicit mesh of `like`; the mesh is named, as it need not be that of a context."""
+    """`x`, split over the explicit mesh of `like`; the mesh is named, as it need not be that of a
+    context.
+    """
     return _jax.reshard(x, NamedSharding(_sharding_of(like).mesh, PartitionSpec(*spec)))
 
 

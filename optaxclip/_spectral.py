@@ -23,19 +23,25 @@ def matrix_axes(path: str, leaf: Any) -> Axes:
 def on_spectra(
     clip: optax.GradientTransformationExtraArgs, *, uses_params: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives the clip the singular values `[..., k]` of each leaf in place of it, and makes matrices of what it returns.
+    """Gives the clip the singular values `[..., k]` of each leaf in place of it, and makes matrices
+    of what it returns.
 
-    Parameters are decomposed only if the clip uses them; otherwise it gets zeros of the right shapes.
+    Parameters are decomposed only if the clip uses them; otherwise it gets zeros of the right
+    shapes.
     """
 
     def no_values(tree: Any) -> Any:
         layout = lay_out(scopes.leaf(), tree)
         matrices = map(_matrices, layout.gradients)
-        return layout.rebuild([jnp.zeros((*x.shape[:-2], min(x.shape[-2:])), x.real.dtype) for x in matrices])
+        return layout.rebuild(
+            [jnp.zeros((*x.shape[:-2], min(x.shape[-2:])), x.real.dtype) for x in matrices]
+        )
 
     def values(tree: Any) -> Any:
         layout = lay_out(scopes.leaf(), tree)
-        return layout.rebuild([s for _, s, _ in _decomposed(list(map(_matrices, layout.gradients)))])
+        return layout.rebuild(
+            [s for _, s, _ in _decomposed(list(map(_matrices, layout.gradients)))]
+        )
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
@@ -44,25 +50,45 @@ def on_spectra(
         parts = _decomposed(matrices)
         weights = None if params is None else values(params) if uses_params else no_values(params)
         clipped, state = clip.update(layout.rebuild([part[1] for part in parts]), state, weights)
-        new = [part[1] if s is None else s for part, s in zip(parts, layout.of(clipped), strict=True)]
+        new = [
+            part[1] if s is None else s for part, s in zip(parts, layout.of(clipped), strict=True)
+        ]
         out = [_recompose(x, *part, s) for x, part, s in zip(matrices, parts, new, strict=True)]
-        back = [norms.cast_like(x.reshape(jnp.shape(like)), like) for x, like in zip(out, layout.gradients, strict=True)]
+        back = [
+            norms.cast_like(x.reshape(jnp.shape(like)), like)
+            for x, like in zip(out, layout.gradients, strict=True)
+        ]
         return layout.rebuild(back), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: clip.init(no_values(params)), update)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: clip.init(no_values(params)), update
+    )
 
 
-def on_whole_matrices(clip: optax.GradientTransformationExtraArgs, sharded_over: Any) -> optax.GradientTransformationExtraArgs:
-    """The clip, for leaves of which every device has all, since a part of a matrix has other singular values.
+def on_whole_matrices(
+    clip: optax.GradientTransformationExtraArgs, sharded_over: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The clip, for leaves of which every device has all, since a part of a matrix has other
+    singular values.
 
-    On an explicit mesh they are gathered for it; within `shard_map` a leaf that is split is an error.
+    On an explicit mesh they are gathered for it; within `shard_map` a leaf that is split is an
+    error.
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         layout = lay_out(scopes.leaf(), updates, params)
-        for path, leaf, names in zip(layout.paths, layout.gradients, layout.names_of_axes(sharded_over), strict=True):
-            _validate.not_split(path, _sharding.split_axes("sharded_over", _sharding.all_bound("sharded_over", names), leaf))
-        whole, weights = (jax.tree.map(lambda x: _sharding.unsharded(x, 2), tree) for tree in (updates, params))
+        for path, leaf, names in zip(
+            layout.paths, layout.gradients, layout.names_of_axes(sharded_over), strict=True
+        ):
+            _validate.not_split(
+                path,
+                _sharding.split_axes(
+                    "sharded_over", _sharding.all_bound("sharded_over", names), leaf
+                ),
+            )
+        whole, weights = (
+            jax.tree.map(lambda x: _sharding.unsharded(x, 2), tree) for tree in (updates, params)
+        )
         clipped, state = clip.update(whole, state, weights, **extra_args)
         return jax.tree.map(_sharding.sharded_like, clipped, updates), state
 
@@ -74,16 +100,19 @@ def newton_schulz(response: Response, iterations: int) -> Response:
 
     .. math:: (I + X X^\top / c^2)^{-1/2} X
 
-    Newton's coupled iteration for the inverse root, after Schulz: :math:`Y \leftarrow Y T`, :math:`Z \leftarrow T Z` with
-    :math:`T = (3 I - Z Y) / 2` takes :math:`Z` to :math:`A^{-1/2}` from :math:`Y = A`, :math:`Z = I`, if no
-    eigenvalue of :math:`A` is above 1. Below, each step takes a small one 2.25 times nearer to 1.
+    Newton's coupled iteration for the inverse root, after Schulz: :math:`Y \leftarrow Y T`,
+    :math:`Z \leftarrow T Z` with :math:`T = (3 I - Z Y) / 2` takes :math:`Z` to :math:`A^{-1/2}`
+    from :math:`Y = A`, :math:`Z = I`, if no eigenvalue of :math:`A` is above 1. Below, each step
+    takes a small one 2.25 times nearer to 1.
 
     Raises:
         TypeError: `iterations` is not an integer.
         ValueError: it is below 1, or the response is another than `smooth`.
     """
     _validate.count("iterations", iterations)
-    _validate.option("response, with iterations,", getattr(response, "__name__", response), [smooth.__name__])
+    _validate.option(
+        "response, with iterations,", getattr(response, "__name__", response), [smooth.__name__]
+    )
 
     def clipped(gradient: Array, size: Array, limit: Array) -> Array:
         del size
@@ -133,19 +162,23 @@ def _decomposed(matrices: list[Array]) -> list[tuple[Array, Array, Array]]:
     parts = []
     for x in matrices:
         if parts:
-            # On CPU two decompositions of batches at a time can wait for each other for ever. So each waits for the one
-            # before, by a zero that is made of it.
+            # On CPU two decompositions of batches at a time can wait for each other for ever. So
+            # each waits for the one before, by a zero that is made of it.
             x = x + (jnp.max(parts[-1][1], initial=0) > jnp.inf).astype(x.dtype)
         parts.append(_decompose(x))
     return parts
 
 
 def _decompose(x: Array) -> tuple[Array, Array, Array]:
-    """U, S and V^H, where S alone has a derivative, and is NaN if an element of the matrix is not finite."""
+    """U, S and V^H, where S alone has a derivative, and is NaN if an element of the matrix is not
+    finite.
+    """
     top = jnp.max(abs(x), (-2, -1), keepdims=True, initial=0)
     ok = jnp.isfinite(top)
     unit = jnp.where(ok & (top > 0), top, 1)
-    u, s, vh = jnp.linalg.svd(jax.lax.stop_gradient(share(jnp.where(ok, x, 0), top)), full_matrices=False)
+    u, s, vh = jnp.linalg.svd(
+        jax.lax.stop_gradient(share(jnp.where(ok, x, 0), top)), full_matrices=False
+    )
     return u, _values(x, u, jnp.where(ok[..., 0], s * unit[..., 0], jnp.nan), vh), vh
 
 
@@ -164,17 +197,22 @@ def _values_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tupl
 
 @jax.custom_jvp
 def _recompose(x: Array, u: Array, s: Array, vh: Array, new: Array) -> Array:
-    """The matrix with new singular values; the same bits where all are the same; NaN or zeros where the clip says so."""
+    """The matrix with new singular values; the same bits where all are the same; NaN or zeros where
+    the clip says so.
+    """
     finite, same = (what.all(-1)[..., None, None] for what in (jnp.isfinite(s), s == new))
-    changed = jnp.where(finite, _product(u * new[..., None, :], vh), jnp.max(new, -1, initial=0)[..., None, None])
+    changed = jnp.where(
+        finite, _product(u * new[..., None, :], vh), jnp.max(new, -1, initial=0)[..., None, None]
+    )
     return jnp.where(same, x, changed)
 
 
 @_recompose.defjvp
 def _recompose_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    # A function of the singular values has divided differences for a derivative: of it between two of them for the
-    # symmetric part of what moves, of its odd continuation for the other part, and its slope on the diagonal. Where
-    # two of them are equal the quotient new / s takes the place of the slope, which is not known here.
+    # A function of the singular values has divided differences for a derivative: of it between two
+    # of them for the symmetric part of what moves, of its odd continuation for the other part, and
+    # its slope on the diagonal. Where two of them are equal the quotient new / s takes the place of
+    # the slope, which is not known here.
     x, u, s, vh, new = primals
     dx, *_, dnew = tangents
     ratio = jnp.where(s > 0, new / jnp.where(s > 0, s, 1), 1)

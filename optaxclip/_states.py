@@ -1,7 +1,8 @@
 """States of threshold rules in the state of a clip.
 
-For whole leaves there is one block of sizes and so one state. For scopes finer than a leaf each leaf has one, and they stand
-together as one state whose arrays are trees like the parameters: what `optax.tree.map_params` calls parameter-shaped.
+For whole leaves there is one block of sizes and so one state. For scopes finer than a leaf each
+leaf has one, and they stand together as one state whose arrays are trees like the parameters: what
+`optax.tree.map_params` calls parameter-shaped.
 """
 
 from typing import Any
@@ -19,7 +20,9 @@ Rules = Threshold | dict[Any, Threshold]
 
 
 def _placeholder_type() -> type:
-    """The type of what Optax gives to `init` in place of parameters, to learn where a state has trees like them."""
+    """The type of what Optax gives to `init` in place of parameters, to learn where a state has
+    trees like them.
+    """
     found: list[type] = []
 
     def init(params: Any) -> Any:
@@ -48,7 +51,11 @@ def rules_of(threshold: Rules, layout: Layout) -> list[Threshold]:
 
 def placeholder_state(threshold: Rules, scope: Scope, params: Any) -> Any:
     """The state with the placeholder where it has trees like the parameters."""
-    rules = [threshold] if isinstance(threshold, Threshold) else [threshold[name] for name in sorted(threshold, key=str)]
+    rules = (
+        [threshold]
+        if isinstance(threshold, Threshold)
+        else [threshold[name] for name in sorted(threshold, key=str)]
+    )
     states = [rule.init(jnp.zeros((1,))) for rule in rules]
     if scope.axes is not None and _structure(threshold):
         return jax.tree.map(lambda _: params, states[0])
@@ -56,7 +63,9 @@ def placeholder_state(threshold: Rules, scope: Scope, params: Any) -> Any:
 
 
 def joined(threshold: Rules, layout: Layout, states: list[Any], like: Any = None) -> Any:
-    """One state from the states of the blocks; its trees are `like` those of an earlier one, boxes included."""
+    """One state from the states of the blocks; its trees are `like` those of an earlier one, boxes
+    included.
+    """
     if layout.axes is None:
         return states[0]
     structure = _structure(threshold)

@@ -16,17 +16,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 Axes = tuple[int, ...]
 """Axes of one leaf, counted from the front."""
 
-Response = Callable[[Array, Array, Array], Array]
+Response = Callable[..., Array]
 """`(gradient, size, limit) -> gradient` on one leaf, where size and limit broadcast.
 
 Applied to the sizes themselves, `response(size, size, limit)`, it tells the size after clipping.
 """
 
-Moments = tuple[Any, ...]
+Partials = tuple[Any, ...]
 """What a norm is told by, each an array or a list of arrays."""
 
 Join = Callable[[Any], Any]
@@ -48,24 +49,26 @@ class Scope(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """How large an array is, told by moments: sums or maxima that can be joined.
+    """How large an array is, told by partials: sums or maxima that can be joined.
 
     Attributes:
-        moments: `(magnitudes, axes) -> moments`, a tuple of reductions over the axes of one leaf, which
-            are kept with length 1.
-        join: `(moments, total, largest) -> moments` of a whole from those of its parts. `total(x)` and `largest(x)` are the
-            sum and the maximum over the parts, of every array in a tree `x`. Zeros add nothing.
-        root: `(*moments) -> sizes`.
-        quick: the same by fewer operations, for where float64 is at hand. In float64 it is right for all numbers in float32, in
-            float32 for sizes from 2^-30 to the root of the largest float, and infinite above.
+        partials: `(magnitudes, axes) -> partials`, a tuple of reductions over the axes of one leaf,
+            which are kept with length 1.
+        join: `(partials, total, largest) -> partials` of a whole from those of its parts.
+            `total(x)` and `largest(x)` are the sum and the maximum over the parts, of every array
+            in a tree `x`. Zeros add nothing.
+        root: `(*partials) -> sizes`.
+        fast: the same by fewer operations, for where float64 is at hand. In float64 it is right for
+            all numbers in float32, in float32 for sizes from 2^-30 to the root of the largest
+            float, and infinite above.
         magnitude: how large one element is: real, not negative, and NaN for NaN.
         uses_params: whether `magnitude` is `(element, parameter) -> magnitude`.
     """
 
-    moments: Callable[[Array, Axes], tuple[Array, ...]]
-    join: Callable[[Moments, Join, Join], Moments]
+    partials: Callable[[Array, Axes], tuple[Array, ...]]
+    join: Callable[[Partials, Join, Join], Partials]
     root: Callable[..., Array]
-    quick: "Norm | None" = None
+    fast: "Norm | None" = None
     magnitude: Callable[..., Array] = jnp.abs
     uses_params: bool = False
 
@@ -77,8 +80,8 @@ class Context(NamedTuple):
         step: int32 scalar, updates completed so far.
         param_sizes: the parameters measured by the same scope and norm, a block like
             `sizes`; None unless the rule says `uses_params`.
-        blocks: all sizes of the tree, a block for each leaf if a leaf holds many groups; empty for a rule that only some of the
-            groups have.
+        blocks: all sizes of the tree, a block for each leaf if a leaf holds many groups; empty for
+            a rule that only some of the groups have.
     """
 
     step: Array
@@ -94,9 +97,11 @@ class Threshold(NamedTuple):
 
     Attributes:
         init: `sizes -> state`; only the shape and dtype of `sizes` mean anything.
-        limit: `(sizes, state, context) -> limits`, that broadcast against `sizes`. `inf` means do not clip.
-        learn: `(sizes, clipped_sizes, state, context) -> state`, where the clipped sizes are those after the response; of a
-            group that it drops, as `responses.zero` does, they are the limit.
+        limit: `(sizes, state, context) -> limits`, that broadcast against `sizes`. `inf` means do
+            not clip.
+        learn: `(sizes, clipped_sizes, state, context) -> state`, where the clipped sizes are those
+            after the response; of a group that it drops, as `responses.drop` does, they are the
+            limit.
         uses_params: whether `context.param_sizes` is needed.
     """
 
@@ -106,13 +111,19 @@ class Threshold(NamedTuple):
     uses_params: bool = False
 
 
+ThresholdLike = ArrayLike | Callable[[Array], Any] | Threshold
+"""A number or scalar array (traced, too), a schedule `step -> limit`, or a rule."""
+
+
 class _ByNames(type):
     """Types that are equal if their names are, or if those of one are not known."""
 
     known: tuple[str, ...] | None
 
     def __eq__(cls, other: object) -> bool:
-        return isinstance(other, _ByNames) and (cls.known is None or other.known is None or cls.known == other.known)
+        return isinstance(other, _ByNames) and (
+            cls.known is None or other.known is None or cls.known == other.known
+        )
 
     def __hash__(cls) -> int:
         return hash(_ByNames)
@@ -121,9 +132,10 @@ class _ByNames(type):
 class Names(tuple, metaclass=_ByNames):
     """The names of groups: an empty NamedTuple, whose type holds them.
 
-    So a state has names that are static under `jit`, and neither leaves nor keys for them: nothing to save, restore or shard.
-    JAX compares NamedTuples by their types. What `optax.tree.map_params` makes of a state has names that are not known; they
-    fit any others, and the next update fills them in.
+    So a state has names that are static under `jit`, and neither leaves nor keys for them: nothing
+    to save, restore or shard. JAX compares NamedTuples by their types. What `optax.tree.map_params`
+    makes of a state has names that are not known; they fit any others, and the next update fills
+    them in.
     """
 
     __slots__ = ()
@@ -156,7 +168,8 @@ class Reading(NamedTuple):
         size_before: `[groups]`, sizes before clipping.
         size_after: `[groups]`, sizes after clipping.
         limit: `[groups]`, what the sizes were allowed to be.
-        clipped_share: `[groups]`, share of the group that was over its limit: 0 or 1 where it is one group.
+        clipped_share: `[groups]`, share of the group that was over its limit: 0 or 1 where it is
+            one group.
         clipped_steps: scalar, steps in which something was clipped.
         nonfinite_steps: scalar, steps in which some size was not finite.
     """
@@ -178,8 +191,9 @@ class ClipState(NamedTuple):
 
     Attributes:
         step: int32 scalar, updates completed.
-        threshold: state of the threshold rule. For scopes finer than a leaf each of its arrays is a tree like the parameters,
-            with a zero in place of what is not measured; so `optax.tree.map_params` finds it, and shards it as it does them.
+        threshold: state of the threshold rule. For scopes finer than a leaf each of its arrays is a
+            tree like the parameters, with a zero in place of what is not measured; so
+            `optax.tree.map_params` finds it, and shards it as it does them.
         reading: what the last step measured; `optax.EmptyState` with `record=False`.
     """
 

@@ -21,11 +21,19 @@ RULES = ("thresholds", "per_example")  # modules whose functions make rules
 
 
 def number(
-    name: str, value: Any, *, low: float = 0.0, high: float = math.inf, exclusive: bool = False, others: str = ""
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    exclusive: bool = False,
+    others: str = "",
 ) -> None:
-    """Refuses all but one real number from `low` to `high` (`exclusive`: the ends not allowed either).
+    """Refuses all but one real number from `low` to `high` (`exclusive`: the ends not allowed
+    either).
 
-    A traced number cannot be looked at and passes. What may stand there besides, `others`, is a part of the advice.
+    A traced number cannot be looked at and passes. What may stand there besides, `others`, is a
+    part of the advice.
 
     Raises:
         TypeError: `value` is not a real number.
@@ -37,19 +45,25 @@ def number(
         if value is None and low <= 0:  # what a configuration says for "off"
             off = "-inf" if low < 0 else "inf"
             advice += f'; float("{off}") as a threshold means no clipping'
-        raise TypeError(f"{name} must be a real number, got {value!r} ({type(value).__name__}); {advice}")
+        raise TypeError(
+            f"{name} must be a real number, got {value!r} ({type(value).__name__}); {advice}"
+        )
     if array and value.shape != ():
         raise ValueError(
-            f"{name} must be one number, got an array of shape {value.shape}; give groups limits of their own "
+            f"{name} must be one number, got an array of shape {value.shape}; give groups limits "
+            f"of their own "
             "with a dict and scopes.group, or try several at once with jax.vmap"
         )
     if isinstance(value, Tracer):
         return
-    value = np.asarray(value)[()] if array else value  # which needs no operation, and so can be looked at under `jit`
+    # which needs no operation, and so can be looked at under `jit`
+    value = np.asarray(value)[()] if array else value
     if not (low < value < high if exclusive else low <= value <= high):
         bounds = f"({low:g}, {high:g})" if exclusive else f"[{low:g}, {high:g}]"
         advice = "pass a number inside"
-        if array and value.dtype.itemsize < 4:  # 0.999 is 1 in bfloat16, and injected numbers get the dtype of the parameters
+        if (
+            array and value.dtype.itemsize < 4
+        ):  # 0.999 is 1 in bfloat16, and injected numbers get the dtype of the parameters
             advice += f" that {value.dtype} has not rounded; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
         raise ValueError(f"{name} must be in {bounds}, got {value}; {advice}")
 
@@ -58,12 +72,14 @@ def returned(name: str, value: Any) -> None:
     """Refuses what a function of the step returned, if it is no number.
 
     Raises:
-        TypeError: `value` is something else, such as a rule: then the function makes rules, and was not called.
+        TypeError: `value` is something else, such as a rule: then the function makes rules, and was
+            not called.
     """
     if not _is_array(value):
         raise TypeError(
             f"{name} must return a number for each step, got {value!r}; pass a schedule such as "
-            "optax.linear_schedule(1.0, 0.1, 1000), or a rule that was made, such as thresholds.ema(2.0)"
+            "optax.linear_schedule(1.0, 0.1, 1000), or a rule that was made, such as "
+            "thresholds.ema(2.0)"
         )
 
 
@@ -80,15 +96,60 @@ def called(name: str, value: Any) -> None:
     function, parameters = f"{module}.{made.__name__}", inspect.signature(value).parameters.values()
     needs = any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
     raise TypeError(
-        f"{name} must be a threshold, got a function: {function} was not called; pass {function}({'...' if needs else ''})"
+        f"{name} must be a threshold, got a function: {function} was not called; pass "
+        f"{function}({'...' if needs else ''})"
     )
 
 
-def count(name: str, value: Any, *, low: int = 1, high: int | None = None, traced: bool = False) -> None:
+def only_with(name: str, value: Any, default: Any, where: str, holds: bool) -> None:
+    """Refuses an argument that has no meaning here, unless it has its default.
+
+    Raises:
+        ValueError: it has another value.
+    """
+    if not holds and isinstance(value, int | float) and value != default:
+        raise ValueError(f"{name} needs {where}, got {name}={value!r} without it; leave it out")
+
+
+def boundaries(thresholds: Any, boundaries: Any) -> None:
+    """Refuses boundaries that are not counts in ascending order, one fewer than thresholds.
+
+    Raises:
+        TypeError: one of the two is not a sequence, or a boundary is not an integer.
+        ValueError: a boundary is negative or out of order, or their number is wrong.
+    """
+    for name, value, example in (
+        ("thresholds", thresholds, "[0.1, 1.0]"),
+        ("boundaries", boundaries, "[1000]"),
+    ):
+        if not isinstance(value, list | tuple):
+            raise TypeError(
+                f"{name} must be a list, got {value!r} ({type(value).__name__}); pass one such as "
+                f"{example}"
+            )
+    if not thresholds or len(boundaries) != len(thresholds) - 1:
+        raise ValueError(
+            f"boundaries must be one fewer than thresholds, got {len(boundaries)} for "
+            f"{len(thresholds)}; "
+            "pass the step at which each threshold but the first begins"
+        )
+    for k, boundary in enumerate(boundaries):
+        count(f"boundaries[{k}]", boundary, low=0, traced=True)
+    known = [boundary for boundary in boundaries if not isinstance(boundary, Tracer)]
+    if sorted(known) != known:
+        raise ValueError(
+            f"boundaries must be in ascending order, got {boundaries}; sort them, and the "
+            f"thresholds with them"
+        )
+
+
+def count(
+    name: str, value: Any, *, low: int = 1, high: int | None = None, traced: bool = False
+) -> None:
     """Refuses all but an integer of at least `low`, and at most `high` if that is given.
 
-    With `traced` one number in an array passes as well, of any real dtype, because schedules make floats: such a count
-    may only be compared. Without it the count decides about shapes.
+    With `traced` one number in an array passes as well, of any real dtype, because schedules make
+    floats: such a count may only be compared. Without it the count decides about shapes.
 
     Raises:
         TypeError: `value` is not an integer, or an array where it must not be one.
@@ -97,13 +158,17 @@ def count(name: str, value: Any, *, low: int = 1, high: int | None = None, trace
     array, real = _is_number(value)
     if not real or not (array or isinstance(value, numbers.Integral)):
         raise TypeError(
-            f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass a count such as {max(low, 1)}"
+            f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass a count such "
+            f"as {max(low, 1)}"
         )
     if not traced:
         static(name, value)
     shape = getattr(value, "shape", ())
     if shape != ():
-        raise ValueError(f"{name} must be one count, got an array of shape {shape}; try several at once with jax.vmap")
+        raise ValueError(
+            f"{name} must be one count, got an array of shape {shape}; try several at once with "
+            f"jax.vmap"
+        )
     if isinstance(value, Tracer):
         return
     value = np.asarray(value)[()] if array else value
@@ -114,14 +179,16 @@ def count(name: str, value: Any, *, low: int = 1, high: int | None = None, trace
 
 
 def static(name: str, value: Any) -> None:
-    """Refuses an array, as `optax.inject_hyperparams` makes of every number, where a Python value is needed.
+    """Refuses an array, as `optax.inject_hyperparams` makes of every number, where a Python value
+    is needed.
 
     Raises:
         TypeError: `value` is an array.
     """
     if isinstance(value, jax.Array | np.ndarray):
         raise TypeError(
-            f"{name} must be a Python value, got {value!r}; convert it, or with optax.inject_hyperparams pass "
+            f"{name} must be a Python value, got {value!r}; convert it, or with "
+            f"optax.inject_hyperparams pass "
             f'static_args="{name}"'
         )
 
@@ -134,7 +201,10 @@ def memoryless(name: str, rule: Any) -> None:
     """
     if rule.uses_params or _remembers(rule):
         does = "uses the parameters" if rule.uses_params else "learns"
-        raise TypeError(f"{name} must be the same for all groups, got a rule that {does}; pass a number or a schedule")
+        raise TypeError(
+            f"{name} must be the same for all groups, got a rule that {does}; pass a number or a "
+            f"schedule"
+        )
 
 
 def without_memory(name: str, rule: Any) -> None:
@@ -145,22 +215,28 @@ def without_memory(name: str, rule: Any) -> None:
     """
     if _remembers(rule):
         raise TypeError(
-            f"{name} must not learn from single sizes, got {rule!r}; pass a number, a schedule, or a rule for batches such as "
+            f"{name} must not learn from single sizes, got {rule!r}; pass a number, a schedule, or "
+            f"a rule for batches such as "
             "per_example.quantile(0.5)"
         )
 
 
 def batch(name: str, tree: Any) -> int:
-    """Refuses arrays that do not have the examples of one batch along their first axis; returns how many they are.
+    """Refuses arrays that do not have the examples of one batch along their first axis; returns how
+    many they are.
 
     Raises:
         ValueError: there is no array, one has no axes, or they differ in length.
     """
-    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    shapes = {
+        jax.tree_util.keystr(path): jnp.shape(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) != 1 or () in lengths:
         raise ValueError(
-            f"{name} must be arrays whose first axis is that of the examples, got shapes {shapes}; pass whole batches"
+            f"{name} must be arrays whose first axis is that of the examples, got shapes {shapes}; "
+            f"pass whole batches"
         )
     return next(iter(shapes.values()))[0]
 
@@ -173,7 +249,8 @@ def mask(name: str, value: Any, size: int) -> None:
     """
     if jnp.shape(value) != (size,) or jnp.result_type(value) != jnp.dtype(bool):
         raise ValueError(
-            f"{name} must be bool of shape ({size},), got {jnp.result_type(value)} of shape {jnp.shape(value)}; "
+            f"{name} must be bool of shape ({size},), got {jnp.result_type(value)} of shape "
+            f"{jnp.shape(value)}; "
             "pass True for each example that is there"
         )
 
@@ -186,7 +263,8 @@ def divided(name: str, value: int, size: int) -> int:
     """
     if size % value:
         raise ValueError(
-            f"{name} must divide the batch, got {value} for {size} examples; pass another, or pad and mask the batch"
+            f"{name} must divide the batch, got {value} for {size} examples; pass another, or pad "
+            f"and mask the batch"
         )
     return size // value
 
@@ -198,7 +276,9 @@ def no_functions(name: str, values: Any) -> None:
         TypeError: a function is among the values.
     """
     if any(map(callable, jax.tree.leaves(values))):
-        advice = "a backward pass has neither steps nor memory, so pass a number such as schedule(step)"
+        advice = (
+            "a backward pass has neither steps nor memory, so pass a number such as schedule(step)"
+        )
         raise TypeError(f"{name} must be a number, got {values!r}; {advice}")
 
 
@@ -209,7 +289,9 @@ def absolute(name: str, norm: Any) -> None:
         TypeError: `norm` does.
     """
     if norm.uses_params:
-        raise TypeError(f"{name} must not be relative to parameters, got {norm!r}; pass one such as norms.l2()")
+        raise TypeError(
+            f"{name} must not be relative to parameters, got {norm!r}; pass one such as norms.l2()"
+        )
 
 
 def scope_given(scope: Any) -> None:
@@ -233,8 +315,10 @@ def renamed(function: str, keywords: dict[str, Any]) -> None:
     """
     if "axis_name" in keywords:
         raise TypeError(
-            f"{function}() got axis_name={keywords['axis_name']!r}; the argument is sharded_over: the mapped axes over which "
-            "each leaf is sharded, or sharded_over=() for gradients that pmean made equal on all devices"
+            f"{function}() got axis_name={keywords['axis_name']!r}; the argument is sharded_over: "
+            f"the mapped axes over which "
+            "each leaf is sharded, or sharded_over=() for gradients that pmean made equal on all "
+            "devices"
         )
 
 
@@ -247,7 +331,10 @@ def keywords(function: str, given: dict[str, Any], known: Iterable[str]) -> None
     renamed(function, given)
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}; it takes {', '.join(known)}")
+        raise TypeError(
+            f"{function}() got an unexpected keyword argument {unknown[0]!r}; it takes "
+            f"{', '.join(known)}"
+        )
 
 
 def checks_keywords(function: Callable[P, R]) -> Callable[P, R]:
@@ -279,14 +366,17 @@ def part(name: str, value: Any, kind: type, example: str) -> None:
         TypeError: `value` is something else, such as a part that was not called.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}; pass one such as {example}")
+        raise TypeError(
+            f"{name} must be a {kind.__name__}, got {value!r}; pass one such as {example}"
+        )
 
 
 def transform(name: str, value: Any) -> None:
     """Refuses all but an optimizer: something with functions `init` and `update`.
 
     Raises:
-        TypeError: `value` is something else, such as a function that makes optimizers and was not called.
+        TypeError: `value` is something else, such as a function that makes optimizers and was not
+            called.
     """
     has_both = callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
     if not has_both or isinstance(value, type):
@@ -314,7 +404,9 @@ def function(name: str, value: Any, example: str, *, takes: int | None = None) -
         signature.bind(*range(takes))
     except TypeError as error:
         many = "one argument" if takes == 1 else f"{takes} arguments"
-        raise TypeError(f"{name} must take {many}, got a function of {signature}; pass one such as {example}") from error
+        raise TypeError(
+            f"{name} must take {many}, got a function of {signature}; pass one such as {example}"
+        ) from error
 
 
 def rule(name: str, value: Any) -> None:
@@ -326,11 +418,14 @@ def rule(name: str, value: Any) -> None:
     part(name, value, Threshold, "thresholds.ema(2.0)")
     function(f"{name}.init", value.init, "lambda sizes: ...", takes=1)
     function(f"{name}.limit", value.limit, "lambda sizes, state, context: ...", takes=3)
-    function(f"{name}.learn", value.learn, "lambda sizes, clipped_sizes, state, context: ...", takes=4)
+    function(
+        f"{name}.learn", value.learn, "lambda sizes, clipped_sizes, state, context: ...", takes=4
+    )
 
 
 def limits(value: Any, shape: tuple[int, ...]) -> None:
-    """Refuses what a rule gave as the limits of sizes of this shape, if they are no numbers or do not belong to them.
+    """Refuses what a rule gave as the limits of sizes of this shape, if they are no numbers or do
+    not belong to them.
 
     Raises:
         TypeError: `value` is no array and no number.
@@ -338,10 +433,14 @@ def limits(value: Any, shape: tuple[int, ...]) -> None:
     """
     advice = "return one for each size, or one for all"
     if not _is_array(value):
-        raise TypeError(f"limit must return numbers that broadcast against the sizes, {shape}, but got {value!r}; {advice}")
+        raise TypeError(
+            f"limit must return numbers that broadcast against the sizes, {shape}, but got "
+            f"{value!r}; {advice}"
+        )
     if not _broadcasts(jnp.shape(value), shape):
         raise ValueError(
-            f"limit must return numbers that broadcast against the sizes, {shape}, but got shape {jnp.shape(value)}; {advice}"
+            f"limit must return numbers that broadcast against the sizes, {shape}, but got shape "
+            f"{jnp.shape(value)}; {advice}"
         )
 
 
@@ -354,7 +453,8 @@ def response(value: Any, shape: tuple[int, ...]) -> None:
     if not _is_array(value) or jnp.shape(value) != shape:
         found = f"shape {jnp.shape(value)}" if _is_array(value) else repr(value)
         raise TypeError(
-            f"response must return a gradient of the same shape, {shape}, but got {found}; return one such as gradient * factor"
+            f"response must return a gradient of the same shape, {shape}, but got {found}; return "
+            f"one such as gradient * factor"
         )
 
 
@@ -366,15 +466,23 @@ def state(value: Any, kind: type) -> None:
     """
     if isinstance(value, kind):
         return
-    plain = value is None or isinstance(value, Mapping | list) or (type(value) is tuple and not any(map(_is_named, value)))
+    plain = (
+        value is None
+        or isinstance(value, Mapping | list)
+        or (type(value) is tuple and not any(map(_is_named, value)))
+    )
     if plain or type(value).__name__ == "EmptyState":
         advice = (
-            "restore with the state of init as the target, or start from init if the checkpoint has no such state "
+            "restore with the state of init as the target, or start from init if the checkpoint "
+            "has no such state "
             "(the order is update(updates, state, params))"
         )
     else:
         advice = "pass the state of this very transform (a chain has a tuple of states, and is updated as a whole)"
-    raise TypeError(f"state must be the {kind.__name__} that init returned, got {type(value).__name__}; {advice}")
+    raise TypeError(
+        f"state must be the {kind.__name__} that init returned, got {type(value).__name__}; "
+        f"{advice}"
+    )
 
 
 def not_a_transform(name: str, value: Any) -> None:
@@ -385,7 +493,8 @@ def not_a_transform(name: str, value: Any) -> None:
     """
     if isinstance(value, optax.GradientTransformation | optax.MultiSteps):
         raise TypeError(
-            f"{name} must be a state, got the {type(value).__name__} that makes it; pass the state that init or update returned"
+            f"{name} must be a state, got the {type(value).__name__} that makes it; pass the state "
+            f"that init or update returned"
         )
 
 
@@ -397,7 +506,8 @@ def group_name(path: str, name: Any) -> None:
     """
     if not isinstance(name, Hashable):
         raise TypeError(
-            f"name_of must return a name for {path!r}, got {name!r}; return a string, or None to leave the leaf alone"
+            f"name_of must return a name for {path!r}, got {name!r}; return a string, or None to "
+            f"leave the leaf alone"
         )
 
 
@@ -408,8 +518,13 @@ def axes_of(name: str, axes: Any, path: str) -> None:
         TypeError: `axes` is neither an integer nor several.
     """
     several = axes if isinstance(axes, Sequence) else (axes,)
-    if not all(isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in several):
-        raise TypeError(f"{name} must return axes for {path!r}, got {axes!r}; return an integer, several in a tuple, or None")
+    if not all(
+        isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in several
+    ):
+        raise TypeError(
+            f"{name} must return axes for {path!r}, got {axes!r}; return an integer, several in a "
+            f"tuple, or None"
+        )
 
 
 def leaf(path: str, value: Any) -> None:
@@ -418,21 +533,28 @@ def leaf(path: str, value: Any) -> None:
     Raises:
         TypeError: `value` is something else.
     """
-    if not isinstance(value, numbers.Number) and not hasattr(value, "dtype") and not hasattr(value, "__jax_array__"):
+    if (
+        not isinstance(value, numbers.Number)
+        and not hasattr(value, "dtype")
+        and not hasattr(value, "__jax_array__")
+    ):
         raise TypeError(
-            f"updates must be a tree of arrays, got {value!r} at {path!r}; take it out, or hide it with optax.masked"
+            f"updates must be a tree of arrays, got {value!r} at {path!r}; take it out, or hide it "
+            f"with optax.masked"
         )
 
 
 def sparse(path: str, value: Any) -> None:
-    """Refuses a sparse array, whose numbers are no elements: several of one index are added up later.
+    """Refuses a sparse array, whose numbers are no elements: several of one index are added up
+    later.
 
     Raises:
         TypeError: `value` is one.
     """
     if is_sparse(value):
         raise TypeError(
-            f"updates must be a tree of dense arrays, got a {type(value).__name__} at {path!r}; pass its todense(), "
+            f"updates must be a tree of dense arrays, got a {type(value).__name__} at {path!r}; "
+            f"pass its todense(), "
             "or clip the data of its sum_duplicates()"
         )
 
@@ -446,12 +568,14 @@ def names(given: Iterable[str], found: Iterable[str]) -> None:
     given, found = set(given), set(found)
     if given - found:
         raise ValueError(
-            f"threshold has limits for {sorted(given - found)}, but the tree has only the groups {sorted(found)}; "
+            f"threshold has limits for {sorted(given - found)}, but the tree has only the groups "
+            f"{sorted(found)}; "
             "remove or rename them"
         )
     if found - given:
         raise ValueError(
-            f"threshold has no limit for the groups {sorted(found - given)}; add one for each, float('inf') for no limit"
+            f"threshold has no limit for the groups {sorted(found - given)}; add one for each, "
+            f"float('inf') for no limit"
         )
 
 
@@ -462,7 +586,10 @@ def params_given(params: Any) -> None:
         ValueError: `params` is None.
     """
     if params is None:
-        raise ValueError("this threshold is relative to the parameters, got params=None; call update(updates, state, params)")
+        raise ValueError(
+            "this threshold is relative to the parameters, got params=None; call update(updates, "
+            "state, params)"
+        )
 
 
 def whole(name: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
@@ -473,8 +600,10 @@ def whole(name: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
     """
     if axes:
         raise ValueError(
-            f"{name} must be given for a scope finer than a leaf, where a leaf of shape {shape} is split along {axes}, "
-            "got None; pass those mapped axes along which the numbers that share a size are split, () for none, "
+            f"{name} must be given for a scope finer than a leaf, where a leaf of shape {shape} is "
+            f"split along {axes}, "
+            "got None; pass those mapped axes along which the numbers that share a size are split, "
+            "() for none, "
             "or a tree of such choices"
         )
 
@@ -499,7 +628,8 @@ def not_split(path: str, axes: tuple[Any, ...]) -> None:
     """
     if axes:
         raise ValueError(
-            f"updates has at {path!r} a matrix that is split along {axes}, of which no device knows the singular values; "
+            f"updates has at {path!r} a matrix that is split along {axes}, of which no device "
+            f"knows the singular values; "
             "clip under jit, or gather it first with jax.lax.all_gather"
         )
 
@@ -515,7 +645,9 @@ def mapped(name: str, missing: tuple[Any, ...], axes: tuple[Any, ...]) -> None:
     advice = f"pass some of {axes}, or () if every device has the whole of each leaf"
     if not axes:
         advice = f"call this in shard_map, pmap or vmap with this axis_name, or leave {name} out, which is right under jit"
-    raise ValueError(f"{name} must name mapped axes, got {missing} where {axes or 'none'} are mapped; {advice}")
+    raise ValueError(
+        f"{name} must name mapped axes, got {missing} where {axes or 'none'} are mapped; {advice}"
+    )
 
 
 def tracked(name: str, given: Any, axes: tuple[Any, ...]) -> None:
@@ -526,8 +658,10 @@ def tracked(name: str, given: Any, axes: tuple[Any, ...]) -> None:
     """
     if given is None:
         raise ValueError(
-            f"{name} must be given where JAX does not track what differs between devices (pmap, or shard_map with "
-            f"check_vma=False), got None; pass those of {axes} over which each leaf is sharded or, for gradients that "
+            f"{name} must be given where JAX does not track what differs between devices (pmap, or "
+            f"shard_map with "
+            f"check_vma=False), got None; pass those of {axes} over which each leaf is sharded or, "
+            f"for gradients that "
             f"pmean made equal on all devices, {name}=()"
         )
 
@@ -540,7 +674,8 @@ def not_mapped(name: str, axes: tuple[Any, ...]) -> None:
     """
     if axes:
         raise ValueError(
-            f"{name} must not be finer than a leaf in a shard_map or pmap over {axes}, got one that is; "
+            f"{name} must not be finer than a leaf in a shard_map or pmap over {axes}, got one "
+            f"that is; "
             "clip the examples under jit, or by leaves"
         )
 
@@ -565,7 +700,10 @@ def same_on_all(name: str, axes: tuple[Any, ...] | None) -> None:
         ValueError: it is known to vary along mapped axes.
     """
     if axes:
-        raise ValueError(f"{name} must be the same on all devices, got one that varies along {axes}; pass jax.lax.pmean of it")
+        raise ValueError(
+            f"{name} must be the same on all devices, got one that varies along {axes}; pass "
+            f"jax.lax.pmean of it"
+        )
 
 
 def loss(value: Any) -> None:
@@ -575,13 +713,19 @@ def loss(value: Any) -> None:
         ValueError: it is.
     """
     if value is None:
-        raise ValueError('watch="loss" needs the loss, got none; call update(updates, state, params, value=loss)')
+        raise ValueError(
+            'watch="loss" needs the loss, got none; call update(updates, state, params, value=loss)'
+        )
     if jnp.shape(value) != ():
-        raise ValueError(f"value must be one number, got an array of shape {jnp.shape(value)}; pass the mean of the loss")
+        raise ValueError(
+            f"value must be one number, got an array of shape {jnp.shape(value)}; pass the mean of "
+            f"the loss"
+        )
 
 
 def same_structure(params: Any, treedef: Any) -> list[Any]:
-    """Refuses parameters that are no tree like the updates, to the leaves of these; returns what stands where those do.
+    """Refuses parameters that are no tree like the updates, to the leaves of these; returns what
+    stands where those do.
 
     Raises:
         ValueError: the structure differs.
@@ -591,11 +735,14 @@ def same_structure(params: Any, treedef: Any) -> list[Any]:
     except (ValueError, TypeError) as error:
         updates = jax.tree.unflatten(treedef, range(treedef.num_leaves))
         found, expected = (
-            {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, updates)
+            {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (params, updates)
         )
         raise ValueError(
-            f"params has another structure than updates, got {sorted(found - expected)[:3]} in params alone and "
-            f"{sorted(expected - found)[:3]} in updates alone; pass the params that these are updates of"
+            f"params has another structure than updates, got {sorted(found - expected)[:3]} in "
+            f"params alone and "
+            f"{sorted(expected - found)[:3]} in updates alone; pass the params that these are "
+            f"updates of"
         ) from error
 
 
@@ -609,21 +756,31 @@ def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
     if found != shape:
         was = "nothing" if found is None else f"shape {found}"
         raise ValueError(
-            f"params has {was} at {path!r}, where updates has shape {shape}; pass the params that these are updates of"
+            f"params has {was} at {path!r}, where updates has shape {shape}; pass the params that "
+            f"these are updates of"
         )
 
 
 def same_groups(given: Sequence[str], known: Sequence[str] | None) -> None:
-    """Refuses updates whose groups are not those of the state; `known` is None where a state does not tell.
+    """Refuses updates whose groups are not those of the state; `known` is None where a state does
+    not tell.
 
     Raises:
         ValueError: a group is missing, is new, or stands at another place.
     """
     if known is not None and list(given) != list(known):
-        new, gone = ([name for name in these if name not in those][:3] for these, those in ((given, known), (known, given)))
-        how = f"{new} only in updates and {gone} only in state" if new or gone else "the same ones in another order"
+        new, gone = (
+            [name for name in these if name not in those][:3]
+            for these, those in ((given, known), (known, given))
+        )
+        how = (
+            f"{new} only in updates and {gone} only in state"
+            if new or gone
+            else "the same ones in another order"
+        )
         raise ValueError(
-            f"updates has {len(given)} groups, but state was made for {len(known)}, got {how}; call init on a tree with the "
+            f"updates has {len(given)} groups, but state was made for {len(known)}, got {how}; "
+            f"call init on a tree with the "
             "same leaves, or update(updates, state, params) if some gradients are None"
         )
 
@@ -638,7 +795,8 @@ def state_tree(treedef: Any, tree: Any) -> None:
         treedef.flatten_up_to(tree)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"updates has another structure than the tree that state was made for, got {treedef}; call init on a tree with the "
+            f"updates has another structure than the tree that state was made for, got {treedef}; "
+            f"call init on a tree with the "
             "same leaves, or update(updates, state, params) if some gradients are None"
         ) from error
 
@@ -670,7 +828,9 @@ def _is_number(value: Any) -> tuple[bool, bool]:
     """Whether it is an array, and whether it is real: booleans and complex numbers are not."""
     array = isinstance(value, jax.Array | np.ndarray)
     if array:
-        return True, jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+        return True, jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
+            value.dtype, jnp.integer
+        )
     return False, isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
 
 
@@ -681,11 +841,14 @@ def _is_named(value: Any) -> bool:
 
 def is_sparse(value: Any) -> bool:
     """Whether it is a sparse array."""
-    return hasattr(type(value), "todense")  # of JAX, SciPy and others, none of which need be imported
+    # of JAX, SciPy and others, none of which need be imported
+    return hasattr(type(value), "todense")
 
 
 def _remembers(rule: Any) -> bool:
-    """Whether a rule has a state; found without an array, which would start JAX, perhaps before its devices are chosen."""
+    """Whether a rule has a state; found without an array, which would start JAX, perhaps before its
+    devices are chosen.
+    """
     return bool(jax.tree.leaves(jax.eval_shape(rule.init, jax.ShapeDtypeStruct((1,), jnp.float32))))
 
 

@@ -24,7 +24,7 @@ from optaxclip import _jax, _sharding, _validate
 from optaxclip._numerics import share
 from optaxclip._packing import LARGE, alike, common, packing_of, places, stacked
 from optaxclip._sharding import Names
-from optaxclip._types import Axes, Join, Moments, Norm
+from optaxclip._types import Axes, Join, Norm, Partials
 
 
 def l2() -> Norm:
@@ -76,16 +76,21 @@ def lp(p: float) -> Norm:
         return {1: l1, 2: l2, math.inf: linf}[p]()
     power = int(p) if float(p).is_integer() else p
 
-    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
-        top = jax.lax.stop_gradient(_max(magnitudes, axes))  # only a scale: the size does not depend on it
+    def partials(magnitudes: Array, axes: Axes) -> tuple[Array, Array]:
+        # only a scale: the size does not depend on it
+        top = jax.lax.stop_gradient(_max(magnitudes, axes))
         return top, _sum(share(magnitudes, top) ** power, axes)
 
-    def join(moments: Moments, total: Join, largest: Join) -> Moments:
-        tops, totals = moments
+    def join(partials: Partials, total: Join, largest: Join) -> Partials:
+        tops, totals = partials
         top = largest(tops)
-        return top, total(jax.tree.map(lambda own, part, whole: own * share(part, whole) ** power, totals, tops, top))
+        return top, total(
+            jax.tree.map(
+                lambda own, part, whole: own * share(part, whole) ** power, totals, tops, top
+            )
+        )
 
-    return Norm(moments, join, lambda top, total: top * _root(total, power))
+    return Norm(partials, join, lambda top, total: top * _root(total, power))
 
 
 def rms() -> Norm:
@@ -101,21 +106,27 @@ def rms() -> Norm:
 
 
 def upper() -> Norm:
-    r"""Largest positive value, :math:`\max(x, 0)`: a one-sided `linf`, for bounds that differ by sign."""
+    r"""Largest positive value, :math:`\max(x, 0)`: a one-sided `linf`, for bounds that differ by
+    sign.
+    """
     return linf()._replace(magnitude=_above)
 
 
 def lower() -> Norm:
-    r"""Largest negative value, :math:`\max(-x, 0)`: a one-sided `linf`, for bounds that differ by sign."""
+    r"""Largest negative value, :math:`\max(-x, 0)`: a one-sided `linf`, for bounds that differ by
+    sign.
+    """
     return linf()._replace(magnitude=_below)
 
 
 def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
-    r"""Largest share of what each element may be, :math:`\max |x| / (r |w| + a)`, where :math:`w` is its parameter.
+    r"""Largest share of what each element may be, :math:`\max |x| / (r |w| + a)`, where :math:`w`
+    is its parameter.
 
     Args:
         relative: :math:`r`, the share of its parameter that an element may be.
-        absolute: :math:`a`, how much more it may be. Where both give nothing, the largest float is the share.
+        absolute: :math:`a`, how much more it may be. Where both give nothing, the largest float is
+            the share.
 
     Raises:
         TypeError: one of the two is not a number.
@@ -134,7 +145,9 @@ def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
     def magnitude(x: Array, w: Array) -> Array:
         allowed = relative * abs(w) + absolute
         part = _absolute(x) / jnp.where(allowed > 0, allowed, jnp.finfo(allowed.dtype).tiny)
-        return jnp.where(jnp.isfinite(x), jnp.minimum(part, jnp.finfo(part.dtype).max), _absolute(x))
+        return jnp.where(
+            jnp.isfinite(x), jnp.minimum(part, jnp.finfo(part.dtype).max), _absolute(x)
+        )
 
     return linf()._replace(magnitude=magnitude, uses_params=True)
 
@@ -155,13 +168,16 @@ def measure(
         leaves: arrays of floats or complex numbers, of any precision.
         params: their parameters, for norms that use them.
         axes: for each leaf the axes that are measured together; None measures whole leaves.
-        groups: without axes, positions of the leaves that are measured jointly; None measures each alone.
-        axis_names: for each leaf the mapped axes along which what is measured together is split, or None for a leaf whose type
-            tells. (A leaf of which parts are measured is then an error if it is split: the type does not tell which axis.)
+        groups: without axes, positions of the leaves that are measured jointly; None measures each
+            alone.
+        axis_names: for each leaf the mapped axes along which what is measured together is split, or
+            None for a leaf whose type tells. (A leaf of which parts are measured is then an error
+            if it is split: the type does not tell which axis.)
 
     Returns:
-        Sizes, in float32 or wider: a list of one vector `[groups]`; with `axes`, a list of one array per
-        leaf, in which those axes have length 1 (without any, every element has its own size).
+        Sizes, in float32 or wider: a list of one vector `[groups]`; with `axes`, a list of one
+        array per leaf, in which those axes have length 1 (without any, every element has its own
+        size).
 
     Example:
         >>> import jax.numpy as jnp
@@ -175,7 +191,11 @@ def measure(
     """
 
     def magnitudes() -> list[Array]:
-        operands = zip(leaves, params, strict=True) if norm.uses_params and params is not None else zip(leaves, strict=True)
+        operands = (
+            zip(leaves, params, strict=True)
+            if norm.uses_params and params is not None
+            else zip(leaves, strict=True)
+        )
         magnitude = _absolute if norm.magnitude is jnp.abs else norm.magnitude
         return [magnitude(*map(widen, operand)) for operand in operands]
 
@@ -188,8 +208,14 @@ def measure(
     parts = axes or [tuple(range(jnp.ndim(leaf))) for leaf in leaves]
     split = _split(leaves, parts, axis_names)
     if axes is None:
-        groups = tuple(map(tuple, groups)) if groups is not None else tuple((k,) for k in range(len(leaves)))
-    if norm.magnitude is not jnp.abs:  # it may close over traced numbers, which the caches of what is compiled must not keep
+        groups = (
+            tuple(map(tuple, groups))
+            if groups is not None
+            else tuple((k,) for k in range(len(leaves)))
+        )
+    if (
+        norm.magnitude is not jnp.abs
+    ):  # it may close over traced numbers, which the caches of what is compiled must not keep
         leaves, norm = magnitudes(), norm._replace(magnitude=_itself)
     if axes is None:
         leaves = _alike(leaves)
@@ -198,38 +224,58 @@ def measure(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _measured(
-    norm: Norm, parts: Sequence[Axes], groups: Sequence[Axes] | None, split: Sequence[Names], leaves: list[ArrayLike]
+    norm: Norm,
+    parts: Sequence[Axes],
+    groups: Sequence[Axes] | None,
+    split: Sequence[Names],
+    leaves: list[ArrayLike],
 ) -> list[Array]:
     exact = functools.partial(_sizes, norm, parts, groups, split)
-    if norm.quick is None or any(split) or _widest(leaves) == jnp.float64:
+    if norm.fast is None or any(split) or _widest(leaves) == jnp.float64:
         return _differentiable(exact, exact, leaves)
-    in_float64 = functools.partial(_in_float64, norm.quick, parts, groups, split, joined=groups is not None)
+    in_float64 = functools.partial(
+        _in_float64, norm.fast, parts, groups, split, joined=groups is not None
+    )
 
     in_parts = _in_float32 if any(jnp.size(leaf) > LARGE for leaf in leaves) else _in_float64
-    on_cpu = functools.partial(_by_stacks, functools.partial(in_parts, norm.quick), parts, groups)
+    on_cpu = functools.partial(_by_stacks, functools.partial(in_parts, norm.fast), parts, groups)
 
-    # Float64 holds the squares of all numbers in float32. A GPU waits for the leaves, whatever it computes from them. A CPU
-    # takes twice as long for sums in float64, so where leaves are large it tries float32 first; a branch that is not taken is
-    # free there. A TPU has no float64. Derivatives are always those of `exact`: where float64 is switched off, JAX cannot
+    # Float64 holds the squares of all numbers in float32. A GPU waits for the leaves, whatever it
+    # computes from them. A CPU takes twice as long for sums in float64, so where leaves are large
+    # it tries float32 first; a branch that is not taken is free there. A TPU has no float64.
+    # Derivatives are always those of `exact`: where float64 is switched off, JAX cannot
     # differentiate what is computed in it.
     def measured(leaves: list[ArrayLike]) -> list[Array]:
-        return jax.lax.platform_dependent(leaves, cpu=on_cpu, cuda=in_float64, rocm=in_float64, default=exact)
+        return jax.lax.platform_dependent(
+            leaves, cpu=on_cpu, cuda=in_float64, rocm=in_float64, default=exact
+        )
 
     return _differentiable(measured, exact, leaves)
 
 
-def _differentiable(measured: Callable[..., list[Array]], exact: Callable[..., list[Array]], leaves: list[Any]) -> list[Array]:
-    """`measured(leaves)`, with the derivative of `exact`; a size that is not finite has none, and none of it is 0 * NaN."""
+def _differentiable(
+    measured: Callable[..., list[Array]], exact: Callable[..., list[Array]], leaves: list[Any]
+) -> list[Array]:
+    """`measured(leaves)`, with the derivative of `exact`; a size that is not finite has none, and
+    none of it is 0 * NaN.
+    """
     function = jax.custom_jvp(measured)
 
     @function.defjvp
-    def _(primals: tuple[list[Array]], tangents: tuple[list[Array]]) -> tuple[list[Array], list[Array]]:
+    def _(
+        primals: tuple[list[Array]], tangents: tuple[list[Array]]
+    ) -> tuple[list[Array], list[Array]]:
         (leaves,), (changes,) = primals, tangents
         finite = [jnp.isfinite(x) for x in leaves]
         known = [jnp.where(ok, x, jnp.zeros_like(x)) for ok, x in zip(finite, leaves, strict=True)]
-        changes = [jnp.where(ok, dx, jnp.zeros_like(dx)) for ok, dx in zip(finite, changes, strict=True)]
+        changes = [
+            jnp.where(ok, dx, jnp.zeros_like(dx)) for ok, dx in zip(finite, changes, strict=True)
+        ]
         sizes, (_, moved) = exact(leaves), jax.jvp(exact, (known,), (changes,))
-        return sizes, [jnp.where(jnp.isfinite(size), d, jnp.zeros_like(d)) for size, d in zip(sizes, moved, strict=True)]
+        return sizes, [
+            jnp.where(jnp.isfinite(size), d, jnp.zeros_like(d))
+            for size, d in zip(sizes, moved, strict=True)
+        ]
 
     return function(leaves)
 
@@ -244,42 +290,58 @@ def _sizes(
     least: DTypeLike = jnp.float32,
     one: Array | None = None,
 ) -> list[Array]:
-    """Sizes, in the precision of the leaves or the `least`, whichever is wider. `one` joins kernels, and changes no number."""
-    moments_of = _moments_of_parts if groups is None else _moments_of_leaf
-    moments = [moments_of(norm, part, leaf, least, one) for part, leaf in zip(parts, leaves, strict=True)]
-    if groups is not None:  # one vector for each moment, so that all that follows is a few tiny kernels
-        vectors = [jnp.concatenate(values) for values in zip(*moments, strict=True)]
-        moments = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
+    """Sizes, in the precision of the leaves or the `least`, whichever is wider. `one` joins
+    kernels, and changes no number.
+    """
+    moments_of = _partials_of_parts if groups is None else _partials_of_leaf
+    partials = [
+        moments_of(norm, part, leaf, least, one) for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    if (
+        groups is not None
+    ):  # one vector for each moment, so that all that follows is a few tiny kernels
+        vectors = [jnp.concatenate(values) for values in zip(*partials, strict=True)]
+        partials = [_joined(norm, [_once(vector, split) for vector in vectors], groups)]
         split = [_union(split)]
-    columns = list(map(list, zip(*_joined_across(norm, moments, split), strict=True)))
+    columns = list(map(list, zip(*_joined_across(norm, partials, split), strict=True)))
     root = jax.jit(norm.root, inline=True)  # of equal blocks it is traced once
     if len(columns) == 1:
         return list(map(root, *columns))
-    packing = packing_of(columns[0])  # a root of several moments is many operations
+    packing = packing_of(columns[0])  # a root of several partials is many operations
     return packing.unpack(list(map(root, *map(packing.pack, columns))))[0]
 
 
-# Compiled, so that equal leaves are traced once; and parts of leaves inlined, of which XLA on a TPU makes fewer kernels then.
+# Compiled, so that equal leaves are traced once; and parts of leaves inlined, of which XLA on a TPU
+# makes fewer kernels then.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
-def _moments_of_parts(norm: Norm, axes: Axes, leaf: ArrayLike, least: DTypeLike, one: Array | None) -> tuple[Array, ...]:
+def _partials_of_parts(
+    norm: Norm, axes: Axes, leaf: ArrayLike, least: DTypeLike, one: Array | None
+) -> tuple[Array, ...]:
     magnitudes = norm.magnitude(widen(leaf, least))
-    return norm.moments(magnitudes if one is None else magnitudes * one, axes)
+    return norm.partials(magnitudes if one is None else magnitudes * one, axes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
-def _moments_of_leaf(norm: Norm, axes: Axes, leaf: ArrayLike, least: DTypeLike, one: Array | None) -> tuple[Array, ...]:
+def _partials_of_leaf(
+    norm: Norm, axes: Axes, leaf: ArrayLike, least: DTypeLike, one: Array | None
+) -> tuple[Array, ...]:
     """The same as vectors."""
-    return tuple(map(jnp.ravel, _moments_of_parts(norm, axes, leaf, least, one)))
+    return tuple(map(jnp.ravel, _partials_of_parts(norm, axes, leaf, least, one)))
 
 
 def _by_stacks(
-    sizes_of: Callable[..., list[Array]], parts: Sequence[Axes], groups: Sequence[Axes] | None, leaves: list[Array]
+    sizes_of: Callable[..., list[Array]],
+    parts: Sequence[Axes],
+    groups: Sequence[Axes] | None,
+    leaves: list[Array],
 ) -> list[Array]:
-    """Sizes by a function of parts, groups, split axes and leaves, that is given stacks of equal leaves if they are not large.
+    """Sizes by a function of parts, groups, split axes and leaves, that is given stacks of equal
+    leaves if they are not large.
 
-    XLA takes as long to compile what is done to a stack as to one leaf, and on a CPU it costs nothing to copy what is small.
+    XLA takes as long to compile what is done to a stack as to one leaf, and on a CPU it costs
+    nothing to copy what is small.
     """
     own = alike(leaves, parts)
     place = places(own)
@@ -288,7 +350,8 @@ def _by_stacks(
     sizes = sizes_of(parts, groups, ((),) * len(own), stacked(leaves, own))
     if groups is not None:
         return sizes
-    of_leaves = [row for stack in sizes for row in _slices(stack)]  # of which the compiler sees that they are a stack
+    # of which the compiler sees that they are a stack
+    of_leaves = [row for stack in sizes for row in _slices(stack)]
     return [of_leaves[k] for k in place]
 
 
@@ -307,14 +370,23 @@ def _in_float64(
     *,
     joined: bool = False,
 ) -> list[Array]:
-    """Sizes by a norm that is `quick`; with the kernels of equal leaves `joined`, on a GPU, by a number in common."""
+    """Sizes by a norm that is `fast`; with the kernels of equal leaves `joined`, on a GPU, by a
+    number in common.
+    """
     with _jax.float64():
         one = common(jnp.ones(2))[0] if joined else None
-        return [size.astype(jnp.float32) for size in _sizes(norm, parts, groups, split, leaves, jnp.float64, one)]
+        return [
+            size.astype(jnp.float32)
+            for size in _sizes(norm, parts, groups, split, leaves, jnp.float64, one)
+        ]
 
 
 def _in_float32(
-    norm: Norm, parts: Sequence[Axes], groups: Sequence[Axes] | None, split: Sequence[Names], leaves: list[ArrayLike]
+    norm: Norm,
+    parts: Sequence[Axes],
+    groups: Sequence[Axes] | None,
+    split: Sequence[Names],
+    leaves: list[ArrayLike],
 ) -> list[Array]:
     """The same where float32 is exact, which is seen afterwards; else in float64."""
     sizes = _sizes(norm, parts, groups, split, leaves)
@@ -327,7 +399,9 @@ def _in_float32(
     return jax.lax.cond(jnp.array(exact).all(), lambda _: sizes, in_float64, leaves)
 
 
-def _split(leaves: Sequence[ArrayLike], parts: Sequence[Axes], axis_names: Sequence[Names | None] | None) -> list[Names]:
+def _split(
+    leaves: Sequence[ArrayLike], parts: Sequence[Axes], axis_names: Sequence[Names | None] | None
+) -> list[Names]:
     """For each leaf the mapped axes along which what is measured together is split."""
     split = []
     for leaf, part, given in zip(leaves, parts, axis_names or [None] * len(leaves), strict=True):
@@ -343,32 +417,42 @@ def _union(split: Sequence[Names]) -> Names:
 
 
 def _once(vector: Array, split: Sequence[Names]) -> Array:
-    """Moments of leaves `[leaves]`, where those that several devices have are counted on one of them only."""
+    """Partials of leaves `[leaves]`, where those that several devices have are counted on one of
+    them only.
+    """
     if len(set(split)) <= 1:
         return vector
     axes = _union(split)
     return jnp.stack([_sharding.once(vector[k], own, axes) for k, own in enumerate(split)])
 
 
-def _joined_across(norm: Norm, moments: list[tuple[Array, ...]], split: Sequence[Names]) -> list[tuple[Array, ...]]:
-    """Moments of the whole from those of what is here, for each block; one message for all blocks that are split alike."""
-    joined = list(moments)
-    kinds = [(axes, _sharding.varying(block[0])) for axes, block in zip(split, moments, strict=True)]
+def _joined_across(
+    norm: Norm, partials: list[tuple[Array, ...]], split: Sequence[Names]
+) -> list[tuple[Array, ...]]:
+    """Partials of the whole from those of what is here, for each block; one message for all blocks
+    that are split alike.
+    """
+    joined = list(partials)
+    kinds = [
+        (axes, _sharding.varying(block[0])) for axes, block in zip(split, partials, strict=True)
+    ]
     for kind in dict.fromkeys(kind for kind in kinds if kind[0]):
         axes, own = kind[0], [k for k, other in enumerate(kinds) if other == kind]
-        total, largest = (functools.partial(join, axes=axes) for join in (_sharding.total, _sharding.largest))
-        columns = tuple(map(list, zip(*[moments[k] for k in own], strict=True)))
+        total, largest = (
+            functools.partial(join, axes=axes) for join in (_sharding.total, _sharding.largest)
+        )
+        columns = tuple(map(list, zip(*[partials[k] for k in own], strict=True)))
         for k, *values in zip(own, *norm.join(columns, total, largest), strict=True):
             joined[k] = tuple(values)
     return joined
 
 
-def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tuple[Array, ...]:
-    """Moments of groups `[groups]` from those of their leaves `[leaves]`."""
-    if groups == tuple((k,) for k in range(len(moments[0]))):
-        return tuple(moments)
+def _joined(norm: Norm, partials: Sequence[Array], groups: Sequence[Axes]) -> tuple[Array, ...]:
+    """Partials of groups `[groups]` from those of their leaves `[leaves]`."""
+    if groups == tuple((k,) for k in range(len(partials[0]))):
+        return tuple(partials)
 
-    absent = len(moments[0])  # position of a zero, which adds nothing
+    absent = len(partials[0])  # position of a zero, which adds nothing
     members = np.full((len(groups), max(map(len, groups))), absent)
     for i, group in enumerate(groups):
         members[i, : len(group)] = group
@@ -376,7 +460,7 @@ def _joined(norm: Norm, moments: Sequence[Array], groups: Sequence[Axes]) -> tup
     def over_members(function: Callable[..., Array]) -> Join:
         return lambda tree: jax.tree.map(lambda x: function(x, 1, keepdims=True), tree)
 
-    members = tuple(jnp.take(jnp.pad(values, (0, 1)), members, mode="clip") for values in moments)
+    members = tuple(jnp.take(jnp.pad(values, (0, 1)), members, mode="clip") for values in partials)
     return tuple(x[:, 0] for x in norm.join(members, over_members(jnp.sum), over_members(jnp.max)))
 
 
@@ -386,7 +470,9 @@ def _widest(leaves: Sequence[ArrayLike]) -> DTypeLike:
 
 
 def _alike(leaves: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
-    """Leaves that are measured together, all in float64 if some are: what they are scaled by depends on the precision."""
+    """Leaves that are measured together, all in float64 if some are: what they are scaled by
+    depends on the precision.
+    """
     widest = _widest(leaves)
     if widest == jnp.float32:
         return leaves
@@ -396,7 +482,8 @@ def _alike(leaves: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
 def wide(x: ArrayLike, least: DTypeLike = jnp.float32) -> DTypeLike:
     """The dtype that `x` is measured in: the `least` precision or wider, complex if `x` is."""
     dtype = jnp.result_type(x)
-    narrow = not jnp.issubdtype(dtype, jnp.complexfloating) and dtype.itemsize < 4  # JAX promotes no floats of 8 bits and less
+    # JAX promotes no floats of 8 bits and less
+    narrow = not jnp.issubdtype(dtype, jnp.complexfloating) and dtype.itemsize < 4
     return jnp.dtype(least) if narrow else jnp.promote_types(dtype, least)
 
 
@@ -410,7 +497,8 @@ def cast_like(x: Array, like: ArrayLike) -> Array:
     return x.astype(jnp.asarray(like).dtype)
 
 
-# Norms are made once, so that equal ones are known by their equality, and a program that uses one is traced once.
+# Norms are made once, so that equal ones are known by their equality, and a program that uses one
+# is traced once.
 
 
 @functools.cache
@@ -420,21 +508,27 @@ def _l1() -> Norm:
 
 @functools.cache
 def _linf() -> Norm:
-    return Norm(lambda m, axes: (_max(m, axes),), lambda moments, total, largest: largest(moments), lambda top: top)
+    return Norm(
+        lambda m, axes: (_max(m, axes),),
+        lambda partials, total, largest: largest(partials),
+        lambda top: top,
+    )
 
 
 @functools.cache
 def _rms() -> Norm:
     def relative(squares: Norm) -> Norm:
-        def moments(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
-            sums = squares.moments(magnitudes, axes)
+        def partials(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
+            sums = squares.partials(magnitudes, axes)
             return *sums, jnp.full_like(sums[0], math.prod(magnitudes.shape[axis] for axis in axes))
 
         def root(*sums_and_count: Array) -> Array:
             *sums, count = sums_and_count
             return squares.root(*(total / jnp.maximum(count, 1) for total in sums))
 
-        return squares._replace(moments=moments, root=root, quick=squares.quick and relative(squares.quick))
+        return squares._replace(
+            partials=partials, root=root, fast=squares.fast and relative(squares.fast)
+        )
 
     return relative(l2())
 
@@ -453,9 +547,12 @@ def _l2() -> Norm:
         half = jnp.finfo(dtype).maxexp // 2
         return 2.0 ** (half - 28), 2.0 ** -(half + 1)
 
-    def moments(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
+    def partials(magnitudes: Array, axes: Axes) -> tuple[Array, ...]:
         cap = 2.0 ** (jnp.finfo(magnitudes.dtype).maxexp // 2)
-        return tuple(_sum(jnp.minimum(magnitudes * scale, cap) ** 2, axes) for scale in scales(magnitudes.dtype))
+        return tuple(
+            _sum(jnp.minimum(magnitudes * scale, cap) ** 2, axes)
+            for scale in scales(magnitudes.dtype)
+        )
 
     def root(near: Array, far: Array) -> Array:
         enough = jnp.isfinite(near)
@@ -465,8 +562,10 @@ def _l2() -> Norm:
     def signed(x: Array) -> Array:
         return jnp.abs(x) if jnp.iscomplexobj(x) else x  # a square needs no more
 
-    squares = Norm(lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2), magnitude=signed)
-    return Norm(moments, _add, root, quick=squares)
+    squares = Norm(
+        lambda m, axes: (_sum(m**2, axes),), _add, lambda total: _root(total, 2), magnitude=signed
+    )
+    return Norm(partials, _add, root, fast=squares)
 
 
 @jax.custom_jvp
@@ -521,6 +620,6 @@ def _root_jvp(p: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[
     return root, jnp.where(positive, change * (root / jnp.where(positive, total, 1) / p), 0)
 
 
-def _add(moments: Moments, total: Join, largest: Join) -> Moments:
+def _add(partials: Partials, total: Join, largest: Join) -> Partials:
     del largest
-    return total(moments)
+    return total(partials)

@@ -1,10 +1,13 @@
-"""Pictures of a run: what clipping did at each step and to each group, and the sizes that a monitor has seen.
+"""Pictures of a run: what clipping did at each step and to each group, and the sizes that a monitor
+has seen.
 
-Each function draws on the matplotlib `Axes` it is given, or on those of a new figure, and returns them:
-`sizes(history).figure.savefig("sizes.png")`. It needs `pip install 'optaxclip[plots]'`, and no display.
+Each function draws on the matplotlib `Axes` it is given, or on those of a new figure, and returns
+them: `sizes(history).figure.savefig("sizes.png")`. It needs `pip install 'optaxclip[plots]'`, and
+no display.
 
-A *history* is what `telemetry.metrics` gave at each step: a list of its dicts, or one dict of arrays over steps, as
-`jax.lax.scan` stacks them. Arrays may have one more axis, of seeds, after the steps or before them.
+A *history* is what `telemetry.metrics` gave at each step: a list of its dicts, or one dict of
+arrays over steps, as `jax.lax.scan` stacks them. Arrays may have one more axis, of seeds, after the
+steps or before them.
 """
 
 import math
@@ -21,7 +24,13 @@ from optaxclip.thresholds.ranks import WIDTH
 LINES = {  # in colours that colour-blind readers can tell apart; where nothing is clipped, `before` lies upon `after`
     "size_before": {"label": "before", "color": "#0072B2", "linewidth": 1, "zorder": 2.1},
     "size_after": {"label": "after", "color": "#E69F00", "linewidth": 3},
-    "limit": {"label": "limit", "color": "black", "linewidth": 1, "linestyle": (0, (4, 2)), "zorder": 2.2},
+    "limit": {
+        "label": "limit",
+        "color": "black",
+        "linewidth": 1,
+        "linestyle": (0, (4, 2)),
+        "zorder": 2.2,
+    },
 }
 NEEDED = {"steps", "clipped_share", *LINES}
 BARS = 40  # of a histogram, at most
@@ -45,14 +54,16 @@ class _Run(NamedTuple):
 def sizes(history: Any, *, prefix: str = "clip", group: str | None = None, ax: Any = None) -> Any:
     """Norm before clipping, norm after it, and limit, over steps.
 
-    Dots are steps in which something was clipped, ticks at the upper edge steps that were not finite, or that a guard
-    such as `skip_nonfinite` left out. Infinite limits are not drawn, nor zeros. Of several seeds there are medians and
-    quartiles, where what is not finite is the largest; dots where half of them were clipped, ticks where any was not finite.
+    Dots are steps in which something was clipped, ticks at the upper edge steps that were not
+    finite, or that a guard such as `skip_nonfinite` left out. Infinite limits are not drawn, nor
+    zeros. Of several seeds there are medians and quartiles, where what is not finite is the
+    largest; dots where half of them were clipped, ticks where any was not finite.
 
     Args:
         history: what `telemetry.metrics` gave at each step.
         prefix: what the keys of the clip begin with, such as `"clip_0"` if there are several.
-        group: one of the groups by name, if `metrics` was given the parameters. Without it, at each step the largest.
+        group: one of the groups by name, if `metrics` was given the parameters. Without it, at each
+            step the largest.
         ax: matplotlib `Axes` to draw on; None: a new figure.
 
     Raises:
@@ -76,7 +87,10 @@ def sizes(history: Any, *, prefix: str = "clip", group: str | None = None, ax: A
     """
     groups, ending = _groups(history, prefix), ""
     if group is not None and not groups:
-        raise ValueError(f"history has no groups by name, got group={group!r}; record telemetry.metrics(opt_state, params)")
+        raise ValueError(
+            f"history has no groups by name, got group={group!r}; record "
+            f"telemetry.metrics(opt_state, params)"
+        )
     if group is not None:
         _validate.option("group", group, groups)
         ending = f"/{group}"
@@ -88,7 +102,14 @@ def sizes(history: Any, *, prefix: str = "clip", group: str | None = None, ax: A
     of = f" of {_shortened([group])[0]}" if group else " of the largest group" if groups else ""
     ax.set(yscale="log", xlabel="step", ylabel="norm" + of)
     ax.set_title("Norm before and after clipping", pad=22)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, frameon=False, fontsize="small", columnspacing=1.2)
+    ax.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1),
+        ncols=6,
+        frameon=False,
+        fontsize="small",
+        columnspacing=1.2,
+    )
     _plain_numbers(ax.yaxis)
     return ax
 
@@ -96,18 +117,20 @@ def sizes(history: Any, *, prefix: str = "clip", group: str | None = None, ax: A
 def clipped_shares(history: Any, *, prefix: str = "clip", bins: int = 100, ax: Any = None) -> Any:
     """How much was clipped as a heat map: one row for each group, one column for some steps.
 
-    A colour is the mean over the column's steps, and over seeds, of the share of the group that was over its limit.
-    Without groups by name there is one row, the mean over all.
+    A colour is the mean over the column's steps, and over seeds, of the share of the group that was
+    over its limit. Without groups by name there is one row, the mean over all.
 
     Args:
-        history: what `telemetry.metrics` gave at each step, with `params` if there are several groups.
+        history: what `telemetry.metrics` gave at each step, with `params` if there are several
+            groups.
         prefix: what the keys of the clip begin with, such as `"clip_0"` if there are several.
         bins: how many columns there are at most.
         ax: matplotlib `Axes` to draw on; None: a new figure, as high as the rows need.
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: `history` is not a dict or a list of dicts, `bins` not an integer, or `ax` not an `Axes`.
+        TypeError: `history` is not a dict or a list of dicts, `bins` not an integer, or `ax` not an
+            `Axes`.
         ValueError: the history has no such clip or no steps, or `bins` is below 1.
 
     Example:
@@ -124,12 +147,16 @@ def clipped_shares(history: Any, *, prefix: str = "clip", bins: int = 100, ax: A
     """
     _validate.count("bins", bins)
     groups = _groups(history, prefix)
-    run = _read(history, prefix, [f"clipped_share/{group}" for group in groups] or ["clipped_share"])
+    run = _read(
+        history, prefix, [f"clipped_share/{group}" for group in groups] or ["clipped_share"]
+    )
     parts = np.array_split(np.arange(len(run.steps)), min(bins, len(run.steps)))
     shares = np.array([[values[part].mean() for part in parts] for values in run.values.values()])
     edges = np.append(run.steps[[part[0] for part in parts]], run.steps[-1] + 1) - 0.5
     ax = _axes(ax, height=1.4 + 0.14 * max(len(shares), 8))
-    picture = ax.pcolormesh(edges, np.arange(len(shares) + 1) - 0.5, shares, vmin=0, vmax=1, cmap="Blues")
+    picture = ax.pcolormesh(
+        edges, np.arange(len(shares) + 1) - 0.5, shares, vmin=0, vmax=1, cmap="Blues"
+    )
     ax.figure.colorbar(picture, ax=ax, label="share clipped")
     _name_rows(ax, _shortened(groups) or ["all"])
     ax.set(xlabel="step", title="What was clipped" + ", by group" * bool(groups))
@@ -137,7 +164,8 @@ def clipped_shares(history: Any, *, prefix: str = "clip", bins: int = 100, ax: A
 
 
 def histogram(opt_state: Any, *, group: str | None = None, ax: Any = None) -> Any:
-    """How often a monitor has seen which norm, and at each threshold of `telemetry.suggest` what it would have clipped.
+    """How often a monitor has seen which norm, and at each threshold of `telemetry.suggest` what it
+    would have clipped.
 
     Args:
         opt_state: as for `telemetry.readings`, with a `telemetry.monitor` that has seen something.
@@ -147,7 +175,8 @@ def histogram(opt_state: Any, *, group: str | None = None, ax: Any = None) -> An
     Raises:
         ImportError: matplotlib is not installed.
         TypeError: `ax` is not an `Axes`.
-        ValueError: the state has no monitor, no such group, several of them, or none that has seen anything.
+        ValueError: the state has no monitor, no such group, several of them, or none that has seen
+            anything.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -164,17 +193,24 @@ def histogram(opt_state: Any, *, group: str | None = None, ax: Any = None) -> An
     found = telemetry._histories(opt_state)
     names = list(dict.fromkeys(name for name, _ in found))
     if not names:
-        raise ValueError(f"opt_state has no telemetry.monitor, got a {type(opt_state).__name__}; put one into the chain")
+        raise ValueError(
+            f"opt_state has no telemetry.monitor, got a {type(opt_state).__name__}; put one into "
+            f"the chain"
+        )
     if len(names) > 1 or group is not None:
         _validate.option("group", group, names)
     chosen = [history.sketch for name, history in found if group in (None, name)]
     if len(chosen) > 1:
         raise ValueError(
-            f"opt_state has several monitors of {group or names[0]!r}; pass the state of one, such as opt_state[0]"
+            f"opt_state has several monitors of {group or names[0]!r}; pass the state of one, such "
+            f"as opt_state[0]"
         )
     seen, counts = telemetry._distribution(chosen[0])
     if not counts.any():
-        raise ValueError(f"opt_state has a monitor of {group or names[0]!r} that saw nothing; pass a state after some updates")
+        raise ValueError(
+            f"opt_state has a monitor of {group or names[0]!r} that saw nothing; pass a state "
+            f"after some updates"
+        )
     ax = _axes(ax)
     _bars(ax, np.log(seen[counts > 0]), counts[counts > 0])
     _flags(ax, [line for line in telemetry.suggest(opt_state) if group in (None, line.group)])
@@ -185,11 +221,15 @@ def histogram(opt_state: Any, *, group: str | None = None, ax: Any = None) -> An
 
 
 def _axes(ax: Any, height: float = 4.0) -> Any:
-    """The given axes, or those of a new figure, which pyplot does not know and which is freed like any object."""
+    """The given axes, or those of a new figure, which pyplot does not know and which is freed like
+    any object.
+    """
     try:
         from matplotlib import axes, figure
     except ImportError as error:
-        raise ImportError("optaxclip.plots has no matplotlib to draw with; pip install 'optaxclip[plots]'") from error
+        raise ImportError(
+            "optaxclip.plots has no matplotlib to draw with; pip install 'optaxclip[plots]'"
+        ) from error
     if ax is None:
         return figure.Figure((7, height), layout="constrained").subplots()
     _validate.part("ax", ax, axes.Axes, "Figure().subplots()")
@@ -197,7 +237,9 @@ def _axes(ax: Any, height: float = 4.0) -> Any:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """Writes 0.1 and 10 at a logarithmic axis, not powers of ten, unless it is long; on a short one 2 and 3 as well."""
+    """Writes 0.1 and 10 at a logarithmic axis, not powers of ten, unless it is long; on a short one
+    2 and 3 as well.
+    """
     low, high = axis.get_view_interval()
     if high < 1e6 * low:
         axis.set_major_formatter("{x:g}")
@@ -205,44 +247,72 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _groups(history: Any, prefix: str) -> list[str]:
-    """The groups that a history names, in the order in which people count; refuses what is no history."""
+    """The groups that a history names, in the order in which people count; refuses what is no
+    history.
+    """
     records = [history] if isinstance(history, Mapping) else history
-    if not isinstance(records, Sequence) or not all(isinstance(record, Mapping) for record in records):
-        raise TypeError(f"history must be dicts, got {type(history).__name__}; pass a list of what telemetry.metrics gave")
+    if not isinstance(records, Sequence) or not all(
+        isinstance(record, Mapping) for record in records
+    ):
+        raise TypeError(
+            f"history must be dicts, got {type(history).__name__}; pass a list of what "
+            f"telemetry.metrics gave"
+        )
     keys = dict.fromkeys(str(key) for record in records for key in record)
     heads = [key.removesuffix("/steps") for key in keys if key.endswith("/steps")]
     prefixes = [head for head in heads if all(f"{head}/{name}" in keys for name in NEEDED)]
     if not prefixes:
         raise ValueError(
-            f"history has no metrics of a clip, only {list(keys)[:5]}; pass what telemetry.metrics gave at each step"
+            f"history has no metrics of a clip, only {list(keys)[:5]}; pass what telemetry.metrics "
+            f"gave at each step"
         )
     _validate.option("prefix", prefix, prefixes)
     head = f"{prefix}/clipped_share/"
     groups = [key.removeprefix(head) for key in keys if key.startswith(head)]
-    return sorted(groups, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
+    return sorted(
+        groups, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)]
+    )
 
 
 def _read(history: Any, prefix: str, names: list[str]) -> _Run:
     """The numbers of some names, of the steps that have them."""
     guard = re.sub(r"_\d+$", "", prefix) + "/skipped_steps"
-    done, skipped, *values = _columns(history, [f"{prefix}/steps", guard, *(f"{prefix}/{name}" for name in names)])
+    done, skipped, *values = _columns(
+        history, [f"{prefix}/steps", guard, *(f"{prefix}/{name}" for name in names)]
+    )
     steps = (done + skipped).max(axis=1)
-    new = np.diff(done, axis=0, prepend=0).any(axis=1)  # else the clip was left out, and tells of its last step again
+    # else the clip was left out, and tells of its last step again
+    new = np.diff(done, axis=0, prepend=0).any(axis=1)
     if not new.any():
-        raise ValueError("history has no step that was done, got steps=0; record telemetry.metrics after each update")
+        raise ValueError(
+            "history has no step that was done, got steps=0; record telemetry.metrics after each "
+            "update"
+        )
     left_out = np.diff(skipped, axis=0, prepend=skipped[:1]).any(axis=1)
-    return _Run(steps[new], dict(zip(names, [value[new] for value in values], strict=True)), steps[left_out])
+    return _Run(
+        steps[new], dict(zip(names, [value[new] for value in values], strict=True)), steps[left_out]
+    )
 
 
 def _columns(history: Any, keys: list[str]) -> np.ndarray:
     """The numbers of some keys `[keys, steps, seeds]`, with zeros for what a history does not have."""
-    records = [history] if isinstance(history, Mapping) else [record for record in history if keys[-1] in record]
-    rows = [[record[key] if key in record else np.zeros_like(record[keys[0]]) for key in keys] for record in records]
+    records = (
+        [history]
+        if isinstance(history, Mapping)
+        else [record for record in history if keys[-1] in record]
+    )
+    rows = [
+        [record[key] if key in record else np.zeros_like(record[keys[0]]) for key in keys]
+        for record in records
+    ]
     columns = np.array(jax.device_get(rows), float).swapaxes(0, 1)
     columns = columns[:, 0] if isinstance(history, Mapping) else columns
     if not 2 <= columns.ndim <= 3 or not columns.size:
         shape = columns.shape[1:]
-        raise ValueError(f"history has arrays of shape {shape}; give them one axis of steps, and at most one more, of seeds")
+        raise ValueError(
+            f"history has arrays of shape {shape}; give them one axis of steps, and at most one "
+            f"more, of seeds"
+        )
     columns = columns.reshape(*columns.shape[:2], -1)
     steps = columns[0] + columns[1]
     seeds_first = np.ptp(steps[0]) > np.ptp(steps[:, 0])  # where a scan was vmapped
@@ -261,7 +331,9 @@ def _line(ax: Any, steps: np.ndarray, values: np.ndarray, style: dict[str, Any])
 
 
 def _quartiles(values: np.ndarray) -> np.ndarray:
-    """Lower quartile, median and upper quartile over the last axis, NaN where a logarithm cannot be drawn."""
+    """Lower quartile, median and upper quartile over the last axis, NaN where a logarithm cannot be
+    drawn.
+    """
     ordered = np.sort(values, axis=1)  # NaN last
     n = ordered.shape[1]
     median = (ordered[:, (n - 1) // 2] + ordered[:, n // 2]) / 2
@@ -272,54 +344,99 @@ def _quartiles(values: np.ndarray) -> np.ndarray:
 def _marks(ax: Any, run: _Run, before: np.ndarray, clipped: np.ndarray) -> None:
     """Dots on the line before clipping, and ticks at the upper edge."""
     if clipped.any():
-        dots = {"color": "#D55E00", "markersize": float(np.clip(600 / clipped.sum(), 1, 4)), "zorder": 2.3}
+        dots = {
+            "color": "#D55E00",
+            "markersize": float(np.clip(600 / clipped.sum(), 1, 4)),
+            "zorder": 2.3,
+        }
         ax.plot(run.steps[clipped], _quartiles(before)[1, clipped], "o", label="clipped", **dots)
     not_finite = run.steps[~np.isfinite(before).all(axis=1)]
-    for label, steps, color in ("not finite", not_finite, "#CC79A7"), ("skipped", run.skipped, "#009E73"):
+    for label, steps, color in (
+        ("not finite", not_finite, "#CC79A7"),
+        ("skipped", run.skipped, "#009E73"),
+    ):
         if len(steps):
-            ticks = {"color": color, "markersize": 14, "markeredgewidth": 1.5, "transform": ax.get_xaxis_transform()}
+            ticks = {
+                "color": color,
+                "markersize": 14,
+                "markeredgewidth": 1.5,
+                "transform": ax.get_xaxis_transform(),
+            }
             ax.plot(steps, np.ones(len(steps)), "|", label=label, **ticks)
 
 
 def _name_rows(ax: Any, names: list[str]) -> None:
-    """Names the rows of a picture, in letters as high as a row, or every n-th row where they would be too small."""
+    """Names the rows of a picture, in letters as high as a row, or every n-th row where they would
+    be too small.
+    """
     height = 72 * ax.bbox.height / ax.figure.dpi / len(names)  # of a row, in points
     every = math.ceil(6 / height)
-    ax.set_yticks(range(0, len(names), every), names[::every], fontsize=min(9, 0.85 * height * every))
+    ax.set_yticks(
+        range(0, len(names), every), names[::every], fontsize=min(9, 0.85 * height * every)
+    )
     ax.invert_yaxis()
 
 
 def _shortened(names: list[str]) -> list[str]:
-    """Names of at most about `LONGEST` letters: long parts of a path lose their middle, and keep a number at their end."""
+    """Names of at most about `LONGEST` letters: long parts of a path lose their middle, and keep a
+    number at their end.
+    """
     short, longest = names, 16  # letters of a part
     while max(map(len, short), default=0) > LONGEST and longest > 4:
-        parts = [[x if len(x) <= longest else f"{x[: longest - 3]}\u2026{x[-2:]}" for x in name.split("/")] for name in names]
+        parts = [
+            [
+                x if len(x) <= longest else f"{x[: longest - 3]}\u2026{x[-2:]}"
+                for x in name.split("/")
+            ]
+            for name in names
+        ]
         short, longest = ["/".join(part) for part in parts], longest - 1
     return short
 
 
 def _bars(ax: Any, logarithms: np.ndarray, counts: np.ndarray) -> None:
-    """A histogram in the lower half, whose bars are whole numbers of the bins that a monitor counts in."""
+    """A histogram in the lower half, whose bars are whole numbers of the bins that a monitor counts
+    in.
+    """
     start = logarithms[0] - WIDTH / 2
     width = WIDTH * math.ceil((logarithms[-1] - start) / (BARS * WIDTH))
     number = math.floor((logarithms[-1] - start) / width) + 1
     heights, edges = np.histogram(logarithms, start + width * np.arange(number + 1), weights=counts)
     left, some = np.exp(edges), heights > 0
-    ax.bar(left[:-1][some], heights[some], np.diff(left)[some], align="edge", color="#56B4E9", edgecolor="#56B4E9", linewidth=2)
+    ax.bar(
+        left[:-1][some],
+        heights[some],
+        np.diff(left)[some],
+        align="edge",
+        color="#56B4E9",
+        edgecolor="#56B4E9",
+        linewidth=2,
+    )
     ax.set(xscale="log", ylim=(0, 2 * heights.max()))
 
 
 def _flags(ax: Any, lines: list[telemetry.Suggestion]) -> None:
-    """A line for each candidate with its label at the end; further right they end lower, so that no line crosses a label."""
-    labels = [f"{line.candidate} = {line.threshold:.3g} clips {100 * line.clipped_share:.3g}%" for line in lines]
+    """A line for each candidate with its label at the end; further right they end lower, so that no
+    line crosses a label.
+    """
+    labels = [
+        f"{line.candidate} = {line.threshold:.3g} clips {100 * line.clipped_share:.3g}%"
+        for line in lines
+    ]
     across = 72 * ax.bbox.width / ax.figure.dpi  # in points
     font = float(np.clip(across / 45, 6.5, 8.5))
-    place = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "va": "top", "fontsize": font}
+    place = {
+        "xycoords": ax.get_xaxis_transform(),
+        "textcoords": "offset points",
+        "va": "top",
+        "fontsize": font,
+    }
     for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
         top, color = 0.97 - 0.052 * i, "#D55E00" if "quantile" in line.candidate else "black"
         ax.axvline(line.threshold, ymax=top, color=color, linewidth=1)
         ax.annotate(label, (line.threshold, top), (3, 0), color=color, **place)
-    # Room for the labels: a letter is about half as wide as high, and a layout may yet make the axes narrower.
+    # Room for the labels: a letter is about half as wide as high, and a layout may yet make the
+    # axes narrower.
     widths = np.array([len(label) for label in labels]) * 0.55 * font / (0.85 * across)
     (low, high), places = np.log(ax.get_xlim()), np.log([line.threshold for line in lines])
     ax.set_xlim(right=np.exp(max(high, *(low + (places - low) / (1 - np.minimum(widths, 0.8))))))

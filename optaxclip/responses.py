@@ -1,4 +1,4 @@
-r"""What happens to what is larger: `rescale clamp smooth zero normalize band automatic psac`.
+r"""What happens to what is larger: `rescale clamp smooth drop normalize band automatic psac`.
 
 A response is a function `(gradient, size, limit) -> gradient` on one leaf, where size and
 limit are scalars or broadcast against it, in float32 or wider. All but `clamp` keep the
@@ -6,10 +6,10 @@ direction of the gradient, so each is told in one line: what it makes of the siz
 
 Laws, for each response here: a zero gradient stays zero; `limit = inf` changes nothing;
 what is not changed comes back bit for bit; derivatives are finite. `rescale clamp smooth
-zero` never enlarge.
+drop` never enlarge.
 """
 
-import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,29 +17,54 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optaxclip._types import Response
 
+class FromTarget:
+    """A response that keeps the direction of the gradient, and so is known by the size after it.
 
-def keeps_direction(target: Callable[..., Array]) -> Response:
-    """The response that gives a gradient of a size the size `target(size, limit)`, and leaves zeros alone.
-
-    It carries that function as its attribute `target`: with it the engine does the scalar work
-    for all groups at once, and what remains for each leaf is to multiply.
+    Attributes:
+        target: `(size, limit, **options) -> size after clipping`; zeros stay zeros.
     """
 
-    def new_size(size: Array, limit: Array, **options: Any) -> Array:
-        return jnp.where(size > 0, target(size, limit, **options), size)
+    def __init__(self, target: Callable[..., Array]):
+        size, limit, *options = inspect.signature(target).parameters.values()
+        parameters = [size.replace(name="gradient"), size, limit, *options]
+        self.__signature__ = inspect.Signature(parameters, return_annotation=Array)
+        self.__name__, self.__doc__ = target.__name__, target.__doc__
+        self._target = target
 
-    def response(gradient: Array, size: Array, limit: Array, **options: Any) -> Array:
-        return multiply(gradient, *factors(size, new_size(size, limit, **options)))
+    def __call__(self, gradient: Array, size: Array, limit: Array, **options: Any) -> Array:
+        """The gradient, shrunk or enlarged."""
+        return multiply(gradient, *factors(size, self.target(size, limit, **options)))
 
-    functools.update_wrapper(response, target)
-    del response.__dict__["__wrapped__"]  # the signature is the response's own
-    response.__dict__["target"] = new_size
-    return response
+    def target(self, size: Array, limit: Array, **options: Any) -> Array:
+        """The size after clipping."""
+        return jnp.where(size > 0, self._target(size, limit, **options), size)
+
+    def __repr__(self) -> str:
+        return f"responses.{self.__name__}"
 
 
-@keeps_direction
+def from_target(target: Callable[..., Array]) -> FromTarget:
+    """Makes a response that gives a gradient of a size the size `target(size, limit)`, and leaves
+    zeros alone.
+
+    The engine asks such a response for its `target`: then it does the scalar work for all groups at
+    once, and what remains for each leaf is to multiply.
+
+    Args:
+        target: `(size, limit) -> size after clipping`, of arrays of sizes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import responses
+        >>> halfway = responses.from_target(lambda size, limit: (size + jnp.minimum(size, limit)) / 2)
+        >>> halfway(jnp.array([3.0, 4.0]), jnp.array(5.0), jnp.array(1.0))
+        Array([1.8000001, 2.4      ], dtype=float32)
+    """
+    return FromTarget(target)
+
+
+@from_target
 def rescale(size: Array, limit: Array) -> Array:
     r"""Shrinks to the limit, :math:`g \min(1, c / s)`: the classic response.
 
@@ -54,7 +79,8 @@ def rescale(size: Array, limit: Array) -> Array:
 
 @jax.jit
 def clamp(gradient: Array, size: Array, limit: Array) -> Array:
-    r"""Cuts each element at the limit where the size is above it, :math:`\mathrm{sign}(g) \min(|g|, c)`.
+    r"""Cuts each element at the limit where the size is above it, :math:`\mathrm{sign}(g) \min(|g|,
+    c)`.
 
     With element scope this is clipping by value. With larger scopes it bounds their `linf` norm
     exactly, and other norms not at all.
@@ -66,39 +92,44 @@ def clamp(gradient: Array, size: Array, limit: Array) -> Array:
     return jnp.where(size > limit, jnp.clip(gradient, -limit, limit), gradient)
 
 
-@keeps_direction
+@from_target
 def smooth(size: Array, limit: Array) -> Array:
     r"""Approaches the limit and never reaches it, :math:`g / \sqrt{1 + (s / c)^2}`.
 
     Every gradient is changed a little; one at its limit shrinks to 0.71 of it.
     """
     smaller, larger = jnp.minimum(size, limit), jnp.maximum(size, limit)
-    return smaller / jnp.sqrt(1 + (smaller / jnp.where(larger > 0, larger, 1)) ** 2)  # a ratio of at most 1: no overflow
+    # a ratio of at most 1: no overflow
+    return smaller / jnp.sqrt(1 + (smaller / jnp.where(larger > 0, larger, 1)) ** 2)
 
 
-@keeps_direction
-def zero(size: Array, limit: Array) -> Array:
+@from_target
+def drop(size: Array, limit: Array) -> Array:
     """Drops what is above the limit: zeros instead of a smaller gradient."""
     return jnp.where(size > limit, 0, size)
 
 
-@keeps_direction
+@from_target
 def normalize(size: Array, limit: Array) -> Array:
     r"""Sets the size to the limit, from above and from below, :math:`g\, c / s`."""
     return jnp.where(limit < jnp.inf, limit, size)
 
 
-@keeps_direction
+@from_target
 def band(size: Array, limit: Array, *, low: float = 0.5) -> Array:
-    r"""Keeps the size between a share `low` of the limit and the limit, :math:`g\, \mathrm{clip}(s, \ell c, c) / s`."""
+    r"""Keeps the size between a share `low` of the limit and the limit, :math:`g\, \mathrm{clip}(s,
+    \ell c, c) / s`.
+    """
     return jnp.where(limit < jnp.inf, jnp.clip(size, low * limit, limit), size)
 
 
-@keeps_direction
+@from_target
 def automatic(size: Array, limit: Array, *, gamma: float = 0.01) -> Array:
-    r"""AUTO-S: almost the same size for all, :math:`g\, c / (s + \gamma)`, so that the limit is only a scale.
+    r"""AUTO-S: almost the same size for all, :math:`g\, c / (s + \gamma)`, so that the limit is
+    only a scale.
 
-    Small gradients are enlarged, up to :math:`c / \gamma` times. Not at or below the limit is it the identity.
+    Small gradients are enlarged, up to :math:`c / \gamma` times. Not at or below the limit is it
+    the identity.
 
     References:
         Bu et al., [Automatic clipping](https://arxiv.org/abs/2206.07136), 2022.
@@ -106,12 +137,14 @@ def automatic(size: Array, limit: Array, *, gamma: float = 0.01) -> Array:
     return _scaled(size / (size + gamma), size, limit)
 
 
-@keeps_direction
+@from_target
 def psac(size: Array, limit: Array, *, r: float = 0.1) -> Array:
-    r"""PSAC: as `automatic`, but small gradients are not enlarged so much, :math:`g\, c / (s + r / (s + r))`.
+    r"""PSAC: as `automatic`, but small gradients are not enlarged so much, :math:`g\, c / (s + r /
+    (s + r))`.
 
     References:
-        Xia et al., [Differentially private learning with per-sample adaptive clipping](https://arxiv.org/abs/2212.00328), 2022.
+        Xia et al., [Differentially private learning with per-sample adaptive
+        clipping](https://arxiv.org/abs/2212.00328), 2022.
     """
     return _scaled(size / (size + r / (size + r)), size, limit)
 
@@ -137,18 +170,23 @@ def factors(size: Array, target: Array) -> tuple[Array, Array]:
 def _factors_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    # The rule of quotients with one division where the textbook has size^2, which leaves the float range.
+    # The rule of quotients with one division where the textbook has size^2, which leaves the float
+    # range.
     first, divisor = _first_factor(*primals)
     second = primals[1] / divisor
     change = (tangents[1] - second * jnp.where(first > 0, first, 1) * tangents[0]) / divisor
-    return (first, second), (jnp.zeros_like(first), jnp.where(first > 0, change, 0).astype(second.dtype))
+    return (first, second), (
+        jnp.zeros_like(first),
+        jnp.where(first > 0, change, 0).astype(second.dtype),
+    )
 
 
 def _first_factor(size: Array, target: Array) -> tuple[Array, Array]:
     """The first factor, and what the target is to be divided by for the second."""
     positive = jnp.maximum(size, jnp.finfo(size.dtype).tiny)
     far = (target > 0) & (target != jax.lax.clamp(positive * 2.0**-64, target, positive * 2.0**64))
-    # A quotient at the end: XLA on CPU would compute anything cheaper than that anew in the kernel of every leaf.
+    # A quotient at the end: XLA on CPU would compute anything cheaper than that anew in the kernel
+    # of every leaf.
     first = jnp.where(far, jnp.sqrt(target), target != size) / jnp.where(far, jnp.sqrt(positive), 1)
     return first, positive * jnp.where(first == 0, 1, first)
 

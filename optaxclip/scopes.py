@@ -22,7 +22,8 @@ def group(name_of: Callable[[str], str | None]) -> Scope:
             the leaf is neither measured nor clipped.
 
     Raises:
-        TypeError: `name_of` is not a function of a path, or (on `init` or `update`) what it returns is no name.
+        TypeError: `name_of` is not a function of a path, or (on `init` or `update`) what it returns
+            is no name.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -51,10 +52,18 @@ def leaf(*, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
         return Scope()
     stacked = _axes_function("batch_axes", batch_axes, lambda leaf: ())
 
-    return Scope(axes=lambda path, leaf: _rest(_normalize("batch_axes", stacked(path, leaf), path, leaf), leaf))
+    return Scope(
+        axes=lambda path, leaf: _rest(
+            _normalize("batch_axes", stacked(path, leaf), path, leaf), leaf
+        )
+    )
 
 
-def unit(axes: int | Sequence[int] | AxesOf | None = None, *, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
+def unit(
+    axes: int | Sequence[int] | AxesOf | None = None,
+    *,
+    batch_axes: int | Sequence[int] | AxesOf | None = None,
+) -> Scope:
     """Every output unit by itself: the weights that feed one output share a size.
 
     By convention (Brock et al. 2021, with Flax's layouts) the axes measured together are those
@@ -79,15 +88,23 @@ def unit(axes: int | Sequence[int] | AxesOf | None = None, *, batch_axes: int | 
         Brock et al., [High-performance large-scale image recognition without
         normalization](https://arxiv.org/abs/2102.06171), 2021.
     """
-    stacked = _axes_function("batch_axes", () if batch_axes is None else batch_axes, lambda leaf: ())
-    chosen = None if axes is None else _axes_function("axes", axes, lambda leaf: tuple(range(leaf.ndim)))
+    stacked = _axes_function(
+        "batch_axes", () if batch_axes is None else batch_axes, lambda leaf: ()
+    )
+    chosen = (
+        None if axes is None else _axes_function("axes", axes, lambda leaf: tuple(range(leaf.ndim)))
+    )
 
     def measured_together(path: str, leaf: Any) -> Axes | None:
         if chosen is not None:
             own = chosen(path, leaf)
             return None if own is None else _normalize("axes", own, path, leaf)
         layer = _rest(_normalize("batch_axes", stacked(path, leaf), path, leaf), leaf)
-        return layer if sum(leaf.shape[axis] != 1 for axis in layer) <= 1 else layer[: 1 if len(layer) < 4 else -1]
+        return (
+            layer
+            if sum(leaf.shape[axis] != 1 for axis in layer) <= 1
+            else layer[: 1 if len(layer) < 4 else -1]
+        )
 
     return Scope(axes=measured_together)
 
@@ -97,14 +114,23 @@ def element() -> Scope:
     return Scope(axes=lambda path, leaf: ())
 
 
-def _axes_function(name: str, axes: int | Sequence[int] | AxesOf, otherwise: Callable[[Any], Axes]) -> AxesOf:
-    """Axes as a function of the leaf: a fixed choice where the leaf has so many axes, else `otherwise(leaf)`."""
+def _axes_function(
+    name: str, axes: int | Sequence[int] | AxesOf, otherwise: Callable[[Any], Axes]
+) -> AxesOf:
+    """Axes as a function of the leaf: a fixed choice where the leaf has so many axes, else
+    `otherwise(leaf)`.
+    """
     if callable(axes):
         _validate.function(name, axes, "lambda path, leaf: 0", takes=2)
         return axes
     fixed = (axes,) if isinstance(axes, int) else axes
-    if not isinstance(fixed, Sequence) or not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in fixed):
-        raise TypeError(f"{name} must be axes or a function (path, leaf) -> axes, got {axes!r}; pass one such as (0, 1)")
+    if not isinstance(fixed, Sequence) or not all(
+        isinstance(axis, int) and not isinstance(axis, bool) for axis in fixed
+    ):
+        raise TypeError(
+            f"{name} must be axes or a function (path, leaf) -> axes, got {axes!r}; pass one such "
+            f"as (0, 1)"
+        )
     needed = max((axis + 1 if axis >= 0 else -axis for axis in fixed), default=0)
     return lambda path, leaf: fixed if leaf.ndim >= needed else otherwise(leaf)
 

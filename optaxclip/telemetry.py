@@ -1,7 +1,8 @@
 """What clipping did, read out of an optimizer state, wherever in it the clips are.
 
-Every `clip` keeps a `Reading` of its last step and counts of all steps in its state. Nothing is logged here: `metrics`
-makes a dict of arrays of them, for any logger, and works under `jit`, `scan` and `vmap`.
+Every `clip` keeps a `Reading` of its last step and counts of all steps in its state. Nothing is
+logged here: `metrics` makes a dict of arrays of them, for any logger, and works under `jit`, `scan`
+and `vmap`.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,14 @@ from optaxclip._layout import by_path
 from optaxclip._types import ClipState, Norm, Reading, Scope
 from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
 
-FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)  # of the mean: Pascanu et al. (2013) found good thresholds between the ends
+# of the mean: Pascanu et al. (2013) found good thresholds between the ends
+FACTORS = (
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+)
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
@@ -28,9 +36,9 @@ def readings(opt_state: Any) -> list[Reading]:
     """Every `Reading` in an optimizer state, in the order of the chain.
 
     Args:
-        opt_state: state of any transform, however nested (`optax.chain`, `masked`, `partition`, `MultiSteps`,
-            `inject_hyperparams`, ...), or anything that holds one or several: a Flax `TrainState` or `nnx.Optimizer`,
-            a dataclass, a dict.
+        opt_state: state of any transform, however nested (`optax.chain`, `masked`, `partition`,
+            `MultiSteps`, `inject_hyperparams`, ...), or anything that holds one or several: a Flax
+            `TrainState` or `nnx.Optimizer`, a dataclass, a dict.
 
     Raises:
         TypeError: `opt_state` is an optimizer, and not its state.
@@ -64,18 +72,21 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
     | `clip/skipped_steps` | steps that guards (`skip_nonfinite`, `skip_spikes`) kept from what is inside, if there are any |
     | `clip/watched`, `clip/watched_limit` | the norm or loss that `skip_spikes` looked at, and what it may be |
 
-    Before the first step there is nothing to tell: everything is NaN then, except `clip/largest`, which is -1, and the counts,
-    which are 0. The keys are always the same.
+    Before the first step there is nothing to tell: everything is NaN then, except `clip/largest`,
+    which is -1, and the counts, which are 0. The keys are always the same.
 
-    Between two steps of a clip the numbers stay as they are. So inside `optax.MultiSteps` those of one step are there again
-    for each micro-batch until the next step, and inside a guard for each step that it skips. `clip/steps` grows only at a step.
+    Between two steps of a clip the numbers stay as they are. So inside `optax.MultiSteps` those of
+    one step are there again for each micro-batch until the next step, and inside a guard for each
+    step that it skips. `clip/steps` grows only at a step.
 
-    Several clips in one state are `clip_0`, `clip_1` and so on, in the order of the chain. A state that is vmapped over
-    seeds gives arrays over seeds. Without a clip that records, the dict is empty.
+    Several clips in one state are `clip_0`, `clip_1` and so on, in the order of the chain. A state
+    that is vmapped over seeds gives arrays over seeds. Without a clip that records, the dict is
+    empty.
 
     Args:
         opt_state: as for `readings`.
-        params: if given, and if there are several groups, their numbers by name as well: `clip/size_before/encoder/kernel`.
+        params: if given, and if there are several groups, their numbers by name as well:
+            `clip/size_before/encoder/kernel`.
         prefix: what keys begin with.
 
     Raises:
@@ -110,15 +121,21 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
     found: dict[str, Array] = {}
     for i, (state, reading) in enumerate(clips):
         name = prefix if len(clips) == 1 else f"{prefix}_{i}"
-        found |= {f"{name}/{key}": value for key, value in _of_all_groups(state.step, reading).items()}
+        found |= {
+            f"{name}/{key}": value for key, value in _of_all_groups(state.step, reading).items()
+        }
         groups = group_names(reading)
         if params is not None and len(groups) > 1:
             for k, group in enumerate(groups):
                 for key in ("size_before", "size_after", "limit", "clipped_share"):
-                    found[f"{name}/{key}/{group}"] = _once_seen(state.step, getattr(reading, key)[..., k])
+                    found[f"{name}/{key}/{group}"] = _once_seen(
+                        state.step, getattr(reading, key)[..., k]
+                    )
     guards = _guards(opt_state)
     if guards:
-        found[f"{prefix}/skipped_steps"] = sum((guard.skipped_steps for guard in guards[1:]), guards[0].skipped_steps)
+        found[f"{prefix}/skipped_steps"] = sum(
+            (guard.skipped_steps for guard in guards[1:]), guards[0].skipped_steps
+        )
     watches = [(guard.steps, guard.watch) for guard in guards if isinstance(guard.watch, Watch)]
     for i, (steps, watch) in enumerate(watches):
         number = "" if len(watches) == 1 else f"_{i}"
@@ -135,7 +152,9 @@ def _once_seen(steps: Array, value: Array, otherwise: float = jnp.nan) -> Array:
 def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
     before, after, limit, share = (reading.measured[..., i, :] for i in range(4))
     if not before.shape[-1]:
-        before, after, limit, share = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]) for x in (before, after, limit, share))
+        before, after, limit, share = (
+            jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]) for x in (before, after, limit, share)
+        )
     largest = jnp.argmax(before, -1)  # of a NaN, if there is one
 
     def of_largest(values: Array) -> Array:
@@ -158,12 +177,17 @@ def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
 
 @_validate.checks_keywords
 def monitor(
-    *, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), history: int = 100, sharded_over: Any = None
+    *,
+    scope: Scope = scopes.tree(),
+    norm: Norm = norms.l2(),
+    history: int = 100,
+    sharded_over: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Measures at its place in a chain and changes nothing, not even NaN.
 
-    What it sees is in `readings` and `metrics`; its state has the last sizes besides, and a sketch of the ranks of all
-    (`thresholds.remember`), from which `suggest` proposes thresholds. Zeros and what is not finite are not remembered.
+    What it sees is in `readings` and `metrics`; its state has the last sizes besides, and a sketch
+    of the ranks of all and a history of them, from which `suggest` proposes thresholds. Zeros and
+    what is not finite are not remembered.
 
     Args:
         scope: which numbers share a size.
@@ -193,7 +217,9 @@ def monitor(
 
 
 def last_sizes(opt_state: Any) -> dict[str, np.ndarray]:
-    """For each group of every `monitor` its last sizes, newest first; of a leaf with many groups `[history, groups]`."""
+    """For each group of every `monitor` its last sizes, newest first; of a leaf with many groups
+    `[history, groups]`.
+    """
     found = {}
     for name, history in _histories(opt_state):
         last = history.last.reshape(len(history.last), -1)
@@ -219,16 +245,19 @@ class Suggestion(NamedTuple):
 
 
 def suggest(opt_state: Any) -> list[Suggestion]:
-    """Thresholds to try, after a run with `monitor` in the chain: quantiles of the sizes, and half to ten times their mean.
+    """Thresholds to try, after a run with `monitor` in the chain: quantiles of the sizes, and half
+    to ten times their mean.
 
-    What would have been clipped says nothing of how well it trains: gradients change once they are clipped. Sizes
-    are exact for the first 1024 steps and within 1 % later. Takes numbers, so not for use under `jit`.
+    What would have been clipped says nothing of how well it trains: gradients change once they are
+    clipped. Sizes are exact for the first 1024 steps and within 1 % later. Takes numbers, so not
+    for use under `jit`.
 
     Args:
         opt_state: as for `readings`, with a `monitor` that has seen something.
 
     Returns:
-        For each group of each monitor one line per candidate, by size. The units of a leaf count together.
+        For each group of each monitor one line per candidate, by size. The units of a leaf count
+        together.
 
     Example:
         >>> import jax, jax.numpy as jnp, optaxclip
@@ -269,7 +298,10 @@ def suggest(opt_state: Any) -> list[Suggestion]:
 def _found(tree: Any, kind: type) -> list[Any]:
     """The nodes of a type in a tree, with arrays for what wraps arrays, as Flax does."""
     _validate.not_a_transform("opt_state", tree)
-    return [jax.tree.map(jnp.asarray, node, is_leaf=_wraps_an_array) for node in _nodes(tree, kind, set())]
+    return [
+        jax.tree.map(jnp.asarray, node, is_leaf=_wraps_an_array)
+        for node in _nodes(tree, kind, set())
+    ]
 
 
 def _nodes(tree: Any, kind: type, seen: set[int]) -> Iterator[Any]:
@@ -277,19 +309,29 @@ def _nodes(tree: Any, kind: type, seen: set[int]) -> Iterator[Any]:
     for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind)):
         if isinstance(node, kind):
             yield node
-        elif isinstance(getattr(node, "__dict__", None), dict) and not hasattr(node, "dtype") and id(node) not in seen:
+        elif (
+            isinstance(getattr(node, "__dict__", None), dict)
+            and not hasattr(node, "dtype")
+            and id(node) not in seen
+        ):
             seen.add(id(node))
             yield from _nodes(vars(node), kind, seen)
 
 
 def _clips(opt_state: Any) -> list[tuple[ClipState, Reading]]:
     """Every clip that records, and its reading."""
-    return [(state, state.reading) for state in _found(opt_state, ClipState) if isinstance(state.reading, Reading)]
+    return [
+        (state, state.reading)
+        for state in _found(opt_state, ClipState)
+        if isinstance(state.reading, Reading)
+    ]
 
 
 def _guards(opt_state: Any) -> list[GuardState]:
     """Every guard, and those inside of it."""
-    return [found for guard in _found(opt_state, GuardState) for found in (guard, *_guards(guard.inner))]
+    return [
+        found for guard in _found(opt_state, GuardState) for found in (guard, *_guards(guard.inner))
+    ]
 
 
 def _wraps_an_array(node: Any) -> bool:
@@ -305,11 +347,19 @@ def _histories(opt_state: Any) -> list[tuple[str, History]]:
         _validate.one_run("opt_state", state.step.shape)
         names, history = group_names(reading), jax.tree.map(np.asarray, state.threshold)
         origin = history.sketch.origin
-        if isinstance(origin, np.ndarray) and origin.shape == (len(names),):  # one number for each group
-            found += [(name, jax.tree.map(lambda x, k=k: x[..., k : k + 1], history)) for k, name in enumerate(names)]
+        if isinstance(origin, np.ndarray) and origin.shape == (
+            len(names),
+        ):  # one number for each group
+            found += [
+                (name, jax.tree.map(lambda x, k=k: x[..., k : k + 1], history))
+                for k, name in enumerate(names)
+            ]
         else:  # a tree like the parameters
             last, first, origin, counts = map(by_path, (history.last, *history.sketch))
-            found += [(name, History(last[name], Sketch(first[name], origin[name], counts[name]))) for name in names]
+            found += [
+                (name, History(last[name], Sketch(first[name], origin[name], counts[name])))
+                for name in names
+            ]
     return found
 
 

@@ -1,4 +1,6 @@
-"""What has to work where nothing but optaxclip and what it needs is installed: `scripts/test-package` runs it there."""
+"""What has to work where nothing but optaxclip and what it needs is installed:
+`scripts/test-package` runs it there.
+"""
 
 import importlib.util
 from importlib import metadata, resources
@@ -10,13 +12,21 @@ import optax
 import optaxclip
 
 assert "site-packages" in optaxclip.__file__, f"not the installed package: {optaxclip.__file__}"
-assert not importlib.util.find_spec("flax") and not importlib.util.find_spec("matplotlib"), "the environment is not empty"
+assert not importlib.util.find_spec("flax") and not importlib.util.find_spec("matplotlib"), (
+    "the environment is not empty"
+)
 assert resources.files(optaxclip).joinpath("py.typed").is_file()
-assert {line.split(">")[0] for line in metadata.requires("optaxclip") or () if "extra" not in line} == {"jax", "optax"}
+assert {
+    line.split(">")[0] for line in metadata.requires("optaxclip") or () if "extra" not in line
+} == {"jax", "optax"}
 
 params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
 gradients = {"w": jnp.full((4, 3), 1e25), "b": jnp.full(3, -1e25)}  # the squares overflow
-clips = {"global": optaxclip.clip_by_global_norm(1.0), "leaf": optaxclip.adagc(), "unit": optaxclip.adaptive_grad_clip()}
+clips = {
+    "global": optaxclip.clip_by_global_norm(1.0),
+    "leaf": optaxclip.adagc(),
+    "unit": optaxclip.adaptive_grad_clip(),
+}
 for name, clip in clips.items():
     optimizer = optaxclip.skip_nonfinite(optax.chain(clip, optax.sgd(1.0)))
     updates, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)

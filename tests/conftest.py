@@ -1,4 +1,6 @@
-"""Tests import each other's tables, and examples by name; they run on eight simulated devices, most of them on the first."""
+"""Tests import each other's tables, and examples by name; they run on eight simulated devices, most
+of them on the first.
+"""
 
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Compiled programs of one module are of no use to the next, and all together they take many gigabytes."""
+    """Compiled programs of one module are of no use to the next, and all together they take many
+    gigabytes.
+    """
     yield
     jax.clear_caches()

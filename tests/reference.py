@@ -1,6 +1,8 @@
-"""The methods in NumPy float64, from the papers' formulas: slow, short, and sharing nothing with the library.
+"""The methods in NumPy float64, from the papers' formulas: slow, short, and sharing nothing with
+the library.
 
-A tree is a dict of arrays by name. A group is a list of places `(name, index)` whose numbers share one size.
+A tree is a dict of arrays by name. A group is a list of places `(name, index)` whose numbers share
+one size.
 """
 
 import math
@@ -48,7 +50,10 @@ def tree(leaves):
 def group(name_of):
     def groups(leaves):
         names = {name_of(name) for name in leaves} - {None}
-        return [tree({k: v for k, v in leaves.items() if name_of(k) == name})[0] for name in sorted(names)]
+        return [
+            tree({k: v for k, v in leaves.items() if name_of(k) == name})[0]
+            for name in sorted(names)
+        ]
 
     return groups
 
@@ -97,7 +102,7 @@ def smooth(x, size, limit):
     return x / math.sqrt(1 + (size / limit) ** 2)
 
 
-def zero(x, size, limit):
+def drop(x, size, limit):
     return x * 0 if size > limit else x
 
 
@@ -124,7 +129,10 @@ def psac(x, size, limit, r=0.1):
 
 def clip(leaves, groups, norm, limit_of, response=rescale):
     """Every method: `limit_of` gets the places of a group and returns its limit."""
-    out = {name: np.array(leaf, complex if np.iscomplexobj(leaf) else float) for name, leaf in leaves.items()}
+    out = {
+        name: np.array(leaf, complex if np.iscomplexobj(leaf) else float)
+        for name, leaf in leaves.items()
+    }
     for places in groups(leaves):
         size = norm([leaves[name][i] for name, i in places])
         for name, i in places:
@@ -137,7 +145,10 @@ def clip_by_value(leaves, limit):
 
 
 def clip_between(leaves, low, high):
-    return {name: np.minimum(np.maximum(np.asarray(leaf, float), low), high) for name, leaf in leaves.items()}
+    return {
+        name: np.minimum(np.maximum(np.asarray(leaf, float), low), high)
+        for name, leaf in leaves.items()
+    }
 
 
 def clip_by_norm(leaves, max_norm, norm=l2):
@@ -153,24 +164,36 @@ def clip_by_block_rms(leaves, max_rms):
 
 
 def adaptive_grad_clip(leaves, params, ratio=0.01, floor=1e-3, groups=unit, norm=l2):
-    return clip(leaves, groups, norm, lambda places: ratio * max(norm([params[name][i] for name, i in places]), floor))
+    return clip(
+        leaves,
+        groups,
+        norm,
+        lambda places: ratio * max(norm([params[name][i] for name, i in places]), floor),
+    )
 
 
 # Rules that learn: the limits `[steps]` of one group from its sizes `[steps]`. Step 0 is the first.
 
 
 def autoclip(sizes, q=0.1, window=None):
-    """Seetharaman et al. 2020: a quantile of all sizes so far, or of the last ones, the current one among them."""
+    """Seetharaman et al. 2020: a quantile of all sizes so far, or of the last ones, the current one
+    among them.
+    """
     return [np.quantile(sizes[: t + 1][-(window or len(sizes)) :], q) for t in range(len(sizes))]
 
 
 def lagged_quantile(sizes, q, window):
     """TRELLIS: a quantile of the last sizes before the current one, as soon as there are so many."""
-    return [np.quantile(sizes[t - window : t], q) if t >= window else math.inf for t in range(len(sizes))]
+    return [
+        np.quantile(sizes[t - window : t], q) if t >= window else math.inf
+        for t in range(len(sizes))
+    ]
 
 
 def quantile_clip(sizes, q=0.9, rate=0.2, initial=None):
-    """Andrew et al. 2019, geometric: C <- C exp(-eta (b - q)), where b tells whether the size was at most C."""
+    """Andrew et al. 2019, geometric: C <- C exp(-eta (b - q)), where b tells whether the size was
+    at most C.
+    """
     limit, limits = initial or sizes[0], []
     for size in sizes:
         limits.append(limit)
@@ -179,7 +202,9 @@ def quantile_clip(sizes, q=0.9, rate=0.2, initial=None):
 
 
 def zclip(sizes, z=2.5, decay=0.97, warmup=25, max_norm=math.inf):
-    """Kumar et al. 2025: limited to mu + z0^2 sigma / z from z0 on; first mu, then sigma about it, see the size so cut."""
+    """Kumar et al. 2025: limited to mu + z0^2 sigma / z from z0 on; first mu, then sigma about it,
+    see the size so cut.
+    """
     limits = [math.inf] * warmup
     mean, variance = np.mean(sizes[:warmup]), np.var(sizes[:warmup])
     for size in sizes[warmup:]:
@@ -193,7 +218,9 @@ def zclip(sizes, z=2.5, decay=0.97, warmup=25, max_norm=math.inf):
 
 
 def relative_ema(sizes, ratio=2.0, decay=0.95):
-    """OLMo, before its core: a multiple of the average of clipped sizes, which starts as the first size."""
+    """OLMo, before its core: a multiple of the average of clipped sizes, which starts as the first
+    size.
+    """
     average, limits = sizes[0], []
     for size in sizes:
         limits.append(ratio * average)
@@ -202,13 +229,20 @@ def relative_ema(sizes, ratio=2.0, decay=0.95):
 
 
 def history_clip(sizes, deviations=3.0, window=128, warmup=64):
-    """Levanter: mean + k std (ddof 0) of the last raw sizes before the current one, if they are enough."""
+    """Levanter: mean + k std (ddof 0) of the last raw sizes before the current one, if they are
+    enough.
+    """
     past = [sizes[max(t - window, 0) : t] for t in range(len(sizes))]
-    return [np.mean(last) + deviations * np.std(last) if len(last) >= warmup else math.inf for last in past]
+    return [
+        np.mean(last) + deviations * np.std(last) if len(last) >= warmup else math.inf
+        for last in past
+    ]
 
 
 def log_norm_clip(sizes, deviations=2.0, decay=0.95):
-    """TensorFlow's contrib with a global step: averages of log and log^2 with the current size; from a trigger on, e^mean."""
+    """TensorFlow's contrib with a global step: averages of log and log^2 with the current size;
+    from a trigger on, e^mean.
+    """
     mean, square, limits = 0.0, 0.0, []
     for n, size in enumerate(sizes):
         kept = min(decay, n / (n + 1))
@@ -228,7 +262,9 @@ def growth_clip(sizes, factor=1.01):
 
 
 def spam_clip(sizes, factor=5000.0, decay=0.999, warmup=20):
-    """SPAM: g^2 at most theta v, where v is the average of clipped squares so far, from zero; free at first."""
+    """SPAM: g^2 at most theta v, where v is the average of clipped squares so far, from zero; free
+    at first.
+    """
     v, limits = 0.0, []
     for t, size in enumerate(sizes):
         limits.append(math.sqrt(factor * v) if t >= warmup else math.inf)
@@ -236,8 +272,10 @@ def spam_clip(sizes, factor=5000.0, decay=0.999, warmup=20):
     return limits
 
 
-def stabilize_gradient(sizes, decay=0.7, square_decay=0.9):
-    """GradientStabilizer: the norm becomes m / sqrt(v), as in Adam, of raw norms with the current one."""
+def gradient_stabilizer(sizes, decay=0.7, square_decay=0.9):
+    """GradientStabilizer: the norm becomes m / sqrt(v), as in Adam, of raw norms with the current
+    one.
+    """
     m, v, limits = 0.0, 0.0, []
     for t, size in enumerate(sizes, start=1):
         m = decay * m + (1 - decay) * size
@@ -247,7 +285,9 @@ def stabilize_gradient(sizes, decay=0.7, square_decay=0.9):
 
 
 def adagc(sizes, factor=1.05, decay=0.98, warmup=100, max_norm=1.0):
-    """AdaGC, of all leaves `[steps, leaves]` at once: by the global norm at first, while gamma is the least clipped norm."""
+    """AdaGC, of all leaves `[steps, leaves]` at once: by the global norm at first, while gamma is
+    the least clipped norm.
+    """
     gamma, limits = np.full(sizes.shape[1], math.inf), []
     for t, now in enumerate(sizes):
         limits.append(now * min(1, max_norm / math.hypot(*now)) if t < warmup else factor * gamma)
@@ -262,10 +302,14 @@ def each(rule):
 
 
 def measured(stream, groups, norm=l2):
-    """For leaves `[steps, ...]`, of each group the places, its numbers `[steps, places]`, and its sizes `[steps]`."""
+    """For leaves `[steps, ...]`, of each group the places, its numbers `[steps, places]`, and its
+    sizes `[steps]`.
+    """
     found = []
     for places in groups({name: leaf[0] for name, leaf in stream.items()}):
-        numbers = np.stack([np.asarray(stream[name], float)[(slice(None), *i)] for name, i in places], axis=1)
+        numbers = np.stack(
+            [np.asarray(stream[name], float)[(slice(None), *i)] for name, i in places], axis=1
+        )
         found.append((places, numbers, np.array([norm([row]) for row in numbers])))
     return found
 
@@ -288,7 +332,10 @@ def clippy(leaves, params, relative=0.1, absolute=1e-7, groups=leaf):
     """Tang et al. 2023: one factor until no |u_j| is over r |w_j| + a."""
     out = {name: np.array(leaf, float) for name, leaf in leaves.items()}
     for places in groups(leaves):
-        moves = [(abs(out[name][i]), relative * abs(float(params[name][i])) + absolute) for name, i in places]
+        moves = [
+            (abs(out[name][i]), relative * abs(float(params[name][i])) + absolute)
+            for name, i in places
+        ]
         factor = min([1.0, *[budget / move for move, budget in moves if move > 0]])
         for name, i in places:
             out[name][i] *= factor
@@ -296,7 +343,9 @@ def clippy(leaves, params, relative=0.1, absolute=1e-7, groups=leaf):
 
 
 def u_clip(trees, clip, decay=1.0):
-    """Elesedy and Hutter 2023, of a list of trees: u = clip(g + d), then d becomes a share of g + d - u."""
+    """Elesedy and Hutter 2023, of a list of trees: u = clip(g + d), then d becomes a share of g + d
+    - u.
+    """
     carried, out = {name: 0.0 for name in trees[0]}, []
     for grads in trees:
         total = {name: np.asarray(leaf, float) + carried[name] for name, leaf in grads.items()}

@@ -14,7 +14,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def as_script(name, *arguments):
     """What `python examples/NAME.py ARGUMENTS` prints."""
     command = [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "error"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "error"}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -24,7 +26,9 @@ def in_process(module, out, *options, **replaced):
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in replaced.items():
             monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--out", str(out), *map(str, options)])
+        monkeypatch.setattr(
+            sys, "argv", [f"{module.__name__}.py", "--out", str(out), *map(str, options)]
+        )
         module.main()
     return json.loads((out / "results.json").read_text())
 

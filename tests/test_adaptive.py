@@ -1,4 +1,6 @@
-"""Rules that learn against their published equations: long streams of trees, one compiled scan for each case."""
+"""Rules that learn against their published equations: long streams of trees, one compiled scan for
+each case.
+"""
 
 import functools
 import json
@@ -29,7 +31,9 @@ SCOPES = {
 
 
 def random_stream(seed, deviation, scale):
-    """Log-normal sizes with spikes of 30 to 100 times, of a leaf or of all; noisy ones triple on the way."""
+    """Log-normal sizes with spikes of 30 to 100 times, of a leaf or of all; noisy ones triple on
+    the way.
+    """
     rng = np.random.default_rng(seed)
 
     def spikes(share):
@@ -44,11 +48,16 @@ def random_stream(seed, deviation, scale):
     for name, shape in SHAPES.items():
         level = common * np.exp(0.6 * deviation * rng.normal(size=STEPS)) * spikes(0.005)
         signs = rng.choice([-1, 1], (STEPS, *shape))
-        stream[name] = np.float32(signs * rng.uniform(0.5, 1.5, signs.shape) * level.reshape(-1, *[1] * len(shape)))
+        stream[name] = np.float32(
+            signs * rng.uniform(0.5, 1.5, signs.shape) * level.reshape(-1, *[1] * len(shape))
+        )
     return stream
 
 
-STREAMS = [random_stream(*of) for of in [(26, 0.1, 1), (5, 0.5, 1), (4, 0.5, 1e25), (9, 1, 1e-22), (1, 1, 1)]]
+STREAMS = [
+    random_stream(*of)
+    for of in [(26, 0.1, 1), (5, 0.5, 1), (4, 0.5, 1e25), (9, 1, 1e-22), (1, 1, 1)]
+]
 
 
 @functools.cache
@@ -65,7 +74,9 @@ def scan(clip):
             updates, state = clip.update(grads, state, params)
             return state, (updates, getattr(state, "reading", None))
 
-        state, (updates, reading) = jax.lax.scan(step, clip.init(jax.tree.map(lambda x: x[0], stream)), stream)
+        state, (updates, reading) = jax.lax.scan(
+            step, clip.init(jax.tree.map(lambda x: x[0], stream)), stream
+        )
         return updates, reading, state
 
     return run
@@ -93,51 +104,88 @@ class Method(NamedTuple):
 def row(make, rule, *rest, **options):
     """A row of the library and its equations, given the same options."""
     rule = functools.partial(rule, **options)
-    return Method(functools.partial(make, **options), rule if rule.func is reference.adagc else reference.each(rule), *rest)
+    return Method(
+        functools.partial(make, **options),
+        rule if rule.func is reference.adagc else reference.each(rule),
+        *rest,
+    )
 
 
 def of_rule(threshold, rule, **options):
     return Method(
-        functools.partial(optaxclip.clip, threshold, scope=scopes.tree()), reference.each(functools.partial(rule, **options))
+        functools.partial(optaxclip.clip, threshold, scope=scopes.tree()),
+        reference.each(functools.partial(rule, **options)),
     )
 
 
 BY_ELEMENT = "element", reference.linf, reference.clamp
 TO_A_NORM = "leaf", reference.l2, reference.normalize
-EXACT_AT_FIRST = "tree", reference.l2, reference.rescale, np.where(np.arange(STEPS) < 1024, 1e-4, 0.0101)
+EXACT_AT_FIRST = (
+    "tree",
+    reference.l2,
+    reference.rescale,
+    np.where(np.arange(STEPS) < 1024, 1e-4, 0.0101),
+)
 METHODS = {
     "autoclip": row(optaxclip.autoclip, reference.autoclip, *EXACT_AT_FIRST),
     "autoclip, window": row(optaxclip.autoclip, reference.autoclip, q=0.3, window=77),
-    "lagged quantile": of_rule(thresholds.quantile(0.95, 50, lagged=True), reference.lagged_quantile, q=0.95, window=50),
+    "lagged quantile": of_rule(
+        thresholds.quantile(0.95, 50, lagged=True), reference.lagged_quantile, q=0.95, window=50
+    ),
     "quantile_clip": row(optaxclip.quantile_clip, reference.quantile_clip),
-    "quantile_clip, median": row(optaxclip.quantile_clip, reference.quantile_clip, q=0.5, rate=0.05),
-    "quantile_clip, from 3": of_rule(thresholds.quantile_tracker(initial=3.0), reference.quantile_clip, initial=3.0),
+    "quantile_clip, median": row(
+        optaxclip.quantile_clip, reference.quantile_clip, q=0.5, rate=0.05
+    ),
+    "quantile_clip, from 3": of_rule(
+        thresholds.quantile_tracker(initial=3.0), reference.quantile_clip, initial=3.0
+    ),
     "zclip": row(optaxclip.zclip, reference.zclip),
     "zclip, max_norm": row(optaxclip.zclip, reference.zclip, max_norm=4.0),
     "zclip, quick": row(optaxclip.zclip, reference.zclip, z=3.0, decay=0.9, warmup=7),
     "adagc": row(optaxclip.adagc, reference.adagc, "leaf"),
-    "adagc, wide": row(optaxclip.adagc, reference.adagc, "leaf", factor=1.5, decay=0.9, warmup=33, max_norm=6.0),
+    "adagc, wide": row(
+        optaxclip.adagc, reference.adagc, "leaf", factor=1.5, decay=0.9, warmup=33, max_norm=6.0
+    ),
     "ema": of_rule(thresholds.ema(2.0, decay=0.95), reference.relative_ema),
     "history_clip": row(optaxclip.history_clip, reference.history_clip),
-    "history_clip, short": row(optaxclip.history_clip, reference.history_clip, deviations=1.5, window=20, warmup=5),
+    "history_clip, short": row(
+        optaxclip.history_clip, reference.history_clip, deviations=1.5, window=20, warmup=5
+    ),
     "log_norm_clip": row(optaxclip.log_norm_clip, reference.log_norm_clip),
-    "log_norm_clip, quick": row(optaxclip.log_norm_clip, reference.log_norm_clip, deviations=1.5, decay=0.8),
+    "log_norm_clip, quick": row(
+        optaxclip.log_norm_clip, reference.log_norm_clip, deviations=1.5, decay=0.8
+    ),
     "growth_clip": row(optaxclip.growth_clip, reference.growth_clip, "leaf"),
     "growth_clip, wide": row(optaxclip.growth_clip, reference.growth_clip, "leaf", factor=1.5),
     "spam_clip": row(optaxclip.spam_clip, reference.spam_clip, *BY_ELEMENT),
-    "spam_clip, narrow": row(optaxclip.spam_clip, reference.spam_clip, *BY_ELEMENT, factor=9.0, decay=0.95, warmup=3),
-    "stabilize_gradient": row(optaxclip.stabilize_gradient, reference.stabilize_gradient, *TO_A_NORM),
-    "stabilize_gradient, slow": row(optaxclip.stabilize_gradient, reference.stabilize_gradient, *TO_A_NORM, square_decay=0.99),
+    "spam_clip, narrow": row(
+        optaxclip.spam_clip, reference.spam_clip, *BY_ELEMENT, factor=9.0, decay=0.95, warmup=3
+    ),
+    "gradient_stabilizer": row(
+        optaxclip.gradient_stabilizer, reference.gradient_stabilizer, *TO_A_NORM
+    ),
+    "gradient_stabilizer, slow": row(
+        optaxclip.gradient_stabilizer, reference.gradient_stabilizer, *TO_A_NORM, square_decay=0.99
+    ),
 }
 CASES = [(name, None) for name in METHODS]
-CASES += [(name, scope) for name in METHODS for scope in ("tree", "leaf") if "," not in name and METHODS[name].scope != scope]
+CASES += [
+    (name, scope)
+    for name in METHODS
+    for scope in ("tree", "leaf")
+    if "," not in name and METHODS[name].scope != scope
+]
 CASES += [(name, "unit") for name in ("ema", "growth_clip")]
 
 
 def assert_close_at_every_step(updates, expected, rtol):
-    errors = [np.abs(updates[name] / expected[name] - 1).reshape(STEPS, -1).max(1) for name in SHAPES]
+    errors = [
+        np.abs(updates[name] / expected[name] - 1).reshape(STEPS, -1).max(1) for name in SHAPES
+    ]
     error = np.max(errors, 0)
-    assert (error <= rtol).all(), f"{error.max():.1e} at step {np.argmax(error)}, first at {np.argmax(~(error <= rtol))}"
+    assert (error <= rtol).all(), (
+        f"{error.max():.1e} at step {np.argmax(error)}, first at {np.argmax(~(error <= rtol))}"
+    )
 
 
 @pytest.mark.parametrize("name, scope", CASES)
@@ -148,7 +196,9 @@ def test_clips_as_its_equations_say(name, scope):
     changed = []
     for i, stream in enumerate(STREAMS):
         updates, _, _ = run(stream)
-        expected = reference.learned(stream, measured(i, own, method.norm), method.rule, method.response)
+        expected = reference.learned(
+            stream, measured(i, own, method.norm), method.rule, method.response
+        )
         assert_close_at_every_step(updates, expected, method.rtol)
         changed.append(np.mean(expected["dense"] != stream["dense"]))
     assert 0 < np.mean(changed) < 1 or method.response is reference.normalize
@@ -163,7 +213,9 @@ def each_step(stream):
 
 def assert_trees_close(updates, expected, atol=0.0):
     for name in SHAPES:
-        np.testing.assert_allclose(updates[name], [tree[name] for tree in expected], rtol=1e-4, atol=atol)
+        np.testing.assert_allclose(
+            updates[name], [tree[name] for tree in expected], rtol=1e-4, atol=atol
+        )
 
 
 @pytest.mark.parametrize("scope", [None, "tree"])
@@ -172,38 +224,61 @@ def test_clippy_is_one_factor_until_no_element_is_over_its_budget(scope, options
     rng = np.random.default_rng(7)
     params = {name: np.float32(rng.uniform(10, 40, shape)) for name, shape in SHAPES.items()}
     params["bias"][:2] = 0, -params["bias"][1]
-    run = scan(optaxclip.clippy(**options) if scope is None else optaxclip.clippy(**options, scope=SCOPES[scope][0]))
+    run = scan(
+        optaxclip.clippy(**options)
+        if scope is None
+        else optaxclip.clippy(**options, scope=SCOPES[scope][0])
+    )
     groups = SCOPES[scope or "leaf"][1]
     for i in 0, 4:
         stream = {**STREAMS[i], "bias": STREAMS[i]["bias"].copy()}
         stream["bias"][100:, 0] = 0
         updates, reading, _ = run(stream, params)
-        assert_trees_close(updates, [reference.clippy(grads, params, groups=groups, **options) for grads in each_step(stream)])
+        assert_trees_close(
+            updates,
+            [
+                reference.clippy(grads, params, groups=groups, **options)
+                for grads in each_step(stream)
+            ],
+        )
         assert 0 < np.mean(reading.clipped_share) < 1
 
 
 @pytest.mark.parametrize("options", [{}, {"decay": 0.9}])
 @pytest.mark.parametrize("name", ["clip_by_value", "clip_by_norm", "clip_by_global_norm"])
 def test_carry_adds_tomorrow_what_is_cut_off_today(name, options):
-    run = scan(optaxclip.carry(getattr(optaxclip, name)(1.7), **options))
-    clip = functools.partial(getattr(reference, name), **{"limit" if name == "clip_by_value" else "max_norm": 1.7})
+    run = scan(optaxclip.error_feedback(getattr(optaxclip, name)(1.7), **options))
+    clip = functools.partial(
+        getattr(reference, name), **{"limit" if name == "clip_by_value" else "max_norm": 1.7}
+    )
     for i in 0, 4:
-        stream = {name: np.clip(leaf, -8, 8) for name, leaf in STREAMS[i].items()}  # float32 keeps no more digits of a sum
+        # float32 keeps no more digits of a sum
+        stream = {name: np.clip(leaf, -8, 8) for name, leaf in STREAMS[i].items()}
         updates, _, state = run(stream)
-        assert_trees_close(updates, reference.u_clip(each_step(stream), clip, **options), atol=1.7e-4)
+        assert_trees_close(
+            updates, reference.u_clip(each_step(stream), clip, **options), atol=1.7e-4
+        )
         for leaf in SHAPES if not options else ():
             missing = np.sum(stream[leaf], 0, float) - np.sum(updates[leaf], 0, float)
-            np.testing.assert_allclose(state.carried[leaf], missing, atol=1e-3)
-    assert np.abs(state.carried["dense"]).max() > 1
+            np.testing.assert_allclose(state.memory[leaf], missing, atol=1e-3)
+    assert np.abs(state.memory["dense"]).max() > 1
 
 
 # Published numbers
 
-ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "adaptive.json").read_text())["cases"]
+ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "adaptive.json").read_text())[
+    "cases"
+]
 ORACLE_RULES = {
-    "zclip": lambda max_norm=math.inf, **options: thresholds.at_most(thresholds.zscore(**options), max_norm),
-    "lagged": lambda max_norm=math.inf, **options: thresholds.at_most(thresholds.quantile(**options, lagged=True), max_norm),
-    "autoclip": lambda q, window: thresholds.quantile_sketch(q) if window is None else thresholds.quantile(q, window),
+    "zclip": lambda max_norm=math.inf, **options: thresholds.at_most(
+        thresholds.zscore(**options), max_norm
+    ),
+    "lagged": lambda max_norm=math.inf, **options: thresholds.at_most(
+        thresholds.quantile(**options, lagged=True), max_norm
+    ),
+    "autoclip": lambda q, window: (
+        thresholds.quantile_sketch(q) if window is None else thresholds.quantile(q, window)
+    ),
     "quantile_tracker": thresholds.quantile_tracker,
 }
 
@@ -227,7 +302,9 @@ def through(rule, sizes, state=None):
     def step(state, size):
         return rule.learn(size, size, state, context), rule.limit(size, state, context)
 
-    return jax.lax.scan(step, rule.init(sizes[0]) if state is None else state, jnp.asarray(sizes, jnp.float32))
+    return jax.lax.scan(
+        step, rule.init(sizes[0]) if state is None else state, jnp.asarray(sizes, jnp.float32)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -249,7 +326,9 @@ def sketched(q, sizes, state=None):
 )
 def test_a_quantile_is_that_of_numpy(sizes, q, window, lagged):
     expected = (reference.lagged_quantile if lagged else reference.autoclip)(sizes, q, window)
-    np.testing.assert_allclose(windowed(q, np.float32(sizes), window, lagged), expected, rtol=1e-6, atol=1e-6 * max(sizes))
+    np.testing.assert_allclose(
+        windowed(q, np.float32(sizes), window, lagged), expected, rtol=1e-6, atol=1e-6 * max(sizes)
+    )
 
 
 def test_a_sketch_that_has_counted_to_two_to_the_thirty_halves_its_counts_and_keeps_its_quantile():
@@ -258,7 +337,9 @@ def test_a_sketch_that_has_counted_to_two_to_the_thirty_halves_its_counts_and_ke
     counts = sketch.counts * (2**30 // 2500)
     before = 2**30 - int(counts[-1])  # so many sizes until they are halved
     assert 1000 < before < 2000
-    (sketch, *_), limits = sketched(0.3, noisy(2500, 0.5, seed=1), (sketch._replace(counts=counts), *rest))
+    (sketch, *_), limits = sketched(
+        0.3, noisy(2500, 0.5, seed=1), (sketch._replace(counts=counts), *rest)
+    )
     np.testing.assert_allclose(limits, np.quantile(sizes, 0.3), rtol=0.0101)
     assert sketch.counts.dtype == jnp.int32 and int(sketch.counts[-1]) == 2**29 + 2500 - before
     assert (np.diff(sketch.counts, prepend=0) >= 0).all()
@@ -279,19 +360,39 @@ def test_a_sketch_tells_sizes_within_26_000_of_the_middle_of_its_bins_and_the_ra
     sizes = np.concatenate(parts)
     state, _ = sketched(0.5, sizes)
     for q in 0.1, 0.5, 0.9:
-        assert float(sketched(q, [1.0], state)[1][0]) == pytest.approx(np.quantile(sizes, q), rel=0.0101)
+        assert float(sketched(q, [1.0], state)[1][0]) == pytest.approx(
+            np.quantile(sizes, q), rel=0.0101
+        )
 
 
 # What the docstrings say in numbers
 
 
 def test_rows_remember_as_many_numbers_as_they_say_and_a_sketch_8_kib_for_each_group():
-    numbers = {"zclip": 5, "adagc": 4, "history_clip": 128 + 3, "log_norm_clip": 5, "growth_clip": 3}
-    for name, count in {**numbers, "quantile_clip": 3, "spam_clip": 7, "stabilize_gradient": 5, "clippy": 0}.items():
+    numbers = {
+        "zclip": 5,
+        "adagc": 4,
+        "history_clip": 128 + 3,
+        "log_norm_clip": 5,
+        "growth_clip": 3,
+    }
+    for name, count in {
+        **numbers,
+        "quantile_clip": 3,
+        "spam_clip": 7,
+        "gradient_stabilizer": 5,
+        "clippy": 0,
+    }.items():
         state = jax.eval_shape(getattr(optaxclip, name)().init, jnp.ones(7)).threshold
         assert sum(array.size for array in jax.tree.leaves(state)) == count, name
-    state = jax.eval_shape(optaxclip.autoclip(scope=scopes.leaf()).init, [jnp.ones((9, 9)), jnp.ones(5)]).threshold
-    assert 2 * 8192 < sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state)) <= 2 * 8.3 * 1024
+    state = jax.eval_shape(
+        optaxclip.autoclip(scope=scopes.leaf()).init, [jnp.ones((9, 9)), jnp.ones(5)]
+    ).threshold
+    assert (
+        2 * 8192
+        < sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
+        <= 2 * 8.3 * 1024
+    )
 
 
 def test_an_average_of_clipped_sizes_doubles_in_693_steps_and_is_tenfold_in_2300():
@@ -307,15 +408,20 @@ def test_a_limit_to_growth_is_tenfold_after_231_steps_and_settles_below_noisy_si
 
 
 def test_a_stabilized_size_is_1_when_steady_and_at_a_huge_spike_095_and_at_most_141():
-    run = scan(optaxclip.stabilize_gradient())
+    run = scan(optaxclip.gradient_stabilizer())
 
     def last(sizes):
         return float(run(np.float32([1] * (400 - len(sizes)) + [*sizes]))[0][-1])
 
     assert last([]) == pytest.approx(1, rel=1e-5)
-    assert [last([spike]) for spike in (3, 10, 1e4, 1e8)] == pytest.approx([1.193, 1.121, 0.949, 0.949], abs=1e-3)
+    assert [last([spike]) for spike in (3, 10, 1e4, 1e8)] == pytest.approx(
+        [1.193, 1.121, 0.949, 0.949], abs=1e-3
+    )
     assert max(last([1e3] * steps) for steps in range(1, 20)) == pytest.approx(1.300, abs=2e-3)
-    assert last((9 / 7) ** np.arange(60)) == pytest.approx(math.sqrt(0.9 / (1 - 0.49 / 0.9)), rel=2e-3)  # the most: 1.406
+    # the most: 1.406
+    assert last((9 / 7) ** np.arange(60)) == pytest.approx(
+        math.sqrt(0.9 / (1 - 0.49 / 0.9)), rel=2e-3
+    )
     assert max(np.abs(run(np.float32(noisy(400, 2, seed)))[0]).max() for seed in range(20)) < 1.406
 
 
@@ -346,7 +452,11 @@ def test_one_spike_of_100_raises_the_limit_from_history_to_28_means_for_the_leng
     sizes[200] = 100
     _, limits = follow(optaxclip.history_clip(), sizes)
     np.testing.assert_allclose(limits[201:329], 27.9, rtol=0.01)
-    assert limits[200] < 1.4 > limits[329] and np.isinf(limits[:64]).all() and np.isfinite(limits[64:]).all()
+    assert (
+        limits[200] < 1.4 > limits[329]
+        and np.isinf(limits[:64]).all()
+        and np.isfinite(limits[64:]).all()
+    )
 
 
 def test_after_a_spike_log_norms_let_a_threefold_size_pass_for_some_twenty_steps():
@@ -367,18 +477,24 @@ def test_no_log_norm_is_two_deviations_off_among_fewer_than_five():
 def test_a_lasting_change_by_many_deviations_is_never_accepted_by_zclip_but_by_its_patient_form():
     sizes = noisy(3000) * np.where(np.arange(3000) < 300, 1, 10)
     assert follow(optaxclip.zclip(), sizes)[0].max() < 2
-    accepted, _ = follow(optaxclip.clip(thresholds.patient(thresholds.zscore(), 50), scopes.tree()), sizes)
+    accepted, _ = follow(
+        optaxclip.clip(thresholds.reset_after(thresholds.zscore(), 50), scopes.tree()), sizes
+    )
     assert accepted[300:349].max() < 2 and np.mean(accepted[400:] == np.float32(sizes[400:])) > 0.9
 
 
 def test_what_hardly_varies_has_a_deviation_of_a_thousandth_or_in_logs_of_a_ten_thousandth():
     sizes = [1.0] * 100 + [1.01]
     assert follow(optaxclip.history_clip(), sizes)[1][-1] == pytest.approx(1.003, rel=1e-6)
-    assert follow(optaxclip.zclip(), sizes)[1][-1] == pytest.approx(1 + 2.5**2 * 1e-3 / 10, rel=1e-6)
+    assert follow(optaxclip.zclip(), sizes)[1][-1] == pytest.approx(
+        1 + 2.5**2 * 1e-3 / 10, rel=1e-6
+    )
     run = scan(optaxclip.log_norm_clip())
     for last, clipped in (1.0002, False), (1.00023, True):  # 2e-4 / 0.95: it is in the mean, too
         assert (float(run(np.float32([1.0] * 100 + [last]))[0][-1]) < 1.0001) == clipped
 
 
 def test_spam_lets_an_element_be_70_times_its_usual_size():
-    assert follow(optaxclip.spam_clip(decay=0.9), [1.0] * 200 + [90.0])[0][-1] == pytest.approx(70.7, rel=1e-3)
+    assert follow(optaxclip.spam_clip(decay=0.9), [1.0] * 200 + [90.0])[0][-1] == pytest.approx(
+        70.7, rel=1e-3
+    )

@@ -1,4 +1,6 @@
-"""Clipping in the backward pass: the value passes, and derivatives are those of back-propagation by hand that clips."""
+"""Clipping in the backward pass: the value passes, and derivatives are those of back-propagation by
+hand that clips.
+"""
 
 import contextlib
 import functools
@@ -19,7 +21,8 @@ from precision import float64
 
 import optaxclip
 from optaxclip import norms, responses, scopes, thresholds
-from optaxclip._backward import clip_cotangent, clipped
+from optaxclip._backward import clip_activation_grad, clip_cotangent
+from optaxclip.thresholds import fixed
 
 BY_VALUE = {"scope": scopes.element(), "response": responses.clamp}
 PER_EXAMPLE = {"scope": scopes.leaf(batch_axes=0)}
@@ -29,7 +32,7 @@ PARTS = {
     "per example": PER_EXAMPLE,
     "value": BY_VALUE,
     "soft, by mean": {"norm": norms.rms(), "response": responses.smooth},
-    "dropped": {"scope": scopes.unit(), "norm": norms.l1(), "response": responses.zero},
+    "dropped": {"scope": scopes.unit(), "norm": norms.l1(), "response": responses.drop},
 }
 each_choice = pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 
@@ -53,17 +56,25 @@ def random(*shape, seed=0, scale=1.0):
 
 
 def tree(seed=0, scale=1.0):
-    return {"a": jnp.float32(random(3, 2, seed=seed, scale=scale)), "b": [jnp.float32(random(3, seed=seed + 1, scale=scale))]}
+    return {
+        "a": jnp.float32(random(3, 2, seed=seed, scale=scale)),
+        "b": [jnp.float32(random(3, seed=seed + 1, scale=scale))],
+    }
 
 
 def same_bits(x, y):
     leaves, others = jax.tree.leaves(x), jax.tree.leaves(y)
     assert jax.tree.structure(x) == jax.tree.structure(y)
-    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(leaves, others, strict=True))
+    return all(
+        np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for a, b in zip(leaves, others, strict=True)
+    )
 
 
 def assert_close(x, y, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **(tolerance or {"rtol": 1e-6})), x, y)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, **(tolerance or {"rtol": 1e-6})), x, y
+    )
 
 
 # The value passes, and the derivative is one step of clip
@@ -76,11 +87,16 @@ def test_the_value_is_the_same_bits_and_the_derivative_one_step_of_clip(parts, l
     y, back = cotangent_through(x, cotangent, limit, **parts)
     clip = optaxclip.clip(limit, **{"scope": scopes.tree(), **parts})
     assert same_bits(x, y)
-    assert_close(back, jax.jit(lambda cotangent: clip.update(cotangent, clip.init(x))[0])(cotangent))
+    assert_close(
+        back, jax.jit(lambda cotangent: clip.update(cotangent, clip.init(x))[0])(cotangent)
+    )
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(cotangent=npst.arrays(np.float32, (4, 3), elements=st.floats(-1e3, 1e3, width=32)), limit=st.floats(0, 100, width=32))
+@given(
+    cotangent=npst.arrays(np.float32, (4, 3), elements=st.floats(-1e3, 1e3, width=32)),
+    limit=st.floats(0, 100, width=32),
+)
 def test_equals_numpy_by_value_by_norm_and_per_example(cotangent, limit):
     wide = cotangent.astype(np.float64)
 
@@ -88,7 +104,11 @@ def test_equals_numpy_by_value_by_norm_and_per_example(cotangent, limit):
         size = np.sqrt(np.sum(wide**2, axis=axes, keepdims=True))
         return wide * np.minimum(1, limit / np.where(size > 0, size, 1))
 
-    for parts, expected in ({}, scaled((0, 1))), (PER_EXAMPLE, scaled(1)), (BY_VALUE, np.clip(wide, -limit, limit)):
+    for parts, expected in (
+        ({}, scaled((0, 1))),
+        (PER_EXAMPLE, scaled(1)),
+        (BY_VALUE, np.clip(wide, -limit, limit)),
+    ):
         _, back = cotangent_through(jnp.zeros((4, 3), jnp.float32), cotangent, limit, **parts)
         np.testing.assert_allclose(back, expected, rtol=1e-5, atol=1e-30)
 
@@ -123,7 +143,9 @@ def test_a_parameter_used_many_times_has_in_time_a_sum_of_clipped_terms_and_unde
     scales = jnp.arange(1.0, 11.0)
 
     def in_time(w):
-        return jax.lax.scan(lambda total, scale: (total + scale * clip_cotangent(w, 3.0), None), 0.0, scales)[0]
+        return jax.lax.scan(
+            lambda total, scale: (total + scale * clip_cotangent(w, 3.0), None), 0.0, scales
+        )[0]
 
     def mapped(w):
         return jnp.sum(jax.vmap(lambda scale: scale * clip_cotangent(w, 3.0))(scales))
@@ -150,23 +172,32 @@ def odd():
     }
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"])
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"]
+)
 def test_leaves_that_are_no_floats_pass(wrap):
     x = odd()
     y = wrap(lambda x: clip_cotangent(x, 1.0, **BY_VALUE))(x)
     assert jax.tree.structure(y) == jax.tree.structure(x)
     assert all(
-        jnp.all(a == b) and jnp.result_type(a) == jnp.result_type(b) for a, b in zip(*map(jax.tree.leaves, (y, x)), strict=True)
+        jnp.all(a == b) and jnp.result_type(a) == jnp.result_type(b)
+        for a, b in zip(*map(jax.tree.leaves, (y, x)), strict=True)
     )
 
     def loss(x):
         x = wrap(lambda x: clip_cotangent(x, 1.0, **BY_VALUE))(x)
-        total = jnp.sum(3 * x["array"]) + jnp.sum(4 * x["half"].astype(jnp.float32)) - 2 * x["number"]
+        total = (
+            jnp.sum(3 * x["array"]) + jnp.sum(4 * x["half"].astype(jnp.float32)) - 2 * x["number"]
+        )
         return total + jnp.sum((x["complex"] * jnp.conj(x["complex"])).real) + jnp.sum(x["int"])
 
     grads = jax.grad(loss, allow_int=True)(x)
     assert jax.tree.structure(grads) == jax.tree.structure(x)
-    assert grads["array"].tolist() == [[1, 1]] and grads["number"] == -1 and grads["half"] == jnp.ones(1, jnp.float16)
+    assert (
+        grads["array"].tolist() == [[1, 1]]
+        and grads["number"] == -1
+        and grads["half"] == jnp.ones(1, jnp.float16)
+    )
     np.testing.assert_allclose(grads["complex"], [0.6 - 0.8j], rtol=1e-6)
     assert grads["half"].dtype == jnp.float16 and grads["empty"].shape == (0, 3)
     assert all(grads[name].dtype == jax.dtypes.float0 for name in ("int", "bool", "key"))
@@ -179,7 +210,10 @@ def test_trees_without_a_float_come_back(x):
 
 def test_a_number_keeps_its_weak_type():
     assert jax.grad(lambda x: jnp.float32(jnp.bfloat16(3) * clip_cotangent(x, 1.0)))(2.0) == 1
-    assert jax.eval_shape(lambda x: jnp.bfloat16(3) * clip_cotangent(x, 1.0), 2.0).dtype == jnp.bfloat16
+    assert (
+        jax.eval_shape(lambda x: jnp.bfloat16(3) * clip_cotangent(x, 1.0), 2.0).dtype
+        == jnp.bfloat16
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -189,14 +223,20 @@ def test_16_bits_are_measured_in_32_and_kept(parts, dtype):
     cotangent = {"x": jnp.asarray(random(2, 300, scale=300.0), dtype)}
     y, back = cotangent_through(x, cotangent, 10.0, **parts)
     assert y["x"].dtype == back["x"].dtype == dtype
-    _, expected = cotangent_through({"x": jnp.ones((2, 300), jnp.float32)}, jax.tree.map(jnp.float32, cotangent), 10.0, **parts)
+    _, expected = cotangent_through(
+        {"x": jnp.ones((2, 300), jnp.float32)}, jax.tree.map(jnp.float32, cotangent), 10.0, **parts
+    )
     assert_close(jax.tree.map(jnp.float32, back), expected, rtol=8e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("limit", [1, np.int32(1), np.float64(1), np.array(1.0), jnp.array(1), jnp.bfloat16(1)], ids=repr)
+@pytest.mark.parametrize(
+    "limit", [1, np.int32(1), np.float64(1), np.array(1.0), jnp.array(1), jnp.bfloat16(1)], ids=repr
+)
 def test_any_number_is_a_threshold(limit):
     def back(limit):
-        return jax.grad(lambda x: jnp.vdot(jnp.array([3.0, 4.0]), clip_cotangent(x, limit)))(jnp.zeros(2))
+        return jax.grad(lambda x: jnp.vdot(jnp.array([3.0, 4.0]), clip_cotangent(x, limit)))(
+            jnp.zeros(2)
+        )
 
     np.testing.assert_allclose(back(limit), [0.6, 0.8], rtol=1e-6)
     np.testing.assert_array_equal(back(10**12), [3, 4])  # no int32
@@ -207,7 +247,7 @@ def test_groups_have_limits_of_their_own():
     cotangent = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.3, 0.4]), "c": jnp.array([7.0])}
     scope = scopes.group(lambda path: None if path == "c" else path)
     for limits in {"a": 1.0, "b": 0.1}, types.MappingProxyType({"b": jnp.float32(0.1), "a": 1}):
-        (back,) = jax.vjp(lambda x: clip_cotangent(x, limits, scope=scope), x)[1](cotangent)  # noqa: B023
+        (back,) = jax.vjp(lambda x: clip_cotangent(x, limits, scope=scope), x)[1](cotangent)
         assert_close(back, {"a": [0.6, 0.8], "b": [0.06, 0.08], "c": [7.0]})
 
 
@@ -217,7 +257,9 @@ def test_groups_may_have_traced_limits_with_derivatives():
 
     @jax.jit
     def total(limits):
-        grads = jax.grad(lambda x: jnp.sum(clip_cotangent(x, limits, scope=scope)["a"] * jnp.array([3.0, 4.0])))(x)
+        grads = jax.grad(
+            lambda x: jnp.sum(clip_cotangent(x, limits, scope=scope)["a"] * jnp.array([3.0, 4.0]))
+        )(x)
         return jnp.sum(grads["a"]) + jnp.sum(grads["b"])
 
     assert_close(jax.value_and_grad(total)({"a": 2.0, "b": 1.0}), (2.8, {"a": 1.4, "b": 0.0}))
@@ -232,14 +274,20 @@ def test_what_is_not_finite_makes_its_group_nan(bad):
     cotangent = jnp.array([[3.0, bad], [6.0, 8.0]])
     assert np.isnan(cotangent_through(x, cotangent, 1.0)[1]).all()
     nan = np.nan
-    np.testing.assert_allclose(cotangent_through(x, cotangent, 1.0, **PER_EXAMPLE)[1], [[nan, nan], [0.6, 0.8]], rtol=1e-6)
-    np.testing.assert_array_equal(cotangent_through(x, cotangent, 1.0, **BY_VALUE)[1], [[1, nan], [1, 1]])
+    np.testing.assert_allclose(
+        cotangent_through(x, cotangent, 1.0, **PER_EXAMPLE)[1], [[nan, nan], [0.6, 0.8]], rtol=1e-6
+    )
+    np.testing.assert_array_equal(
+        cotangent_through(x, cotangent, 1.0, **BY_VALUE)[1], [[1, nan], [1, 1]]
+    )
 
 
 @pytest.mark.parametrize("limit", [-1.0, np.nan])
 @pytest.mark.parametrize("parts", [{}, BY_VALUE], ids=["norm", "value"])
 def test_a_traced_limit_that_is_no_limit_counts_as_0(limit, parts):
-    back = jax.jit(lambda limit: cotangent_through(jnp.ones(2), jnp.array([3.0, -4.0]), limit, **parts)[1])(limit)
+    back = jax.jit(
+        lambda limit: cotangent_through(jnp.ones(2), jnp.array([3.0, -4.0]), limit, **parts)[1]
+    )(limit)
     np.testing.assert_array_equal(back, [0, 0])
 
 
@@ -255,7 +303,9 @@ def rnn_loss(params, x, threshold, parts, wrap=lambda f: f):
     """A plain recurrent network whose carry is clipped at each step, with a loss at each step."""
 
     def step(h, x):
-        h = clip_cotangent(jnp.tanh(x @ params["in"] + h @ params["rec"] + params["bias"]), threshold, **parts)
+        h = clip_cotangent(
+            jnp.tanh(x @ params["in"] + h @ params["rec"] + params["bias"]), threshold, **parts
+        )
         return h, jnp.sum(h**2 * params["out"])
 
     return jnp.sum(jax.lax.scan(wrap(step), jnp.zeros((x.shape[1], 4)), x)[1])
@@ -263,11 +313,16 @@ def rnn_loss(params, x, threshold, parts, wrap=lambda f: f):
 
 def rnn(seed=0, scale=1.0):
     shapes = {"in": (3, 4), "rec": (4, 4), "bias": (4,), "out": (4,)}
-    return {name: scale * random(*shape, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        name: scale * random(*shape, seed=seed + i)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def rnn_by_hand(params, x, clip):
-    """Loss and derivatives of `rnn_loss` by back-propagation through time, and how often what arrives was clipped."""
+    """Loss and derivatives of `rnn_loss` by back-propagation through time, and how often what
+    arrives was clipped.
+    """
     steps, batch, _ = x.shape
     hs = [np.zeros((batch, 4))]
     for t in range(steps):
@@ -307,7 +362,9 @@ LIMITS = {"value": 1.0, "norm": 4.0, "per example": 2.0}
 
 
 def inputs():
-    """Weights, and inputs `[time, batch, features]` that grow, so that a limit binds at some steps and not at others."""
+    """Weights, and inputs `[time, batch, features]` that grow, so that a limit binds at some steps
+    and not at others.
+    """
     return rnn(3, scale=0.5), random(9, 5, 3, seed=7) * np.linspace(0.2, 3, 9)[:, None, None]
 
 
@@ -318,11 +375,16 @@ def test_a_scanned_network_equals_back_propagation_through_time_by_hand(name, wr
     loss, expected, binding = rnn_by_hand(params, x, by_hand(limit))
     assert min(binding) <= 0.4 and max(binding) >= 0.6
     with float64():
-        run = jax.jit(jax.value_and_grad(lambda *arguments: rnn_loss(*arguments, parts, WRAPS[wrap]), (0, 1)))
+        run = jax.jit(
+            jax.value_and_grad(lambda *arguments: rnn_loss(*arguments, parts, WRAPS[wrap]), (0, 1))
+        )
         value, grads = run(params, x, limit)
     np.testing.assert_allclose(value, loss, rtol=1e-12)
     assert_close(grads, expected, rtol=1e-9, atol=1e-12)
-    for other in (lambda ct: ct), *(hand(LIMITS[name]) for other, (_, hand) in BY_HAND.items() if other != name):
+    for other in (
+        (lambda ct: ct),
+        *(hand(LIMITS[name]) for other, (_, hand) in BY_HAND.items() if other != name),
+    ):
         assert np.abs(rnn_by_hand(params, x, other)[1][0]["rec"] - expected[0]["rec"]).max() > 1e-2
 
 
@@ -344,7 +406,10 @@ def test_vmap_clips_each_example_by_its_own_size(limit):
 @each_choice
 def test_vmap_clips_each_example_on_an_explicit_mesh(parts, context):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"))
-    x = {"a": random(8, 3, 2, seed=1).astype(np.float32), "b": random(8, 5, seed=2).astype(np.float32)}
+    x = {
+        "a": random(8, 3, 2, seed=1).astype(np.float32),
+        "b": random(8, 5, seed=2).astype(np.float32),
+    }
 
     def loss(x):
         x = clip_cotangent(x, 0.5, **({} if parts is PER_EXAMPLE else parts))
@@ -371,7 +436,9 @@ def test_a_sweep_over_thresholds_is_one_program():
     x, cotangent, limits = tree(0), tree(10), jnp.array([0.1, 1.0, 10.0])
     swept = jax.jit(jax.vmap(lambda limit: cotangent_through(x, cotangent, limit)[1]))(limits)
     for i, limit in enumerate(limits):
-        assert_close(jax.tree.map(lambda leaf: leaf[i], swept), cotangent_through(x, cotangent, limit)[1])  # noqa: B023
+        assert_close(
+            jax.tree.map(lambda leaf: leaf[i], swept), cotangent_through(x, cotangent, limit)[1]
+        )
 
 
 def test_one_trace_whatever_the_limit():
@@ -382,7 +449,11 @@ def test_one_trace_whatever_the_limit():
         traces.append(limit)
         return jax.grad(lambda x: jnp.sum(clip_cotangent(x, limit) ** 2))(x)
 
-    assert [back(jnp.array([3.0, 4.0]), limit).tolist() for limit in (5.0, 0.0, np.inf)] == [[3, 4], [0, 0], [6, 8]]
+    assert [back(jnp.array([3.0, 4.0]), limit).tolist() for limit in (5.0, 0.0, np.inf)] == [
+        [3, 4],
+        [0, 0],
+        [6, 8],
+    ]
     assert len(traces) == 1
 
 
@@ -414,17 +485,22 @@ def test_second_derivatives_are_the_slopes_of_the_clipped_gradient(name, how):
         x, around = random(3, 2, seed=1), h * np.eye(6).reshape(6, 3, 2)
         second = jax.jit(lambda x, limit: SECOND[how](grad(limit), x, v))
         slopes = jax.jit(
-            lambda x, limit: jax.vmap(lambda d: jnp.vdot(v, grad(limit)(x + d) - grad(limit)(x - d)) / (2 * h))(around)
+            lambda x, limit: jax.vmap(
+                lambda d: jnp.vdot(v, grad(limit)(x + d) - grad(limit)(x - d)) / (2 * h)
+            )(around)
         )
         for limit in 0.3, 0.9, 1e6:
-            np.testing.assert_allclose(second(x, limit), slopes(x, limit).reshape(3, 2), rtol=1e-6, atol=1e-8)
+            np.testing.assert_allclose(
+                second(x, limit), slopes(x, limit).reshape(3, 2), rtol=1e-6, atol=1e-8
+            )
 
 
 def test_hessians_where_the_limit_binds_and_where_not():
     x = jnp.array([0.5, 2.0])
     for hessian in jax.hessian, lambda f: jax.jacrev(jax.jacrev(f)):
         found = jax.jit(hessian(lambda x: jnp.sum(clip_cotangent(x, 5.0, **BY_VALUE) ** 3)))(x)
-        np.testing.assert_allclose(found, [[3, 0], [0, 0]], rtol=1e-6)  # 3 x^2 is 0.75, and 12 cut to 5
+        # 3 x^2 is 0.75, and 12 cut to 5
+        np.testing.assert_allclose(found, [[3, 0], [0, 0]], rtol=1e-6)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: clip_cotangent(x, 1.0), (x,), (x,))
 
@@ -435,21 +511,33 @@ def test_the_derivative_by_the_threshold(wrap):
 
     def by_limit(**parts):
         def change(limit):
-            return jnp.vdot(v, WRAPS[wrap](jax.grad(lambda x: jnp.vdot(ct, clip_cotangent(x, limit, **parts))))(x))
+            return jnp.vdot(
+                v,
+                WRAPS[wrap](jax.grad(lambda x: jnp.vdot(ct, clip_cotangent(x, limit, **parts))))(x),
+            )
 
         return jax.jit(jax.vmap(jax.grad(change)))
 
     np.testing.assert_allclose(by_limit()(jnp.array([2.0, 6.0])), [v @ ct / 5, 0], rtol=1e-6)
-    np.testing.assert_allclose(by_limit(**BY_VALUE)(jnp.array([2.0, 3.5])), [v.sum(), v[1]], rtol=1e-6)
-    assert jax.grad(lambda limit: jnp.sum(clip_cotangent(x, limit)))(1.0) == 0  # the value does not depend on it
+    np.testing.assert_allclose(
+        by_limit(**BY_VALUE)(jnp.array([2.0, 3.5])), [v.sum(), v[1]], rtol=1e-6
+    )
+    # the value does not depend on it
+    assert jax.grad(lambda limit: jnp.sum(clip_cotangent(x, limit)))(1.0) == 0
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_derivative_by_the_threshold_through_a_scanned_network(name):
     (parts, by_hand), limit, (params, x) = BY_HAND[name], LIMITS[name], inputs()
     with float64():
-        found = float(jax.jit(jax.grad(lambda c: jnp.sum(jax.grad(rnn_loss)(params, x, c, parts)["rec"])))(limit))
-    low, high = (rnn_by_hand(params, x, by_hand(limit + h))[1][0]["rec"].sum() for h in (-1e-6, 1e-6))
+        found = float(
+            jax.jit(jax.grad(lambda c: jnp.sum(jax.grad(rnn_loss)(params, x, c, parts)["rec"])))(
+                limit
+            )
+        )
+    low, high = (
+        rnn_by_hand(params, x, by_hand(limit + h))[1][0]["rec"].sum() for h in (-1e-6, 1e-6)
+    )
     assert abs(found) > 1e-2
     np.testing.assert_allclose(found, (high - low) / 2e-6, rtol=1e-5)
 
@@ -532,7 +620,9 @@ class Simple(Hand):
 
 
 def through_time(hand, wx, wh, x, weights):
-    """Derivatives of `sum(outputs * weights)` by both kernels and by the inputs `[time, batch, features]`."""
+    """Derivatives of `sum(outputs * weights)` by both kernels and by the inputs `[time, batch,
+    features]`.
+    """
     carry, kept = (np.zeros((x.shape[1], len(wh))),) * (2 if isinstance(hand, LSTM) else 1), []
     for now in x:
         before = carry[-1]
@@ -547,13 +637,21 @@ def through_time(hand, wx, wh, x, weights):
 
 
 def kernels(params, gates):
-    """Both kernels of a cell, with its gates side by side, from the many ways that Flax stores them."""
+    """Both kernels of a cell, with its gates side by side, from the many ways that Flax stores
+    them.
+    """
     if "dense_i" in params:
         return params["dense_i"]["kernel"], params["dense_h"]["kernel"]
     names = {
-        side: [next(name for name in (side + gate, side + gate + "_") if name in params) for gate in gates] for side in "ih"
+        side: [
+            next(name for name in (side + gate, side + gate + "_") if name in params)
+            for gate in gates
+        ]
+        for side in "ih"
     }
-    return tuple(np.concatenate([params[name]["kernel"] for name in names[side]], -1) for side in "ih")
+    return tuple(
+        np.concatenate([params[name]["kernel"] for name in names[side]], -1) for side in "ih"
+    )
 
 
 def linen_cell(kind, functions):
@@ -568,7 +666,9 @@ def linen_cell(kind, functions):
 
 
 def nnx_cell(kind, functions):
-    cell = getattr(nnx, kind)(3, 4, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **functions)
+    cell = getattr(nnx, kind)(
+        3, 4, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **functions
+    )
     carry = jax.tree.map(jnp.zeros_like, cell.initialize_carry((5, 3), rngs=nnx.Rngs(0)))
     graphdef, params, rest = nnx.split(nnx.RNN(cell, time_major=True), nnx.Param, ...)
 
@@ -592,26 +692,42 @@ def test_a_cell_equals_back_propagation_through_time_by_hand(kind, make):
     hand_cell, *limits = CELLS[kind]
     hand = hand_cell(*limits)
     plain = {"gate_fn": nnx.sigmoid, "activation_fn": nnx.tanh}
-    functions = {name: clipped(f, c) for (name, f), c in zip(plain.items(), limits, strict=True) if c is not None}
+    functions = {
+        name: clip_activation_grad(f, c)
+        for (name, f), c in zip(plain.items(), limits, strict=True)
+        if c is not None
+    }
     x, weights = random(6, 5, 3, seed=2), random(6, 5, 4, seed=3, scale=2.0)
     with float64():
         params, apply, cell = make(kind, functions)
         params = jax.tree.map(lambda p: 1.5 * p, params)
-        grads, dx = jax.jit(jax.grad(lambda params, x: jnp.sum(apply(params, x) * weights), (0, 1)))(params, x)
+        grads, dx = jax.jit(
+            jax.grad(lambda params, x: jnp.sum(apply(params, x) * weights), (0, 1))
+        )(params, x)
         _, unclipped, _ = make(kind, {})
         np.testing.assert_array_equal(jax.jit(apply)(params, x), jax.jit(unclipped)(params, x))
     expected = through_time(hand, *map(np.asarray, kernels(cell(params), hand.gates)), x, weights)
     for found, want in zip((*kernels(cell(grads), hand.gates), dx), expected, strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-12)
-    for name, shares in hand.cuts.items():  # every limit binds for some elements, at some steps more than at others
-        assert len(shares) == 6 and 0.01 < np.mean(shares) < 0.9 and max(shares) < 1 and len(set(shares)) > 1, name
+    for (
+        name,
+        shares,
+    ) in (
+        hand.cuts.items()
+    ):  # every limit binds for some elements, at some steps more than at others
+        assert (
+            len(shares) == 6
+            and 0.01 < np.mean(shares) < 0.9
+            and max(shares) < 1
+            and len(set(shares)) > 1
+        ), name
 
 
 def test_without_a_binding_limit_a_cell_has_its_plain_gradients():
     x, carry = jnp.ones((5, 3)), (jnp.ones((5, 4)), jnp.ones((5, 4)))
 
     def grads(limit):
-        wrap = (lambda f: f) if limit is None else lambda f: clipped(f, limit)
+        wrap = (lambda f: f) if limit is None else lambda f: clip_activation_grad(f, limit)
         cell = nn.OptimizedLSTMCell(4, gate_fn=wrap(nn.sigmoid), activation_fn=wrap(nn.tanh))
         params = cell.init(jax.random.key(0), carry, x)
         return jax.grad(lambda params: jnp.sum(cell.apply(params, carry, x)[1] ** 2))(params)
@@ -625,34 +741,54 @@ def test_without_a_binding_limit_a_cell_has_its_plain_gradients():
 
 def test_an_activation_clips_what_comes_out_of_it_backwards_not_what_goes_in():
     z = jnp.array([0.0, 3.0, -0.5])
-    back = jax.grad(lambda z: jnp.sum(jnp.array([1.5, 40.0, -1.5]) * clipped(jnp.tanh, 1.0)(z)))(z)
+    back = jax.grad(
+        lambda z: jnp.sum(jnp.array([1.5, 40.0, -1.5]) * clip_activation_grad(jnp.tanh, 1.0)(z))
+    )(z)
     expected = np.clip(np.array([1.5, 40.0, -1.5]) * (1 - np.tanh(z) ** 2), -1, 1)
     np.testing.assert_allclose(back, expected, rtol=1e-4)
     assert expected[1] < 1 < 1.5  # the derivative by the output would have been cut there
 
 
 def test_activations_of_equal_arguments_are_equal():
-    one, same, also = clipped(nn.tanh, 10.0), clipped(nn.tanh, 10.0), clipped(nn.tanh, np.float32(10))
+    one, same, also = (
+        clip_activation_grad(nn.tanh, 10.0),
+        clip_activation_grad(nn.tanh, 10.0),
+        clip_activation_grad(nn.tanh, np.float32(10)),
+    )
     assert one == same == also and hash(one) == hash(same) == hash(also)
-    assert one != clipped(nn.tanh, 1.0) and one != clipped(nn.sigmoid, 10.0) and one != nn.tanh
-    assert len({one, same, also, clipped(nn.relu, 10.0)}) == 2
+    assert (
+        one != clip_activation_grad(nn.tanh, 1.0)
+        and one != clip_activation_grad(nn.sigmoid, 10.0)
+        and one != nn.tanh
+    )
+    assert len({one, same, also, clip_activation_grad(nn.relu, 10.0)}) == 2
 
 
 def test_modules_of_equal_arguments_are_equal_and_compiled_once():
     def linen_module(limit):
-        return nn.OptimizedLSTMCell(4, gate_fn=clipped(nn.sigmoid, limit), activation_fn=clipped(nn.tanh, limit))
+        return nn.OptimizedLSTMCell(
+            4,
+            gate_fn=clip_activation_grad(nn.sigmoid, limit),
+            activation_fn=clip_activation_grad(nn.tanh, limit),
+        )
 
     def nnx_module(limit):
-        functions = {"gate_fn": clipped(nn.sigmoid, limit), "activation_fn": clipped(nn.tanh, limit)}
+        functions = {
+            "gate_fn": clip_activation_grad(nn.sigmoid, limit),
+            "activation_fn": clip_activation_grad(nn.tanh, limit),
+        }
         return nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0), **functions)
 
     assert linen_module(1.0) == linen_module(1.0) != linen_module(2.0)
-    for make, jit in (linen_module, functools.partial(jax.jit, static_argnums=0)), (nnx_module, nnx.jit):
+    for make, jit in (
+        (linen_module, functools.partial(jax.jit, static_argnums=0)),
+        (nnx_module, nnx.jit),
+    ):
         traces = []
 
         @jit
         def run(module, x):
-            traces.append(module)  # noqa: B023
+            traces.append(module)
             return x
 
         for limit, count in (1.0, 1), (1.0, 1), (2.0, 2):
@@ -661,13 +797,17 @@ def test_modules_of_equal_arguments_are_equal_and_compiled_once():
 
 
 def test_an_activation_keeps_its_name_and_documentation():
-    function = clipped(nn.sigmoid, 1.0)
-    assert function.__name__ == "sigmoid" and function.__doc__ == nn.sigmoid.__doc__ and function.__wrapped__ is nn.sigmoid
-    assert not hasattr(clipped(nn.relu, 1.0), "jvp")  # of the function itself
+    function = clip_activation_grad(nn.sigmoid, 1.0)
+    assert (
+        function.__name__ == "sigmoid"
+        and function.__doc__ == nn.sigmoid.__doc__
+        and function.__wrapped__ is nn.sigmoid
+    )
+    assert not hasattr(clip_activation_grad(nn.relu, 1.0), "jvp")  # of the function itself
     z = jnp.array([-1.0, 2.0])
     np.testing.assert_array_equal(function(z), nn.sigmoid(z))
     for nameless in functools.partial(nn.leaky_relu, negative_slope=0.1), lambda z: 2 * z, nn.relu:
-        np.testing.assert_array_equal(clipped(nameless, 1.0)(z), nameless(z))
+        np.testing.assert_array_equal(clip_activation_grad(nameless, 1.0)(z), nameless(z))
 
 
 @pytest.mark.parametrize("make", ["linen", "nnx"])
@@ -678,13 +818,18 @@ def test_a_sweep_over_limits_of_an_activation_is_one_program(make):
         return sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(grads))
 
     def size(limit):
-        functions = {"gate_fn": clipped(nn.sigmoid, limit), "activation_fn": clipped(nn.tanh, limit)}
+        functions = {
+            "gate_fn": clip_activation_grad(nn.sigmoid, limit),
+            "activation_fn": clip_activation_grad(nn.tanh, limit),
+        }
         if make == "linen":
             cell = nn.OptimizedLSTMCell(4, **functions)
             params = cell.init(jax.random.key(0), carry, x)
             return total(jax.grad(lambda params: jnp.sum(cell.apply(params, carry, x)[1]))(params))
         graphdef, params = nnx.split(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0), **functions))
-        return total(jax.grad(lambda params: jnp.sum(nnx.merge(graphdef, params)(carry, x)[1]))(params))
+        return total(
+            jax.grad(lambda params: jnp.sum(nnx.merge(graphdef, params)(carry, x)[1]))(params)
+        )
 
     limits = [0.0, 1e-3, 1e-2, 10.0]
     swept = jax.jit(jax.vmap(size))(jnp.array(limits))
@@ -696,16 +841,18 @@ def test_a_sweep_over_limits_of_an_activation_is_one_program(make):
 
 RULES = [
     optax.linear_schedule(1.0, 0.1, 10),
-    thresholds.constant(1.0),
+    fixed.constant(1.0),
     thresholds.zscore(),
-    thresholds.relative(0.1),
+    thresholds.relative_to_params(0.1),
     {"tree": thresholds.ema()},
     {"tree": lambda step: 1.0},
 ]
 
 
 @pytest.mark.parametrize(
-    "threshold", RULES, ids=["schedule", "constant", "learns", "relative", "in a dict", "schedule in a dict"]
+    "threshold",
+    RULES,
+    ids=["schedule", "constant", "learns", "relative", "in a dict", "schedule in a dict"],
 )
 def test_a_threshold_that_needs_steps_memory_or_parameters_is_refused(threshold):
     message = r"^threshold must be a number, got .*; a backward pass has neither steps nor memory, so pass .* schedule\(step\)$"
@@ -714,25 +861,55 @@ def test_a_threshold_that_needs_steps_memory_or_parameters_is_refused(threshold)
 
 
 REFUSED = [
-    ({"threshold": "1.0"}, TypeError, "threshold must be a real number, got '1.0' (str); pass a float such as 1.0"),
+    (
+        {"threshold": "1.0"},
+        TypeError,
+        "threshold must be a real number, got '1.0' (str); pass a float such as 1.0",
+    ),
     ({"threshold": None}, TypeError, "threshold must be a real number, got None"),
     ({"threshold": True}, TypeError, "threshold must be a real number, got True"),
     ({"threshold": 1j}, TypeError, "threshold must be a real number, got 1j"),
-    ({"threshold": -1.0}, ValueError, "threshold must be in [0, inf], got -1.0; pass a number inside"),
+    (
+        {"threshold": -1.0},
+        ValueError,
+        "threshold must be in [0, inf], got -1.0; pass a number inside",
+    ),
     ({"threshold": np.nan}, ValueError, "threshold must be in [0, inf], got nan"),
-    ({"threshold": jnp.ones(2)}, ValueError, "threshold must be one number, got an array of shape (2,)"),
+    (
+        {"threshold": jnp.ones(2)},
+        ValueError,
+        "threshold must be one number, got an array of shape (2,)",
+    ),
     ({"threshold": {"tree": -1.0}}, ValueError, "threshold['tree'] must be in [0, inf], got -1.0"),
     ({"threshold": {"tree": None}}, TypeError, "threshold['tree'] must be a real number, got None"),
-    ({"threshold": {"body": 1.0}}, ValueError, "threshold has limits for ['body'], but the tree has only the groups ['tree']"),
-    ({"threshold": {}}, ValueError, "threshold has no limit for the groups ['tree']; add one for each"),
+    (
+        {"threshold": {"body": 1.0}},
+        ValueError,
+        "threshold has limits for ['body'], but the tree has only the groups ['tree']",
+    ),
+    (
+        {"threshold": {}},
+        ValueError,
+        "threshold has no limit for the groups ['tree']; add one for each",
+    ),
     ({"scope": scopes.leaf}, TypeError, "scope must be a Scope, got <function leaf"),
     ({"norm": norms.l2}, TypeError, "norm must be a Norm, got <function l2"),
-    ({"norm": norms.relative_linf(0.1, 1e-3)}, TypeError, "norm must not be relative to parameters, got Norm("),
-    ({"response": "rescale"}, TypeError, "response must be a function, got 'rescale'; pass one such as responses.rescale"),
+    (
+        {"norm": norms.relative_linf(0.1, 1e-3)},
+        TypeError,
+        "norm must not be relative to parameters, got Norm(",
+    ),
+    (
+        {"response": "rescale"},
+        TypeError,
+        "response must be a function, got 'rescale'; pass one such as responses.rescale",
+    ),
 ]
 
 
-@pytest.mark.parametrize("arguments, error, message", REFUSED, ids=[message[:40] for *_, message in REFUSED])
+@pytest.mark.parametrize(
+    "arguments, error, message", REFUSED, ids=[message[:40] for *_, message in REFUSED]
+)
 def test_bad_arguments_are_refused_at_the_call(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         clip_cotangent(jnp.ones(2), **{"threshold": 1.0} | arguments)
@@ -741,15 +918,31 @@ def test_bad_arguments_are_refused_at_the_call(arguments, error, message):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ((1.0, 1.0), TypeError, "activation must be a function, got 1.0; pass one such as jax.nn.tanh"),
-        ((jnp.tanh, "1"), TypeError, "limit must be a real number, got '1' (str); pass a float such as 1.0"),
-        ((jnp.tanh, {"tree": 1.0}), TypeError, "limit must be a real number, got {'tree': 1.0} (dict)"),
+        (
+            (1.0, 1.0),
+            TypeError,
+            "activation must be a function, got 1.0; pass one such as jax.nn.tanh",
+        ),
+        (
+            (jnp.tanh, "1"),
+            TypeError,
+            "limit must be a real number, got '1' (str); pass a float such as 1.0",
+        ),
+        (
+            (jnp.tanh, {"tree": 1.0}),
+            TypeError,
+            "limit must be a real number, got {'tree': 1.0} (dict)",
+        ),
         ((jnp.tanh, lambda step: 1.0), TypeError, "limit must be a real number, got <function"),
         ((jnp.tanh, -1.0), ValueError, "limit must be in [0, inf], got -1.0; pass a number inside"),
         ((jnp.tanh, np.nan), ValueError, "limit must be in [0, inf], got nan"),
-        ((jnp.tanh, np.ones(2)), ValueError, "limit must be one number, got an array of shape (2,)"),
+        (
+            (jnp.tanh, np.ones(2)),
+            ValueError,
+            "limit must be one number, got an array of shape (2,)",
+        ),
     ],
 )
 def test_bad_arguments_of_an_activation_are_refused_when_it_is_made(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        clipped(*arguments)
+        clip_activation_grad(*arguments)

@@ -1,4 +1,6 @@
-"""The benchmarks: the trees are what they are called, and every table, file and picture has every figure."""
+"""The benchmarks: the trees are what they are called, and every table, file and picture has every
+figure.
+"""
 
 import json
 import math
@@ -32,13 +34,21 @@ def test_a_tree_has_the_leaves_and_parameters_of_its_model(name):
     make, leaves, numbers = TREES[name]
     shapes = [leaf.shape for leaf in jax.tree.leaves(make())]
     assert (len(shapes), sum(map(math.prod, shapes))) == (leaves, numbers)
-    assert trees.described(name, make()) == f"{name} ({leaves} leaves, {numbers / 1e6:.4g} M parameters)"
+    assert (
+        trees.described(name, make())
+        == f"{name} ({leaves} leaves, {numbers / 1e6:.4g} M parameters)"
+    )
 
 
 def test_noise_has_the_shapes_and_the_scale():
-    tree = {"w": jax.ShapeDtypeStruct((300, 50), jnp.float32), "b": jax.ShapeDtypeStruct((50,), jnp.float32)}
+    tree = {
+        "w": jax.ShapeDtypeStruct((300, 50), jnp.float32),
+        "b": jax.ShapeDtypeStruct((50,), jnp.float32),
+    }
     drawn = trees.noise(tree, 0.1)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), tree
+    )
     np.testing.assert_allclose(drawn["w"].std(), 0.1, rtol=0.05)
 
 
@@ -50,10 +60,16 @@ def ran(tmp_path_factory):
     """The folder it wrote to, and what it printed; with no peer but Optax."""
     folder, printed = tmp_path_factory.mktemp("benchmarks"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers, "PACKAGES", {peer: f"missing_{package}" for peer, package in peers.PACKAGES.items()})
+        patch.setattr(
+            peers,
+            "PACKAGES",
+            {peer: f"missing_{package}" for peer, package in peers.PACKAGES.items()},
+        )
         patch.setattr(step_time, "TREES", {"small": (lambda: trees.tiny(4), FEW)})
         patch.setattr(compile_time, "TREES", {"two leaves": (lambda: trees.tiny(2), FEW[1:], 1)})
-        patch.setattr(per_example, "MODELS", {"dense": (nn.Dense(10), lambda: per_example.image_batch(5))})
+        patch.setattr(
+            per_example, "MODELS", {"dense": (nn.Dense(10), lambda: per_example.image_batch(5))}
+        )
         patch.delitem(sweep.CLIPS, "Optax")
         patch.setattr(sweep, "THRESHOLDS", np.ones(1, np.float32))
         patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
@@ -73,23 +89,32 @@ def keys(rows):
 LIBRARIES = {(method, library) for method in FEW for library in METHODS[method].optimizers}
 WAYS = {(way, "optaxclip") for way in sweep.WAYS}
 FIGURES = {
-    (row, figure) for row in ("plain", "clipped_grad", "optax") for figure in ("temporary memory", "flops", "bytes", "time")
+    (row, figure)
+    for row in ("plain", "clipped_grad", "optax")
+    for figure in ("temporary memory", "flops", "bytes", "time")
 }
-SMALLER = {("clipped_grad, microbatch 32", figure) for figure in ("temporary memory", "time")}  # it has a loop
+# it has a loop
+SMALLER = {("clipped_grad, microbatch 32", figure) for figure in ("temporary memory", "time")}
 
 
 @pytest.mark.parametrize(
     ("name", "count", "expected"),
     [
         ("step_time", 1, LIBRARIES),
-        ("compile_time", 2, {(method, library) for method, library in LIBRARIES if method != "none"}),
+        (
+            "compile_time",
+            2,
+            {(method, library) for method, library in LIBRARIES if method != "none"},
+        ),
         ("per_example", 1, FIGURES | SMALLER),
         ("sweep", 2, WAYS),
     ],
 )
 def test_json_has_every_row_in_every_table(ran, name, count, expected):
     rows = saved(ran, name)["rows"]
-    by_table = {row["table"]: [other for other in rows if other["table"] == row["table"]] for row in rows}
+    by_table = {
+        row["table"]: [other for other in rows if other["table"] == row["table"]] for row in rows
+    }
     assert len(by_table) == count
     for table in by_table.values():
         assert keys(table) == expected and len(table) == len(expected)
@@ -98,7 +123,11 @@ def test_json_has_every_row_in_every_table(ran, name, count, expected):
 
 def test_ratios_are_to_what_they_say(ran):
     def ones(name):
-        return [(row["method"], row["column"]) for row in saved(ran, name)["rows"] if row["value"] == row["low"] == 1]
+        return [
+            (row["method"], row["column"])
+            for row in saved(ran, name)["rows"]
+            if row["value"] == row["low"] == 1
+        ]
 
     assert ones("step_time") == [("none", "Optax")]
     assert ones("compile_time") == [("global norm", "Optax")] * 2
@@ -117,7 +146,10 @@ def test_tables_are_printed_and_say_what_json_says(ran, name):
     whole = saved(ran, name)
     text = tables([Row(**row) for row in whole["rows"]])
     assert text in printed and (folder / f"{name}.md").read_text().startswith(text)
-    assert f"jax {jax.__version__}" in (folder / f"{name}.md").read_text() and whole["versions"]["jax"] == jax.__version__
+    assert (
+        f"jax {jax.__version__}" in (folder / f"{name}.md").read_text()
+        and whole["versions"]["jax"] == jax.__version__
+    )
     assert whole["rounds"] == 1 and whole["device"] == jax.devices()[0].device_kind
 
 
@@ -226,11 +258,21 @@ def test_ahead_of_time_has_rows_for_every_chip_whose_compiler_is_installed(monke
     monkeypatch.setattr(ahead_of_time, "cost", cost)
     monkeypatch.setattr(peers, "installed", lambda peer: peer == "H100")
     rows = list(ahead_of_time.measure(1, False))
-    optimizers = [(method, f"h100 {library}") for method in METHODS for library in METHODS[method].optimizers]
+    optimizers = [
+        (method, f"h100 {library}") for method in METHODS for library in METHODS[method].optimizers
+    ]
     few = [row for row in optimizers if row[0] in ahead_of_time.QUICK]
     assert asked == [("h100", 148)] * len(optimizers) + [("h100", 2000)] * len(few)
     for figure, value in ("Bytes", 8.5), ("Temporary", 0.25), ("Kernels", 10):
         own = [row for row in rows if row.table.startswith(figure) and "GPT-2" in row.table]
-        assert [(row.method, row.column) for row in own] == optimizers and {row.value for row in own} == {value}
-    assert [(row.method, row.column) for row in rows if row.table.startswith("Kernels, tiny leaves (2000")] == few
-    assert {row.method: row.limit for row in rows if row.table.startswith("Bytes")}["AGC, by unit"] == 9
+        assert [(row.method, row.column) for row in own] == optimizers and {
+            row.value for row in own
+        } == {value}
+    assert [
+        (row.method, row.column)
+        for row in rows
+        if row.table.startswith("Kernels, tiny leaves (2000")
+    ] == few
+    assert {row.method: row.limit for row in rows if row.table.startswith("Bytes")}[
+        "AGC, by unit"
+    ] == 9

@@ -1,4 +1,6 @@
-"""The tests of examples/char_lm, in a process of their own: its modules have names that other examples may have, too."""
+"""The tests of examples/char_lm, in a process of their own: its modules have names that other
+examples may have, too.
+"""
 
 import subprocess
 import sys
@@ -8,5 +10,9 @@ TESTS = Path(__file__).parents[1] / "examples" / "char_lm" / "train_test.py"
 
 
 def test_char_lm_does_what_it_says():
-    done = subprocess.run([sys.executable, "-m", "pytest", TESTS, "-p", "no:cacheprovider"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", TESTS, "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

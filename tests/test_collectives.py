@@ -1,4 +1,6 @@
-"""The compiler's figures on CPU: a tree that is split over devices takes one message, and a record no array of its own."""
+"""The compiler's figures on CPU: a tree that is split over devices takes one message, and a record
+no array of its own.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,8 @@ def messages(compiled):
     text = compiled.as_text()
     entry = text[text.index("\nENTRY ") :]
     return sum(
-        entry.count(f" {name}(") + entry.count(f" {name}-start(") for name in ("all-reduce", "all-gather", "reduce-scatter")
+        entry.count(f" {name}(") + entry.count(f" {name}-start(")
+        for name in ("all-reduce", "all-gather", "reduce-scatter")
     )
 
 

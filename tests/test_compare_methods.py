@@ -24,7 +24,16 @@ TRANSFORMS = [
     and name not in ("clip", "skip_nonfinite", "skip_spikes")
 ]
 SUBSET = ["none", "clip_by_norm(1.0)", "zclip()"]
-KEYS = {"clips", "loss", "median_loss", "quartiles_loss", "failed_share", "nan_share", "clipped_share", "state_bytes"}
+KEYS = {
+    "clips",
+    "loss",
+    "median_loss",
+    "quartiles_loss",
+    "failed_share",
+    "nan_share",
+    "clipped_share",
+    "state_bytes",
+}
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -33,7 +42,7 @@ def test_every_public_transform_is_compared(name):
 
 
 def test_there_are_public_transforms():
-    assert {"clip_by_value", "carry", "zclip"} < set(TRANSFORMS)
+    assert {"clip_by_value", "error_feedback", "zclip"} < set(TRANSFORMS)
 
 
 @pytest.mark.parametrize("name", [name for name in compare_methods.METHODS if "(" in name])
@@ -49,7 +58,12 @@ def test_help_names_every_option(capsys):
 
 
 def run(names, out, *options):
-    return in_process(compare_methods, out, *options, METHODS={name: compare_methods.METHODS[name] for name in names})
+    return in_process(
+        compare_methods,
+        out,
+        *options,
+        METHODS={name: compare_methods.METHODS[name] for name in names},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +74,13 @@ def both(tmp_path_factory):
 
 def test_every_row_is_saved(both):
     saved, out = both
-    assert saved["options"] == {"seeds": 4, "seed": 0, "steps": 300, "out": str(out), "task": "both"}
+    assert saved["options"] == {
+        "seeds": 4,
+        "seed": 0,
+        "steps": 300,
+        "out": str(out),
+        "task": "both",
+    }
     assert list(saved["tasks"]) == ["rnn", "mlp"]
     for rows in saved["tasks"].values():
         assert list(rows) == SUBSET
@@ -80,7 +100,11 @@ def test_without_clipping_no_seed_solves_a_task(both):
 def test_a_fixed_norm_solves_both_tasks(both):
     rnn, mlp = (rows["clip_by_norm(1.0)"] for rows in both[0]["tasks"].values())
     assert rnn["failed_share"] <= 0.25 and rnn["median_loss"] < 0.1
-    assert mlp["failed_share"] == 0 and mlp["nan_share"] == 0 and max(mlp["loss"]) < compare_methods.TASKS["mlp"].solved
+    assert (
+        mlp["failed_share"] == 0
+        and mlp["nan_share"] == 0
+        and max(mlp["loss"]) < compare_methods.TASKS["mlp"].solved
+    )
     assert 0 < rnn["clipped_share"] < 0.6 and mlp["clipped_share"] == 1
 
 
@@ -102,7 +126,10 @@ def test_one_task_alone(tmp_path, capsys):
     saved = run(["clip_by_value(5.0)"], tmp_path, "--task", "mlp", "--seeds", 2, "--steps", 5)
     printed = capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "mlp.png"}
-    assert list(saved["tasks"]) == ["mlp"] and saved["tasks"]["mlp"]["clip_by_value(5.0)"]["clipped_share"] == 1
+    assert (
+        list(saved["tasks"]) == ["mlp"]
+        and saved["tasks"]["mlp"]["clip_by_value(5.0)"]["clipped_share"] == 1
+    )
     assert printed.count("\nclip_by_value(5.0) ") == 1 and str(tmp_path) in printed
 
 
@@ -162,12 +189,16 @@ def test_a_limit_is_drawn_where_it_is_the_only_one():
         optaxclip.zclip(): np.nan,  # none yet
         optax.identity(): np.nan,
     }.items():
-        np.testing.assert_equal(float(compare_methods.only_limit(clip.update(tree, clip.init(tree), tree)[1])), limit)
+        np.testing.assert_equal(
+            float(compare_methods.only_limit(clip.update(tree, clip.init(tree), tree)[1])), limit
+        )
 
 
 def compared(monkeypatch, rows, task=BOWL):
     monkeypatch.setattr(compare_methods, "METHODS", rows)
-    bar = SimpleNamespace(update=lambda: None, write=lambda line: None, set_description=lambda text: None)
+    bar = SimpleNamespace(
+        update=lambda: None, write=lambda line: None, set_description=lambda text: None
+    )
     return compare_methods.compare(task, jax.random.split(jax.random.key(0), 2), bar)[0]
 
 
@@ -182,17 +213,27 @@ def test_of_several_clips_that_which_clipped_most_counts(monkeypatch):
         {
             "two": (
                 "gradient",
-                optax.chain(optaxclip.clip(4.5, optaxclip.scopes.tree()), optaxclip.clip(1e9, optaxclip.scopes.tree())),
+                optax.chain(
+                    optaxclip.clip(4.5, optaxclip.scopes.tree()),
+                    optaxclip.clip(1e9, optaxclip.scopes.tree()),
+                ),
             )
         },
     )
     _, (sizes, _) = by_hand("gradient", 4.5)
-    assert rows["two"]["clipped_share"] == pytest.approx(np.mean(sizes > 4.5)) and 0 < np.mean(sizes > 4.5) < 1
+    assert (
+        rows["two"]["clipped_share"] == pytest.approx(np.mean(sizes > 4.5))
+        and 0 < np.mean(sizes > 4.5) < 1
+    )
 
 
 def test_failed_is_what_ends_at_nan_or_not_below_the_threshold(monkeypatch):
     still = {"still": ("gradient", optax.identity())}
-    for start, rate, failed, nan in ([1.0, 1.0], 0.0, 0, 0), ([2.0, 0.0], 0.0, 1, 0), ([1.0, 1.0], np.nan, 1, 1):
+    for start, rate, failed, nan in (
+        ([1.0, 1.0], 0.0, 0, 0),
+        ([2.0, 0.0], 0.0, 1, 0),
+        ([1.0, 1.0], np.nan, 1, 1),
+    ):
         task = BOWL._replace(start=lambda key, start=start: jnp.array(start), rate=rate)
         row = compared(monkeypatch, still, task)["still"]
         assert (row["failed_share"], row["nan_share"]) == (failed, nan)

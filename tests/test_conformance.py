@@ -1,4 +1,6 @@
-"""What Optax's own suites ask of an Optax transform holds for every transform of ours, with and without its record."""
+"""What Optax's own suites ask of an Optax transform holds for every transform of ours, with and
+without its record.
+"""
 
 import copy
 import functools
@@ -22,27 +24,47 @@ PARAMS = {"kernel": jnp.linspace(-1.0, 1.0, 32).reshape(8, 4), "bias": jnp.linsp
 GRADS = jax.tree.map(lambda x: 3 * x[::-1], PARAMS)
 
 BY_NAME = {"bias": 1.0, "kernel": thresholds.ema()}
-# Every public transform. Those of the contract, with the names they have there and a limit that clips; then all else.
-TRANSFORMS = {f"{case.name} {k}": functools.partial(case.make, 1.0) for k, case in enumerate([*CASES, *SCALERS])}
+# Every public transform. Those of the contract, with the names they have there and a limit that
+# clips; then all else.
+TRANSFORMS = {
+    f"{case.name} {k}": functools.partial(case.make, 1.0)
+    for k, case in enumerate([*CASES, *SCALERS])
+}
 TRANSFORMS |= {
-    "ema by element": lambda **o: optaxclip.clip(thresholds.ema(), scopes.element(), norm=norms.linf(), **o),
+    "ema by element": lambda **o: optaxclip.clip(
+        thresholds.ema(), scopes.element(), norm=norms.linf(), **o
+    ),
     "zscore by unit": lambda **o: optaxclip.clip(thresholds.zscore(), scopes.unit(), **o),
-    "quantile by unit": lambda **o: optaxclip.clip(thresholds.quantile(0.5, window=3), scopes.unit(), **o),
+    "quantile by unit": lambda **o: optaxclip.clip(
+        thresholds.quantile(0.5, window=3), scopes.unit(), **o
+    ),
     "dict by group": lambda **o: optaxclip.clip(BY_NAME, scopes.group(lambda path: path), **o),
     "dict by unit": lambda **o: optaxclip.clip(BY_NAME, scopes.unit(), **o),
-    "carry": lambda **o: optaxclip.carry(optaxclip.clip_by_norm(1.0, **o)),
-    "carry around a rule": lambda **o: optaxclip.carry(optaxclip.spam_clip(**o), decay=0.5),
+    "error_feedback": lambda **o: optaxclip.error_feedback(optaxclip.clip_by_norm(1.0, **o)),
+    "carry around a rule": lambda **o: optaxclip.error_feedback(
+        optaxclip.spam_clip(**o), decay=0.5
+    ),
     "chain": lambda **o: optax.chain(optaxclip.adagc(**o), optaxclip.spam_clip(**o)),
     "skip_nonfinite": lambda **o: optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(1.0, **o)),
-    "skip_spikes": lambda **o: optaxclip.skip_spikes(optax.chain(optaxclip.spam_clip(**o), optax.adam(0.1)), 5.0),
+    "skip_spikes": lambda **o: optaxclip.skip_spikes(
+        optax.chain(optaxclip.spam_clip(**o), optax.adam(0.1)), 5.0
+    ),
 }
 MONITORS = {
     "monitor": telemetry.monitor,
-    "monitor by element": functools.partial(telemetry.monitor, scope=scopes.element(), norm=norms.linf(), history=3),
+    "monitor by element": functools.partial(
+        telemetry.monitor, scope=scopes.element(), norm=norms.linf(), history=3
+    ),
 }
-RECORDED = [(name, make, {"record": record}) for name, make in TRANSFORMS.items() for record in (True, False)]
+RECORDED = [
+    (name, make, {"record": record})
+    for name, make in TRANSFORMS.items()
+    for record in (True, False)
+]
 ALL = [*RECORDED, *((name, make, {}) for name, make in MONITORS.items())]
-NAMES = [f"{name}{'' if options.get('record', True) else ' without record'}" for name, _, options in ALL]
+NAMES = [
+    f"{name}{'' if options.get('record', True) else ' without record'}" for name, _, options in ALL
+]
 each_recording = pytest.mark.parametrize("name", [*TRANSFORMS, *MONITORS])
 
 
@@ -50,10 +72,11 @@ def named(name):
     return {**TRANSFORMS, **MONITORS}[name]()
 
 
-# How many trees like the parameters a state has: a buffer for each is sharded as they are. None for what is not listed.
+# How many trees like the parameters a state has: a buffer for each is sharded as they are. None for
+# what is not listed.
 PARAMETER_SHAPED = {
     "scale_by_stable_adam": 2,  # the moments of Adam
-    "carry": 1,
+    "error_feedback": 1,
     "spam_clip": 1,
     "chain": 1,
     "skip_spikes": 3,
@@ -70,18 +93,34 @@ def shaped_like_parameters(name):
 
 
 def mark(opt, state):
-    """The state, with the shape of the parameter at each leaf that Optax takes for one of its buffers, and None at others."""
+    """The state, with the shape of the parameter at each leaf that Optax takes for one of its
+    buffers, and None at others.
+    """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
-    return optax.tree.map_params(opt, lambda x, like: (x, like), state, shapes, transform_non_params=lambda x: (x, None))
+    return optax.tree.map_params(
+        opt, lambda x, like: (x, like), state, shapes, transform_non_params=lambda x: (x, None)
+    )
 
 
 def is_marked(x):
-    return type(x) is tuple and len(x) == 2 and (x[1] is None or isinstance(x[1], jax.ShapeDtypeStruct))
+    return (
+        type(x) is tuple
+        and len(x) == 2
+        and (x[1] is None or isinstance(x[1], jax.ShapeDtypeStruct))
+    )
 
 
 def test_every_public_transform_is_in_the_table():
-    makers = {name for name, value in vars(optaxclip).items() if callable(value) and not isinstance(value, type)}
-    listed = {name.split()[0] for name in TRANSFORMS} | {"clip_cotangent", "clipped"}  # the last two are no transforms
+    makers = {
+        name
+        for name, value in vars(optaxclip).items()
+        if callable(value) and not isinstance(value, type)
+    }
+    # the last two are no transforms
+    listed = {name.split()[0] for name in TRANSFORMS} | {
+        "clip_cotangent",
+        "clipped",
+    }
     assert makers <= listed, makers - listed
 
 
@@ -90,10 +129,15 @@ def test_trees_like_the_parameters_are_found_and_all_else_are_other_arrays(name,
     opt = make(**options)
     state = opt.init(PARAMS)
     marks = jax.tree.leaves(mark(opt, state), is_leaf=is_marked)
-    assert len(marks) == len(jax.tree.leaves(state)) and all(isinstance(x, jax.Array) for x, _ in marks)
+    assert len(marks) == len(jax.tree.leaves(state)) and all(
+        isinstance(x, jax.Array) for x, _ in marks
+    )
     found = [(x, like) for x, like in marks if like is not None]
     assert len(found) == 2 * shaped_like_parameters(name)
-    for x, like in found:  # statistics of units broadcast against the parameter; a window stands in front
+    for (
+        x,
+        like,
+    ) in found:  # statistics of units broadcast against the parameter; a window stands in front
         assert np.broadcast_shapes(x.shape[x.ndim - len(like.shape) :], like.shape) == like.shape
 
 
@@ -105,15 +149,20 @@ def test_a_state_that_was_mapped_goes_on(name, make, options):
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     assert jax.tree.structure(jax.eval_shape(opt.init, PARAMS)) == jax.tree.structure(state)
     chex.assert_trees_all_equal(mapped, state)
-    after, expected = (jax.eval_shape(opt.update, GRADS, start, PARAMS)[1] for start in (mapped, state))
-    assert repr(jax.tree.structure(after)) == repr(jax.tree.structure(expected))  # names are known again
+    after, expected = (
+        jax.eval_shape(opt.update, GRADS, start, PARAMS)[1] for start in (mapped, state)
+    )
+    # names are known again
+    assert repr(jax.tree.structure(after)) == repr(jax.tree.structure(expected))
 
 
 @pytest.mark.parametrize("name, make, options", ALL, ids=NAMES)
 def test_a_state_goes_through_every_way_to_save_it(name, make, options):
     state = make(**options).init(PARAMS)
     assert all(x is not None for x in jax.tree.leaves(state, is_leaf=lambda x: x is None))
-    flat = traverse_util.flatten_dict(serialization.to_state_dict(state), sep="/", keep_empty_nodes=True)
+    flat = traverse_util.flatten_dict(
+        serialization.to_state_dict(state), sep="/", keep_empty_nodes=True
+    )
     nested = traverse_util.unflatten_dict(flat, sep="/")
     ways = {
         "flat": serialization.from_state_dict(state, nested),
@@ -133,16 +182,23 @@ def group_names(state):
 
 
 def test_statistics_of_fp8_that_stand_beside_gradients_are_left_alone():
-    grads = {"params": GRADS, "_overwrite_with_gradient": {"amax_history": jnp.full(4, jnp.inf), "scale": jnp.ones(())}}
+    grads = {
+        "params": GRADS,
+        "_overwrite_with_gradient": {"amax_history": jnp.full(4, jnp.inf), "scale": jnp.ones(())},
+    }
     for name, make in TRANSFORMS.items():
         if "dict" not in name and name != "skip_spikes":  # which skips all of this step
             out, _ = make().update(grads, make().init(grads), grads)
-            chex.assert_trees_all_equal(out["_overwrite_with_gradient"], grads["_overwrite_with_gradient"])
+            chex.assert_trees_all_equal(
+                out["_overwrite_with_gradient"], grads["_overwrite_with_gradient"]
+            )
             chex.assert_tree_all_finite(out["params"])
 
 
 def described(tree):
-    return jax.tree.structure(tree), [(x.shape, x.dtype, x.weak_type) for x in map(jax.typeof, jax.tree.leaves(tree))]
+    return jax.tree.structure(tree), [
+        (x.shape, x.dtype, x.weak_type) for x in map(jax.typeof, jax.tree.leaves(tree))
+    ]
 
 
 @pytest.mark.parametrize("name, make, options", ALL, ids=NAMES)
@@ -170,7 +226,9 @@ EQUAL = {
     "partition": lambda opt: optax.partition({"all": opt}, dict.fromkeys(PARAMS, "all")),
     "MultiSteps": lambda opt: optax.MultiSteps(opt, 1),
     "apply_if_finite": lambda opt: optax.apply_if_finite(opt, 3),
-    "conditionally_transform": lambda opt: optax.conditionally_transform(opt, lambda step: step >= 0),
+    "conditionally_transform": lambda opt: optax.conditionally_transform(
+        opt, lambda step: step >= 0
+    ),
     "conditionally_mask": lambda opt: optax.conditionally_mask(opt, lambda step: step >= 0),
 }
 OTHERS = {
@@ -178,7 +236,9 @@ OTHERS = {
     "lookahead": lambda opt: optax.lookahead(optax.chain(opt, optax.sgd(0.1)), 2, 0.5),
     "schedule_free": lambda opt: optax.contrib.schedule_free(optax.chain(opt, optax.sgd(0.1)), 0.1),
     "mechanize": lambda opt: optax.contrib.mechanize(optax.chain(opt, optax.sgd(0.1))),
-    "sam": lambda opt: optax.contrib.sam(optax.chain(opt, optax.sgd(0.1)), optax.sgd(0.05), sync_period=2),
+    "sam": lambda opt: optax.contrib.sam(
+        optax.chain(opt, optax.sgd(0.1)), optax.sgd(0.05), sync_period=2
+    ),
 }
 
 
@@ -200,23 +260,36 @@ def in_a_loop(opt, params):
 @each_recording
 def test_wrappers_of_optax_work_with_every_transform(name):
     opt = named(name)
-    others_here = {wrapper: wrap for wrapper, wrap in OTHERS.items() if wrapper != "flatten" or "dict" not in name}  # no names
+    # no names
+    others_here = {
+        wrapper: wrap
+        for wrapper, wrap in OTHERS.items()
+        if wrapper != "flatten" or "dict" not in name
+    }
 
     @jax.jit
     def run():
         same = {wrapper: in_a_loop(wrap(opt), PARAMS) for wrapper, wrap in EQUAL.items()}
-        others = {wrapper: in_a_loop(wrap(opt), PARAMS) for wrapper, wrap in others_here.items() if wrapper != "lookahead"}
-        others["lookahead"] = in_a_loop(OTHERS["lookahead"](opt), optax.LookaheadParams.init_synced(PARAMS))
+        others = {
+            wrapper: in_a_loop(wrap(opt), PARAMS)
+            for wrapper, wrap in others_here.items()
+            if wrapper != "lookahead"
+        }
+        others["lookahead"] = in_a_loop(
+            OTHERS["lookahead"](opt), optax.LookaheadParams.init_synced(PARAMS)
+        )
         return in_a_loop(opt, PARAMS), same, others
 
     (expected, numbers), same, others = run()
     for wrapper, (params, found) in same.items():
-        chex.assert_trees_all_close(params, expected, rtol=1e-6, atol=1e-6, custom_message=wrapper)  # sums of steps near 1
+        # sums of steps near 1
+        chex.assert_trees_all_close(params, expected, rtol=1e-6, atol=1e-6, custom_message=wrapper)
         if name not in ("chain", "skip_nonfinite", "skip_spikes"):
             chex.assert_trees_all_close(found, numbers, rtol=1e-6, custom_message=wrapper)
     for wrapper, (params, found) in others.items():
         chex.assert_tree_all_finite(params)
-        assert bool(found) == bool(numbers), wrapper  # what a clip saw is found inside of any wrapper
+        # what a clip saw is found inside of any wrapper
+        assert bool(found) == bool(numbers), wrapper
 
 
 # A trainer that infers how to shard the state of an optimizer from how its parameters are
@@ -228,7 +301,9 @@ SPECS = {"kernel": P("fsdp", "tp"), "bias": P("tp")}
 @each_recording
 def test_a_trainer_infers_the_sharding_of_the_state(name):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"))
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS, is_leaf=lambda x: isinstance(x, P))
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), SPECS, is_leaf=lambda x: isinstance(x, P)
+    )
     opt = optax.chain(named(name), optax.adam(0.1))
     abstract = jax.eval_shape(opt.init, PARAMS)
     whole = NamedSharding(mesh, P())
@@ -236,7 +311,9 @@ def test_a_trainer_infers_the_sharding_of_the_state(name):
     def like_parameter(x, sharding):  # statistics of units, and windows, have other shapes
         return sharding if x.shape in ((8, 4), (8,)) else whole
 
-    of_state = optax.tree.map_params(opt, like_parameter, abstract, shardings, transform_non_params=lambda _: whole)
+    of_state = optax.tree.map_params(
+        opt, like_parameter, abstract, shardings, transform_non_params=lambda _: whole
+    )
     assert jax.tree.structure(of_state) == jax.tree.structure(abstract)
 
     def step(grads, state, params):
@@ -253,16 +330,24 @@ def test_a_trainer_infers_the_sharding_of_the_state(name):
     for _ in range(2):
         expected, alone = jax.jit(step)(GRADS, alone, expected)
     chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
-    jax.tree.map(lambda x, sharding: np.testing.assert_(x.sharding.is_equivalent_to(sharding, x.ndim)), state, of_state)
+    jax.tree.map(
+        lambda x, sharding: np.testing.assert_(x.sharding.is_equivalent_to(sharding, x.ndim)),
+        state,
+        of_state,
+    )
 
 
 @each_recording
 def test_a_state_is_made_on_an_explicit_mesh_without_a_context(name):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"))
-    params = {name: jax.device_put(x, NamedSharding(mesh, SPECS[name])) for name, x in PARAMS.items()}
+    params = {
+        name: jax.device_put(x, NamedSharding(mesh, SPECS[name])) for name, x in PARAMS.items()
+    }
     opt = named(name)
     state = opt.init(params)
     for x, like in jax.tree.leaves(mark(opt, state), is_leaf=is_marked):
         if like is not None and x.shape == like.shape:
             assert x.sharding == params["kernel" if x.ndim == 2 else "bias"].sharding
-    chex.assert_trees_all_equal(jax.tree.map(np.asarray, state), jax.tree.map(np.asarray, opt.init(PARAMS)))
+    chex.assert_trees_all_equal(
+        jax.tree.map(np.asarray, state), jax.tree.map(np.asarray, opt.init(PARAMS))
+    )

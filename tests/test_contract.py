@@ -19,13 +19,16 @@ import optaxclip
 from optaxclip._packing import LARGE
 
 SHAPES = {"bias": (3,), "conv": (1, 2, 2, 3), "dense": (4, 3), "scale": ()}
-# How far above its limit a clipped size may be: rounding of the result to its dtype, and float32 arithmetic.
+# How far above its limit a clipped size may be: rounding of the result to its dtype, and float32
+# arithmetic.
 EXCESS = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 8e-3}
 DTYPES = [jnp.float32, jnp.float16, jnp.bfloat16]
 
 
 def each_of(cases):
-    return pytest.mark.parametrize("case", cases, ids=[f"{case.name}-{i}" for i, case in enumerate(cases)])
+    return pytest.mark.parametrize(
+        "case", cases, ids=[f"{case.name}-{i}" for i, case in enumerate(cases)]
+    )
 
 
 each_case, each_transform = each_of(CASES), each_of(CASES + SCALERS)
@@ -35,7 +38,10 @@ each_without_memory = each_of([case for case in CASES if not case.remembers])
 
 def normal_tree(seed=0, scale=1.0, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(seed), len(SHAPES))
-    return {name: (scale * jax.random.normal(key, SHAPES[name])).astype(dtype) for name, key in zip(SHAPES, keys, strict=True)}
+    return {
+        name: (scale * jax.random.normal(key, SHAPES[name])).astype(dtype)
+        for name, key in zip(SHAPES, keys, strict=True)
+    }
 
 
 PARAMS = normal_tree(seed=100)
@@ -50,11 +56,18 @@ def update(transform, updates, params=None, steps=1):
 
 
 def leaves64(tree):
-    return [np.asarray(leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf) for leaf in jax.tree.leaves(tree)]
+    return [
+        np.asarray(leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf)
+        for leaf in jax.tree.leaves(tree)
+    ]
 
 
 def clip_states(state):
-    return [s for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, optaxclip.ClipState)) if hasattr(s, "reading")]
+    return [
+        s
+        for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, optaxclip.ClipState))
+        if hasattr(s, "reading")
+    ]
 
 
 def test_the_table_has_every_public_transform():
@@ -63,12 +76,21 @@ def test_the_table_has_every_public_transform():
             inspect.signature(value).return_annotation
         )
 
-    public = {name for name, value in vars(optaxclip).items() if is_transform(value) and not name.startswith("_")}
-    assert public == {case.name for case in CASES + SCALERS} | {"skip_nonfinite", "skip_spikes"}  # no clips: test_guard.py
+    public = {
+        name
+        for name, value in vars(optaxclip).items()
+        if is_transform(value) and not name.startswith("_")
+    }
+    # no clips: test_guard.py
+    assert public == {case.name for case in CASES + SCALERS} | {
+        "skip_nonfinite",
+        "skip_spikes",
+    }
     assert len(public) >= 19
 
 
-# 1, 12. True norm: equal to float64 arithmetic, whatever the dtype and however large or small the numbers.
+# 1, 12. True norm: equal to float64 arithmetic, whatever the dtype and however large or small the
+# numbers.
 
 
 @each_case
@@ -77,9 +99,14 @@ def test_the_table_has_every_public_transform():
 def test_equals_float64_arithmetic(case: Case, dtype, scale):
     updates = normal_tree(1, scale, dtype)
     out, _ = update(case.make(1.0), updates, PARAMS)
-    for x, y in zip(leaves64(out), expected(case, leaves64(updates), leaves64(PARAMS)), strict=True):
+    for x, y in zip(
+        leaves64(out), expected(case, leaves64(updates), leaves64(PARAMS)), strict=True
+    ):
         np.testing.assert_allclose(
-            x, y, rtol=max(EXCESS[jnp.dtype(dtype).name], 1e-5), atol=6e-8 if dtype == jnp.float16 else 1e-30
+            x,
+            y,
+            rtol=max(EXCESS[jnp.dtype(dtype).name], 1e-5),
+            atol=6e-8 if dtype == jnp.float16 else 1e-30,
         )
 
 
@@ -94,7 +121,11 @@ HARD = {
     "bf16-many-leaves": [np.ones((2,), jnp.bfloat16)] * 100,
     "bf16-one-large-leaf": [np.full(10**5, 1e-2, jnp.bfloat16)],
     "mixed-f32-fp16": [np.array([1e6], np.float32), np.array([100], np.float16)],
-    "mixed-all": [np.array([1e30], np.float32), np.array([3e4], np.float16), np.array([1e25], jnp.bfloat16)],
+    "mixed-all": [
+        np.array([1e30], np.float32),
+        np.array([3e4], np.float16),
+        np.array([1e25], jnp.bfloat16),
+    ],
 }
 
 
@@ -107,23 +138,33 @@ def test_true_norm_of_hard_numbers(case: Case, name):
     run = jax.jit(lambda u, s: update(case.make(s), u, params)[0])
     for ratio in (1e-3, 0.9, 1.1):
         size = group_size(case, first, leaves64(updates), leaves64(params))
-        scale = np.float32(1.0 if case.limit is unlimited else ratio * size / case.limit(gather(first, leaves64(params))))
+        scale = np.float32(
+            1.0
+            if case.limit is unlimited
+            else ratio * size / case.limit(gather(first, leaves64(params)))
+        )
         out = run(updates, scale)
         want = expected(case, leaves64(updates), leaves64(params), float(scale))
         for got, x, y in zip(jax.tree.leaves(out), leaves64(out), want, strict=True):
             tolerance = max(EXCESS[got.dtype.name], 1e-5)
-            np.testing.assert_allclose(x, y, rtol=tolerance, atol=6e-8 if got.dtype == jnp.float16 else 0)
+            np.testing.assert_allclose(
+                x, y, rtol=tolerance, atol=6e-8 if got.dtype == jnp.float16 else 0
+            )
 
 
 # The same on both sides of every size at which the code takes another way.
 
 
 def even_and_odd(leaves):
-    yield from ([(i, ...) for i in range(first, len(leaves), 2)] for first in range(min(2, len(leaves))))
+    yield from (
+        [(i, ...) for i in range(first, len(leaves), 2)] for first in range(min(2, len(leaves)))
+    )
 
 
 BY_PARITY = Case(
-    "clip", lambda s, **o: optaxclip.clip(s, optaxclip.scopes.group(lambda path: str(int(path) % 2)), **o), even_and_odd
+    "clip",
+    lambda s, **o: optaxclip.clip(s, optaxclip.scopes.group(lambda path: str(int(path) % 2)), **o),
+    even_and_odd,
 )
 BY_SIZE = {"clip_by_global_norm", "clip_by_norm", "adaptive_grad_clip"}
 WITHIN, OVER = (128, 128), (113, 145)  # shapes of LARGE and of LARGE + 1 numbers
@@ -141,7 +182,9 @@ TREES = {
     "one small": SMALL[:1],
     "two small": SMALL[:2],
     "few small": SMALL,
-    "many small": [SMALL[k % 5] if k % 10 else (2 + k,) for k in range(130)],  # some equal, some not
+    "many small": [
+        SMALL[k % 5] if k % 10 else (2 + k,) for k in range(130)
+    ],  # some equal, some not
     "many equal": [(2, 3)] * 130,
 }
 
@@ -149,7 +192,9 @@ TREES = {
 def tree_of(name, dtype, scale):
     """Leaves whose numbers are of the scale, a tenth and a hundredth of it, in turns."""
     random = np.random.default_rng(0)
-    leaves = [scale * 10.0 ** -(k % 3) * random.normal(size=shape) for k, shape in enumerate(TREES[name])]
+    leaves = [
+        scale * 10.0 ** -(k % 3) * random.normal(size=shape) for k, shape in enumerate(TREES[name])
+    ]
     return [jnp.asarray(leaf, dtype) for leaf in leaves]
 
 
@@ -159,7 +204,10 @@ def trees_by_size():
     for name in ("both", "over", "over and small"):
         kinds += [(name, "float32", 1e25), (name, "float32", 1e-15), (name, "bfloat16", 1.0)]
     trees = {kind: tree_of(*kind) for kind in kinds}
-    for name in ("within and small", "over and small"):  # beside the widest float that there is, and a Python number
+    for name in (
+        "within and small",
+        "over and small",
+    ):  # beside the widest float that there is, and a Python number
         trees[name, "mixed", 1.0] = [*trees[name, "float32", 1.0], jnp.full(3, 0.3), 0.5]
     return trees
 
@@ -174,12 +222,21 @@ def test_on_both_sides_of_every_size_it_equals_float64_arithmetic(case: Case):
     @jax.jit
     def run(trees, params, limits):
         clips = {kind: case.make(limit) for kind, limit in limits.items()}
-        return {kind: clip.update(trees[kind], clip.init(params[kind]), params[kind]) for kind, clip in clips.items()}
+        return {
+            kind: clip.update(trees[kind], clip.init(params[kind]), params[kind])
+            for kind, clip in clips.items()
+        }
 
     for kind, (out, state) in run(trees, params, limits).items():
-        assert described(state, weak=False) == described(jax.eval_shape(case.make(1.0).init, params[kind]), weak=False)
-        before, after, weights = (leaves64(jax.tree.map(jnp.asarray, tree)) for tree in (trees[kind], out, params[kind]))
-        for x, y, want in zip(before, after, expected(case, before, weights, limits[kind]), strict=True):
+        assert described(state, weak=False) == described(
+            jax.eval_shape(case.make(1.0).init, params[kind]), weak=False
+        )
+        before, after, weights = (
+            leaves64(jax.tree.map(jnp.asarray, tree)) for tree in (trees[kind], out, params[kind])
+        )
+        for x, y, want in zip(
+            before, after, expected(case, before, weights, limits[kind]), strict=True
+        ):
             assert x.dtype == y.dtype
             tolerance = EXCESS["bfloat16"] if kind[1] == "bfloat16" else 2e-6
             np.testing.assert_allclose(y, want, rtol=tolerance, err_msg=str(kind))
@@ -201,10 +258,16 @@ def test_within_the_limit_never_larger_never_another_sign(case: Case, dtype, see
         assert (np.sign(y) * np.sign(x) >= 0).all()
     excess = 1 + EXCESS[jnp.dtype(dtype).name]
     if case.bounds is not None:
-        assert all((case.bounds[0] * excess <= y).all() and (y <= case.bounds[1] * excess).all() for y in after)
+        assert all(
+            (case.bounds[0] * excess <= y).all() and (y <= case.bounds[1] * excess).all()
+            for y in after
+        )
     else:
         for group in case.groups(after):
-            assert group_size(case, group, after, params) <= case.limit(gather(group, params)) * excess + 1e-12
+            assert (
+                group_size(case, group, after, params)
+                <= case.limit(gather(group, params)) * excess + 1e-12
+            )
 
 
 # 14. Any float that JAX can hold here. What is rounded to few bits is within half a spacing.
@@ -212,13 +275,20 @@ def test_within_the_limit_never_larger_never_another_sign(case: Case, dtype, see
 
 def floats():
     names = [name for name in dir(jnp) if name.startswith(("float", "bfloat"))]
-    kinds = {jnp.dtype(getattr(jnp, name)) for name in names if isinstance(getattr(jnp, name), type(jnp.float32))}
+    kinds = {
+        jnp.dtype(getattr(jnp, name))
+        for name in names
+        if isinstance(getattr(jnp, name), type(jnp.float32))
+    }
     return sorted(filter(is_held, kinds), key=str)
 
 
 def is_held(dtype):
     try:
-        return jax.dtypes.canonicalize_dtype(dtype) == dtype and jnp.ones(1).astype(dtype).dtype == dtype
+        return (
+            jax.dtypes.canonicalize_dtype(dtype) == dtype
+            and jnp.ones(1).astype(dtype).dtype == dtype
+        )
     except jax.errors.JaxRuntimeError:  # floats of 6 bits, on a CPU
         return False
 
@@ -231,7 +301,14 @@ def rounded(tree, dtype):
 
 def test_all_floats_are_in_the_table():
     names = {str(dtype) for dtype in floats()}
-    assert {"float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float16", "bfloat16", "float32"} <= names and len(names) >= 12
+    assert {
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float4_e2m1fn",
+        "float16",
+        "bfloat16",
+        "float32",
+    } <= names and len(names) >= 12
 
 
 @each_case
@@ -241,21 +318,39 @@ def test_any_float_is_clipped_in_its_own_dtype(case: Case):
 
     @jax.jit
     def run(trees):
-        return {name: transform.update(tree, transform.init(tree), PARAMS) for name, tree in trees.items()}
+        return {
+            name: transform.update(tree, transform.init(tree), PARAMS)
+            for name, tree in trees.items()
+        }
 
     for name, (out, state) in run(trees).items():
         info, updates = jnp.finfo(name), trees[name]
         assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype(name)}
-        spacing, least = 2.0**-info.nmant, float(info.smallest_normal)  # between 1 and 2; below the least it is coarser
-        before, after = ([np.asarray(x.astype(jnp.float32), float) for x in jax.tree.leaves(tree)] for tree in (updates, out))
+        # between 1 and 2; below the least it is coarser
+        spacing, least = (
+            2.0**-info.nmant,
+            float(info.smallest_normal),
+        )
+        before, after = (
+            [np.asarray(x.astype(jnp.float32), float) for x in jax.tree.leaves(tree)]
+            for tree in (updates, out)
+        )
         for x, y, want in zip(before, after, expected(case, before, leaves64(PARAMS)), strict=True):
             assert (np.abs(y) <= np.abs(x)).all() and (np.sign(y) * np.sign(x) >= 0).all(), name
-            np.testing.assert_allclose(y, want, rtol=max(0.51 * spacing, 2e-6), atol=0.51 * spacing * least, err_msg=name)
-        jax.tree.map(lambda x, y: np.testing.assert_(x.dtype == y.dtype), state, jax.eval_shape(transform.init, updates))
+            np.testing.assert_allclose(
+                y, want, rtol=max(0.51 * spacing, 2e-6), atol=0.51 * spacing * least, err_msg=name
+            )
+        jax.tree.map(
+            lambda x, y: np.testing.assert_(x.dtype == y.dtype),
+            state,
+            jax.eval_shape(transform.init, updates),
+        )
 
 
 @pytest.mark.parametrize(
-    "dtype", [jnp.int4, jnp.int8, jnp.uint4, jnp.float8_e4m3fn, jnp.float4_e2m1fn], ids=lambda d: d.__name__
+    "dtype",
+    [jnp.int4, jnp.int8, jnp.uint4, jnp.float8_e4m3fn, jnp.float4_e2m1fn],
+    ids=lambda d: d.__name__,
 )
 def test_quantized_weights_are_measured(dtype):
     params = {"kernel": jnp.full((3, 2), 2, dtype), "bias": jnp.ones(2), "step": jnp.int32(7)}
@@ -272,9 +367,15 @@ def test_quantized_weights_are_measured(dtype):
 
 @each_case
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(leaf=npst.arrays(np.float32, (4, 3), elements=st.floats(-1, 1, width=32, allow_subnormal=True)))
+@given(
+    leaf=npst.arrays(np.float32, (4, 3), elements=st.floats(-1, 1, width=32, allow_subnormal=True))
+)
 def test_within_the_limit_the_same_bits(case: Case, leaf):
-    updates = {"dense": jnp.asarray(leaf), "half": jnp.asarray(leaf, jnp.bfloat16), "fp16": jnp.asarray(leaf, jnp.float16)}
+    updates = {
+        "dense": jnp.asarray(leaf),
+        "half": jnp.asarray(leaf, jnp.bfloat16),
+        "fp16": jnp.asarray(leaf, jnp.float16),
+    }
     out, state = update(case.make(1e6), updates, jax.tree.map(jnp.ones_like, updates))
     for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(out), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
@@ -285,18 +386,29 @@ def test_within_the_limit_the_same_bits(case: Case, leaf):
 def test_exactly_at_the_limit_the_same_bits(case: Case):
     updates, params = [jnp.array([3.0, 4.0])], [jnp.array([6.0, 8.0])]
     group = next(case.groups(leaves64(updates)))
-    scale = group_size(case, group, leaves64(updates), leaves64(params)) / case.limit(gather(group, leaves64(params)))
-    scale = float(np.nextafter(np.float32(scale), np.float32(np.inf))) if case.norm.__name__ == "<lambda>" else scale
-    out, _ = update(case.make(scale if case.groups.__name__ != "each_element" else 4.0), updates, params)
+    scale = group_size(case, group, leaves64(updates), leaves64(params)) / case.limit(
+        gather(group, leaves64(params))
+    )
+    scale = (
+        float(np.nextafter(np.float32(scale), np.float32(np.inf)))
+        if case.norm.__name__ == "<lambda>"
+        else scale
+    )
+    out, _ = update(
+        case.make(scale if case.groups.__name__ != "each_element" else 4.0), updates, params
+    )
     np.testing.assert_array_equal(out[0], [3.0, 4.0])
 
 
-# 4. Same tree: structure, shapes and dtypes of updates; of the state from init on, weak types as well; one trace.
+# 4. Same tree: structure, shapes and dtypes of updates; of the state from init on, weak types as
+# well; one trace.
 
 
 def described(tree, *, weak=True):
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(jnp.shape(x), jnp.result_type(x), weak and jnp.asarray(x).weak_type) for x in leaves]
+    return treedef, [
+        (jnp.shape(x), jnp.result_type(x), weak and jnp.asarray(x).weak_type) for x in leaves
+    ]
 
 
 @each_transform
@@ -316,7 +428,9 @@ def test_schedules_clip_bf16_gradients(case: Case):
     if case.bounds is not None or case.name == "adaptive_grad_clip":
         transform = {
             "clip_by_value": lambda c: optaxclip.clip_by_value(lambda step: -2 * c(step), c),
-            "adaptive_grad_clip": lambda c: optaxclip.adaptive_grad_clip(lambda step: 0.1 * c(step)),
+            "adaptive_grad_clip": lambda c: optaxclip.adaptive_grad_clip(
+                lambda step: 0.1 * c(step)
+            ),
         }[case.name](optax.linear_schedule(1.0, 0.5, 1))
     else:
         transform = case.make(optax.linear_schedule(1.0, 0.5, 1))
@@ -360,14 +474,20 @@ def test_many_limits_in_one_compilation(case: Case):
 
 def test_one_step_outside_of_a_loop_needs_no_state():
     updates = normal_tree(7, 10.0)
-    for clip in (optaxclip.clip(1.0, optaxclip.scopes.tree()), optaxclip.clip_by_value(1.0), optaxclip.adaptive_grad_clip(0.1)):
+    for clip in (
+        optaxclip.clip(1.0, optaxclip.scopes.tree()),
+        optaxclip.clip_by_value(1.0),
+        optaxclip.adaptive_grad_clip(0.1),
+    ):
         out, state = clip.update(updates, None, PARAMS)
         chex.assert_trees_all_equal(out, update(clip, updates, PARAMS)[0])
         assert state.step == 1
 
 
 def test_clip_itself_takes_injected_limits():
-    clip = optax.inject_hyperparams(optaxclip.clip, static_args="response")(threshold=1.0, scope=optaxclip.scopes.tree())
+    clip = optax.inject_hyperparams(optaxclip.clip, static_args="response")(
+        threshold=1.0, scope=optaxclip.scopes.tree()
+    )
     np.testing.assert_allclose(update(clip, jnp.array([3.0, 4.0]))[0], [0.6, 0.8], rtol=1e-6)
 
 
@@ -392,7 +512,13 @@ def test_odd_leaves_pass_or_are_clipped_and_count_nothing(case: Case):
     chex.assert_trees_all_equal({name: out[name] for name in plain}, want)
     for name, leaf in odd.items():
         assert jax.tree.structure(out[name]) == jax.tree.structure(leaf)
-        assert all(x is y for x, y in zip(jax.tree.leaves(out[name]), jax.tree.leaves(leaf), strict=True)) or name == "empty"
+        assert (
+            all(
+                x is y
+                for x, y in zip(jax.tree.leaves(out[name]), jax.tree.leaves(leaf), strict=True)
+            )
+            or name == "empty"
+        )
     assert out["empty"].shape == (0, 3)
     assert not any(np.isnan(s.reading.measured).any() for s in clip_states(state))
 
@@ -415,7 +541,9 @@ def test_complex_numbers_are_clipped_by_magnitude(case: Case):
         return
     out, _ = update(case.make(1.0), updates)
     assert out["z"].dtype == jnp.complex64
-    for x, y in zip(leaves64(out), expected(case, leaves64(updates), leaves64(updates)), strict=True):
+    for x, y in zip(
+        leaves64(out), expected(case, leaves64(updates), leaves64(updates)), strict=True
+    ):
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
@@ -423,7 +551,9 @@ def test_complex_numbers_are_clipped_by_magnitude(case: Case):
 def test_a_missing_gradient_of_a_present_parameter_is_left_out(case: Case):
     params = {"a": jnp.array([1.0]), "b": jnp.array([2.0, 2.0])}
     transform = case.make(1.0)
-    out, state = transform.update({"a": jnp.array([5.0]), "b": None}, transform.init(params), params)
+    out, state = transform.update(
+        {"a": jnp.array([5.0]), "b": None}, transform.init(params), params
+    )
     assert out["b"] is None and (out["a"] == 5 if case.limit is unlimited else 0 < out["a"] < 5)
     assert described(state) == described(transform.init(params))
 
@@ -469,12 +599,18 @@ def test_nonfinite_groups_propagate_or_become_zero(case: Case, bad, jit):
             assert check(leaf[mask]).all() and mask.any() == (leaf.ndim == 2 or mask.all())
             assert np.isfinite(leaf[~mask]).all()
         assert sum(int(s.reading.nonfinite_steps) for s in clip_states(state)) >= 1
-        assert not any(np.isnan(x).any() for s in clip_states(state) for x in jax.tree.leaves(s.threshold))
+        assert not any(
+            np.isnan(x).any() for s in clip_states(state) for x in jax.tree.leaves(s.threshold)
+        )
 
 
 @each_transform
 def test_nonfinite_raises_through_checkify_and_names_the_group(case: Case):
-    run = checkify.checkify(jax.jit(lambda u: update(case.make(1.0, nonfinite="raise"), u, jax.tree.map(jnp.ones_like, u))))
+    run = checkify.checkify(
+        jax.jit(
+            lambda u: update(case.make(1.0, nonfinite="raise"), u, jax.tree.map(jnp.ones_like, u))
+        )
+    )
     error, _ = run(poisoned(np.nan))
     name = "tree" if case.groups.__name__ == "whole_tree" else "a"
     with pytest.raises(checkify.JaxRuntimeError, match=f"size of '{name}' is not finite"):
@@ -508,8 +644,12 @@ def test_zero_gradients_stay_zero_even_at_limit_zero(case: Case):
 def test_a_traced_limit_that_is_negative_or_nan_gives_zero(case: Case, limit):
     if case.bounds is not None:
         return test_bounds_that_swap_sign_give_zero(limit)
-    out, state = jax.jit(lambda limit: update(case.make(limit), normal_tree(6, 10.0), PARAMS))(limit)
-    chex.assert_trees_all_close(out, jax.tree.map(jnp.zeros_like, out), rtol=0, atol=1e-36 if case.name == "clippy" else 0)
+    out, state = jax.jit(lambda limit: update(case.make(limit), normal_tree(6, 10.0), PARAMS))(
+        limit
+    )
+    chex.assert_trees_all_close(
+        out, jax.tree.map(jnp.zeros_like, out), rtol=0, atol=1e-36 if case.name == "clippy" else 0
+    )
     assert case.name == "clippy" or all((s.reading.limit == 0).all() for s in clip_states(state))
 
 
@@ -522,7 +662,9 @@ def test_bounds_that_swap_sign_give_zero(limit=-1.0):
 # 8. Derivatives.
 
 
-@each_of([case for case in CASES + SCALERS if case.name != "scale_by_stable_adam"])  # as in Adam, see test_stable_adam.py
+@each_of(
+    [case for case in CASES + SCALERS if case.name != "scale_by_stable_adam"]
+)  # as in Adam, see test_stable_adam.py
 def test_meta_gradients_are_finite(case: Case):
     def outcome(updates, limit):
         out, _ = update(case.make(limit), updates, jax.tree.map(jnp.ones_like, updates))
@@ -539,16 +681,24 @@ def test_meta_gradients_are_finite(case: Case):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES + SCALERS if case.name != "scale_by_stable_adam"], ids=lambda case: case.name
+    "case",
+    [case for case in CASES + SCALERS if case.name != "scale_by_stable_adam"],
+    ids=lambda case: case.name,
 )
 def test_a_step_made_zero_leaves_the_derivative_of_all_others(case: Case):
     transform = case.make(1.0, nonfinite="zero")
-    good, bad = normal_tree(3, 10.0), jax.tree.map(lambda x: jnp.full_like(x, jnp.nan).at[(0,) * x.ndim].set(jnp.inf), PARAMS)
+    good, bad = (
+        normal_tree(3, 10.0),
+        jax.tree.map(lambda x: jnp.full_like(x, jnp.nan).at[(0,) * x.ndim].set(jnp.inf), PARAMS),
+    )
 
     def total(scale, steps):
         state, out = transform.init(PARAMS), 0.0
         for updates in steps:
-            own = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), scale * jnp.nan_to_num(x), x).astype(x.dtype), updates)
+            own = jax.tree.map(
+                lambda x: jnp.where(jnp.isfinite(x), scale * jnp.nan_to_num(x), x).astype(x.dtype),
+                updates,
+            )
             clipped, state = transform.update(own, state, PARAMS)
             out += sum(jnp.sum(jnp.real(x) ** 2) for x in jax.tree.leaves(clipped))
         return out
@@ -556,4 +706,6 @@ def test_a_step_made_zero_leaves_the_derivative_of_all_others(case: Case):
     found = jax.jit(jax.grad(total))(1.5, [good, bad, good])
     assert jnp.isfinite(found)
     if case.name != "spam_clip":  # its warm-up counts all steps
-        np.testing.assert_allclose(found, jax.jit(jax.grad(total))(1.5, [good, good]), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            found, jax.jit(jax.grad(total))(1.5, [good, good]), rtol=1e-4, atol=1e-6
+        )

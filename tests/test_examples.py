@@ -10,7 +10,15 @@ import optax
 import pytest
 from run_example import EXAMPLES, as_script
 
-ROWS = ["none", "leaf norm 1", "global norm 1", "value 5", "leaf norm 1, value 5", "adaptive 0.01", "adaptive 0.1"]
+ROWS = [
+    "none",
+    "leaf norm 1",
+    "global norm 1",
+    "value 5",
+    "leaf norm 1, value 5",
+    "adaptive 0.01",
+    "adaptive 0.1",
+]
 ACCEPTED = {"leaf norm 1": (13, 18.5), "global norm 1": (15, 25), "value 5": (28, 90)}
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -32,13 +40,24 @@ def test_help_names_every_option(name):
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     out = tmp_path_factory.mktemp("mlp") / "new" / "folder"
-    return as_script("mlp_regression", "--out", out), results(out, "learning_curves.png", "gradient_norms.png"), out
+    return (
+        as_script("mlp_regression", "--out", out),
+        results(out, "learning_curves.png", "gradient_norms.png"),
+        out,
+    )
 
 
 def test_mlp_saves_every_row_and_says_where(full):
     stdout, saved, out = full
     assert list(saved["rows"]) == ROWS
-    assert saved["options"] == {"seeds": 20, "seed": 0, "epochs": 100, "steps": None, "out": str(out), "optimizer": "sgd"}
+    assert saved["options"] == {
+        "seeds": 20,
+        "seed": 0,
+        "epochs": 100,
+        "steps": None,
+        "out": str(out),
+        "optimizer": "sgd",
+    }
     keys = {
         "median_train_mse",
         "median_test_mse",
@@ -50,7 +69,9 @@ def test_mlp_saves_every_row_and_says_where(full):
     }
     for name, row in saved["rows"].items():
         assert set(row) == keys
-        assert len(row["test_mse"]) == len(row["train_mse"]) == len(row["first_nonfinite_step"]) == 20
+        assert (
+            len(row["test_mse"]) == len(row["train_mse"]) == len(row["first_nonfinite_step"]) == 20
+        )
         assert stdout.count(f"\n{name:22}") == 1
     assert str(out) in stdout
 
@@ -75,7 +96,9 @@ def test_mlp_reproduces_the_known_distribution(full, name):
 
 def test_mlp_value_clip_after_a_smaller_norm_clip_does_nothing(full):
     rows = full[1]["rows"]
-    np.testing.assert_allclose(rows["leaf norm 1, value 5"]["test_mse"], rows["leaf norm 1"]["test_mse"], rtol=1e-3)
+    np.testing.assert_allclose(
+        rows["leaf norm 1, value 5"]["test_mse"], rows["leaf norm 1"]["test_mse"], rtol=1e-3
+    )
 
 
 @pytest.fixture
@@ -85,9 +108,22 @@ def mlp(monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-def test_mlp_stops_after_so_many_steps_with_any_optimizer(mlp, monkeypatch, tmp_path, capsys, optimizer):
+def test_mlp_stops_after_so_many_steps_with_any_optimizer(
+    mlp, monkeypatch, tmp_path, capsys, optimizer
+):
     monkeypatch.setattr(mlp, "CLIPS", {"value 5": mlp.CLIPS["value 5"]})
-    options = ["--seeds", "2", "--steps", "18", "--optimizer", optimizer, "--seed", "3", "--out", str(tmp_path / "out")]
+    options = [
+        "--seeds",
+        "2",
+        "--steps",
+        "18",
+        "--optimizer",
+        optimizer,
+        "--seed",
+        "3",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     monkeypatch.setattr(sys, "argv", ["mlp_regression.py", *options])
     mlp.main()
     saved = results(tmp_path / "out", "learning_curves.png", "gradient_norms.png")
@@ -98,7 +134,9 @@ def test_mlp_stops_after_so_many_steps_with_any_optimizer(mlp, monkeypatch, tmp_
 
 def test_mlp_trains_on_every_example_once_an_epoch(mlp, monkeypatch):
     seen = []
-    monkeypatch.setattr(mlp, "mse", lambda params, x, y, where=None: (seen.append((x, where)), params.sum())[1])
+    monkeypatch.setattr(
+        mlp, "mse", lambda params, x, y, where=None: (seen.append((x, where)), params.sum())[1]
+    )
     optimizer = mlp.with_norms(optax.identity(), optax.sgd(0.01))
     params = np.ones(1, np.float32)
     with jax.disable_jit():
@@ -106,7 +144,9 @@ def test_mlp_trains_on_every_example_once_an_epoch(mlp, monkeypatch):
     batches = [np.asarray(x)[np.asarray(where)[:, 0]] for x, where in seen if where is not None]
     assert [len(batch) for batch in batches] == [32] * 15 + [20]
     trained, available = np.concatenate(batches), np.asarray(mlp.TRAIN[0])
-    np.testing.assert_array_equal(trained[np.argsort(trained[:, 0])], available[np.argsort(available[:, 0])])
+    np.testing.assert_array_equal(
+        trained[np.argsort(trained[:, 0])], available[np.argsort(available[:, 0])]
+    )
 
 
 def test_sweep_fails_at_both_ends_of_every_kind(tmp_path):

@@ -1,4 +1,6 @@
-"""Every transform is exported for three kinds of machines at once, and what comes back does the same."""
+"""Every transform is exported for three kinds of machines at once, and what comes back does the
+same.
+"""
 
 import chex
 import jax
@@ -19,7 +21,9 @@ SHAPES = {"matrix": (4, 6), "stack": (2, 3, 3, 2), "vector": (5,), "scalar": ()}
 
 def normal_tree(seed):
     keys = jax.random.split(jax.random.key(seed), len(SHAPES))
-    return {name: jax.random.normal(key, SHAPES[name]) for name, key in zip(SHAPES, keys, strict=True)}
+    return {
+        name: jax.random.normal(key, SHAPES[name]) for name, key in zip(SHAPES, keys, strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", TRANSFORMS | GUARDS)
@@ -35,4 +39,6 @@ def test_a_step_exports_for_every_platform_and_comes_back(name):
     written = export.export(jax.jit(step), platforms=PLATFORMS)(grads, state, params).serialize()
     read = export.deserialize(written)
     assert read.platforms == PLATFORMS
-    chex.assert_trees_all_close(read.call(grads, state, params), jax.jit(step)(grads, state, params), rtol=1e-6)
+    chex.assert_trees_all_close(
+        read.call(grads, state, params), jax.jit(step)(grads, state, params), rtol=1e-6
+    )

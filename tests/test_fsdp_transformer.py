@@ -1,4 +1,6 @@
-"""The transformer does the same on every mesh, each device having its part alone, and after every restart."""
+"""The transformer does the same on every mesh, each device having its part alone, and after every
+restart.
+"""
 
 import re
 import shutil
@@ -15,7 +17,13 @@ from run_example import as_script, help_of, in_process
 from optaxclip import adagc
 
 STEPS, BAD = 120, 32  # with half of the gradient accumulated
-SMALL = {"WIDTH": 32, "BLOCKS": 1, "LENGTH": 32, "RATE": 1e-2, "CLIPS": {"adagc": partial(adagc, warmup=10)}}
+SMALL = {
+    "WIDTH": 32,
+    "BLOCKS": 1,
+    "LENGTH": 32,
+    "RATE": 1e-2,
+    "CLIPS": {"adagc": partial(adagc, warmup=10)},
+}
 COMPILED, DONE = {}, []
 compile_programs = fsdp_transformer.programs
 
@@ -68,7 +76,10 @@ def test_it_learns_more_than_how_often_each_byte_occurs(both):
 
 def test_parameters_and_the_float32_state_are_split(around):
     state = around[0]
-    accumulated, (clip, (adam, *_)) = state["optimizer"].inner.acc_grads, state["optimizer"].inner.inner_opt_state
+    accumulated, (clip, (adam, *_)) = (
+        state["optimizer"].inner.acc_grads,
+        state["optimizer"].inner.inner_opt_state,
+    )
     for tree in state["params"], state["weights"], accumulated, adam.mu, adam.nu:
         dtype = "bfloat16" if tree is state["params"] else "float32"
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} == {dtype}
@@ -83,7 +94,10 @@ def test_parameters_and_the_float32_state_are_split(around):
             (block["norm"]["scale"], (32,), (32,)),
         ]
         for leaf, whole, part in parts:
-            assert leaf.shape == whole and [shard.data.shape for shard in leaf.addressable_shards] == [part] * 8
+            assert (
+                leaf.shape == whole
+                and [shard.data.shape for shard in leaf.addressable_shards] == [part] * 8
+            )
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(clip))
 
 
@@ -98,16 +112,23 @@ def test_the_bad_step_is_as_if_it_had_never_been(around):
     for name in "params", "weights":
         chex.assert_trees_all_equal(after[name], before[name])
     chex.assert_trees_all_equal(after["optimizer"].inner, before["optimizer"].inner)
-    counts = [(guard.steps, guard.skipped_steps, guard.consecutive) for guard in (state["optimizer"] for state in around)]
+    counts = [
+        (guard.steps, guard.skipped_steps, guard.consecutive)
+        for guard in (state["optimizer"] for state in around)
+    ]
     assert counts == [(BAD - 1, 0, 0), (BAD, 1, 1), (BAD + 1, 1, 0)]
-    assert before["optimizer"].inner.mini_step == 1  # half of the gradient is still there, and the other half comes later
+    # half of the gradient is still there, and the other half comes later
+    assert before["optimizer"].inner.mini_step == 1
     assert following["optimizer"].inner.gradient_step == 1 + before["optimizer"].inner.gradient_step
 
 
 def test_the_bad_step_is_skipped_by_all_and_counted_once(both):
     for row in both[0].values():
         assert row["skipped"] == 1 and np.isfinite(row["loss"]).all()
-        assert np.isfinite(np.float64(row["norm"])).tolist() == [False] + [True] * (len(row["norm"]) - 1)  # half a batch first
+        # half a batch first
+        assert np.isfinite(np.float64(row["norm"])).tolist() == [False] + [True] * (
+            len(row["norm"]) - 1
+        )
         assert row["norm"][BAD - 1] == row["norm"][BAD - 2] != row["norm"][BAD]
 
 
@@ -132,7 +153,11 @@ def test_bits_that_differ_are_told(both, monkeypatch):
     def wrong(*arguments, **options):
         state = restore(*arguments, **options)
         found.append(state["weights"]["head"]["kernel"])
-        return state | {"weights": jax.tree.map(lambda x: x * (1 + 2**-23), state["weights"])} if len(found) == 2 else state
+        return (
+            state | {"weights": jax.tree.map(lambda x: x * (1 + 2**-23), state["weights"])}
+            if len(found) == 2
+            else state
+        )
 
     monkeypatch.setattr(fsdp_transformer.ocp.CheckpointManager, "restore", wrong)
     assert run(both[1], "1,1")["1,1"]["same_bits"] is False
@@ -140,11 +165,31 @@ def test_bits_that_differ_are_told(both, monkeypatch):
 
 
 def test_as_a_script_it_makes_its_own_devices(tmp_path):
-    stdout = as_script("fsdp_transformer", "--mesh", "2,4", "--steps", 4, "--clip", "zclip", "--seed", 1, "--out", tmp_path)
+    stdout = as_script(
+        "fsdp_transformer",
+        "--mesh",
+        "2,4",
+        "--steps",
+        4,
+        "--clip",
+        "zclip",
+        "--seed",
+        1,
+        "--out",
+        tmp_path,
+    )
     assert re.search(r"\n2,4 .* yes\n", stdout) and str(tmp_path) in stdout
 
 
 def test_help_names_every_option(capsys):
     text = help_of(fsdp_transformer, capsys)
-    assert set(re.findall(r"--([\w-]+)", text)) >= {"help", "mesh", "clip", "bad-step", "steps", "seed", "out"}
+    assert set(re.findall(r"--([\w-]+)", text)) >= {
+        "help",
+        "mesh",
+        "clip",
+        "bad-step",
+        "steps",
+        "seed",
+        "out",
+    }
     assert "{adagc,zclip,global,none}" in text

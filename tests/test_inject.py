@@ -1,4 +1,6 @@
-"""Every number that a row takes may be injected: as a number, an array, a schedule, and changed between steps."""
+"""Every number that a row takes may be injected: as a number, an array, a schedule, and changed
+between steps.
+"""
 
 import functools
 import inspect
@@ -16,9 +18,13 @@ from optaxclip import methods, responses, scopes, thresholds
 
 PARAMS = {"w": jnp.array([[3.0, 1.0, -2.0], [4.0, 0.5, 1.0]]), "b": jnp.array([0.5, -1.0, 2.0])}
 SPIKE = 5
-SCALES = jnp.array([1.0, 1.5, 0.8, 1.2, 1.0, 40.0, 2.0])  # of the gradients of one step after the other
-GRADS = jax.vmap(lambda scale: jax.tree.map(lambda p: scale * (0.3 + jnp.sin(7 * p)), PARAMS))(SCALES)
-# For each row: what is given besides, and for each number that it takes one that makes a difference.
+# of the gradients of one step after the other
+SCALES = jnp.array([1.0, 1.5, 0.8, 1.2, 1.0, 40.0, 2.0])
+GRADS = jax.vmap(lambda scale: jax.tree.map(lambda p: scale * (0.3 + jnp.sin(7 * p)), PARAMS))(
+    SCALES
+)
+# For each row: what is given besides, and for each number that it takes one that makes a
+# difference.
 ROWS = {
     "clip_by_value": ({"limit": 1.0}, {"limit": 0.5}),
     "clip_by_value of two": ({"limit": -0.5, "high": 0.25}, {"limit": -0.1, "high": 0.1}),
@@ -35,12 +41,21 @@ ROWS = {
     "history_clip": ({"window": 7, "warmup": 3}, {"deviations": 1.0, "warmup": 6}),
     "log_norm_clip": ({}, {"deviations": 1.0, "decay": 0.5}),
     "growth_clip": ({}, {"factor": 2}),
-    "spam_clip": ({"factor": 4.0, "decay": 0.5, "warmup": 3}, {"factor": 2.0, "decay": 0.9, "warmup": 6}),
-    "stabilize_gradient": ({}, {"decay": 0.5, "square_decay": 0.8}),
+    "spam_clip": (
+        {"factor": 4.0, "decay": 0.5, "warmup": 3},
+        {"factor": 2.0, "decay": 0.9, "warmup": 6},
+    ),
+    "gradient_stabilizer": ({}, {"decay": 0.5, "square_decay": 0.8}),
     "clippy": ({}, {"relative": 0.3, "absolute": 0.2}),
-    "scale_by_stable_adam": ({"weight_decay": 0.1}, {"max_rms": 0.5, "b1": 0.5, "b2": 0.9, "eps": 0.1, "weight_decay": 0.5}),
+    "scale_by_stable_adam": (
+        {"weight_decay": 0.1},
+        {"max_rms": 0.5, "b1": 0.5, "b2": 0.9, "eps": 0.1, "weight_decay": 0.5},
+    ),
     "spectral_clip": ({"max_norm": 1.0}, {"max_norm": 0.5}),
-    "spectral_clip by products": ({"max_norm": 1.0, "iterations": 5, "response": responses.smooth}, {"max_norm": 0.5}),
+    "spectral_clip by products": (
+        {"max_norm": 1.0, "iterations": 5, "response": responses.smooth},
+        {"max_norm": 0.5},
+    ),
 }
 STATIC = ("window", "iterations", "response", "axes")
 SHARED = {"scope", "norm", "response", "nonfinite", "sharded_over", "record"}
@@ -96,11 +111,20 @@ FORMS = {
 
 
 def test_the_table_has_every_number_of_every_row():
-    rows = {name for name, value in vars(methods).items() if inspect.isfunction(value) and value.__module__ == methods.__name__}
+    rows = {
+        name
+        for name, value in vars(methods).items()
+        if inspect.isfunction(value) and value.__module__ == methods.__name__
+    }
     rows = {name for name in rows if not name.startswith("_")}
-    taken = {name: {x for row, (_, numbers) in ROWS.items() if row.split()[0] == name for x in numbers} for name in rows}
+    taken = {
+        name: {x for row, (_, numbers) in ROWS.items() if row.split()[0] == name for x in numbers}
+        for name in rows
+    }
     for name in rows:
-        assert taken[name] == set(inspect.signature(row_of(name)).parameters) - SHARED - set(STATIC), name
+        assert taken[name] == set(inspect.signature(row_of(name)).parameters) - SHARED - set(
+            STATIC
+        ), name
 
 
 @functools.cache
@@ -112,7 +136,9 @@ def trained_as_given(row):
 def test_a_number_is_the_same_given_or_injected(row, name):
     given, value = ROWS[row][0], ROWS[row][1][name]
     wanted, _ = trained(row_of(row)(**given | {name: value}))
-    assert any(not np.allclose(wanted[leaf], trained_as_given(row)[leaf], rtol=1e-3) for leaf in PARAMS)
+    assert any(
+        not np.allclose(wanted[leaf], trained_as_given(row)[leaf], rtol=1e-3) for leaf in PARAMS
+    )
     updates, states = trained(inject(row)(**given | {name: value}))
     chex.assert_trees_all_close(updates, wanted, rtol=1e-5, atol=1e-6)
     before, gradient = jax.tree.map(lambda x: x[SPIKE - 1], states), at(GRADS, SPIKE)
@@ -120,7 +146,9 @@ def test_a_number_is_the_same_given_or_injected(row, name):
         injected = inject(row)(**given | {name: convert(value)})
         state = injected.init(PARAMS)._replace(inner_state=before.inner_state)
         updates, state = injected.update(gradient, state, PARAMS)
-        chex.assert_trees_all_close(updates, at(wanted, SPIKE), rtol=1e-5, atol=1e-6, custom_message=form)
+        chex.assert_trees_all_close(
+            updates, at(wanted, SPIKE), rtol=1e-5, atol=1e-6, custom_message=form
+        )
         np.testing.assert_allclose(state.hyperparams[name], value, rtol=1e-6)
 
 
@@ -130,20 +158,33 @@ def test_a_number_may_change_between_steps(row, name):
     moving = inject(row)(**given | {name: Rising(value)})
     fixed = inject(row)(**given | {name: value})
     for injected in moving, fixed:
-        state, update = injected.init(PARAMS), jax.jit(injected.update) if injected is moving else injected.update
+        state, update = (
+            injected.init(PARAMS),
+            jax.jit(injected.update) if injected is moving else injected.update,
+        )
         for i in range(3):
             now = value * (1 - (2 - i) / 8)
             if injected is fixed:
                 state.hyperparams[name] = now  # as a user does, with a float where an integer was
-            wanted, inner = row_of(row)(**given | {name: jnp.asarray(now)}).update(at(GRADS, i), state.inner_state, PARAMS)
+            wanted, inner = row_of(row)(**given | {name: jnp.asarray(now)}).update(
+                at(GRADS, i), state.inner_state, PARAMS
+            )
             updates, state = update(at(GRADS, i), state, PARAMS)
-            chex.assert_trees_all_close((updates, state.inner_state), (wanted, inner), rtol=1e-5, atol=1e-6)
+            chex.assert_trees_all_close(
+                (updates, state.inner_state), (wanted, inner), rtol=1e-5, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if " " not in row])
 def test_rows_are_injected_with_their_own_defaults(row):
-    needed = {name: 1.0 for name in ("limit", "max_norm", "max_rms") if name in ROWS[row][1] and row not in ("zclip", "adagc")}
-    injected = optax.inject_hyperparams(row_of(row), static_args="window" if row == "history_clip" else ())(**needed)
+    needed = {
+        name: 1.0
+        for name in ("limit", "max_norm", "max_rms")
+        if name in ROWS[row][1] and row not in ("zclip", "adagc")
+    }
+    injected = optax.inject_hyperparams(
+        row_of(row), static_args="window" if row == "history_clip" else ()
+    )(**needed)
     wanted, _ = trained(row_of(row)(**needed))
     chex.assert_trees_all_close(trained(injected)[0], wanted, rtol=1e-5, atol=1e-6)
     state = injected.init(PARAMS)
@@ -156,10 +197,18 @@ def test_rows_are_injected_with_their_own_defaults(row):
 
 @pytest.mark.parametrize("row", [row for row in ROWS if " " not in row])
 def test_a_response_is_injected_as_a_static_argument(row):
-    injected = optax.inject_hyperparams(row_of(row), static_args=["response", *(["window"] if row == "history_clip" else [])])
-    given = ROWS[row][0] | {name: value for name, value in ROWS[row][1].items() if name in ("limit", "max_norm", "max_rms")}
-    both = [make(**given, response=responses.zero) for make in (injected, row_of(row))]
-    updates, wanted = (transform.update(at(GRADS, SPIKE), transform.init(PARAMS), PARAMS)[0] for transform in both)
+    injected = optax.inject_hyperparams(
+        row_of(row), static_args=["response", *(["window"] if row == "history_clip" else [])]
+    )
+    given = ROWS[row][0] | {
+        name: value
+        for name, value in ROWS[row][1].items()
+        if name in ("limit", "max_norm", "max_rms")
+    }
+    both = [make(**given, response=responses.drop) for make in (injected, row_of(row))]
+    updates, wanted = (
+        transform.update(at(GRADS, SPIKE), transform.init(PARAMS), PARAMS)[0] for transform in both
+    )
     chex.assert_trees_all_close(updates, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -175,18 +224,26 @@ def test_a_response_is_injected_as_a_static_argument(row):
 def test_what_decides_about_shapes_is_refused_with_what_to_say(row, given):
     (name,) = set(given) & set(STATIC)
     for value in given[name], jnp.asarray(given[name]), np.asarray(given[name]):
-        injected = optax.inject_hyperparams(row_of(row), static_args="response" if row == "spectral_clip" else ())
-        transform = injected(**given | {name: value} | ({"response": responses.smooth} if row == "spectral_clip" else {}))
+        injected = optax.inject_hyperparams(
+            row_of(row), static_args="response" if row == "spectral_clip" else ()
+        )
+        transform = injected(
+            **given
+            | {name: value}
+            | ({"response": responses.smooth} if row == "spectral_clip" else {})
+        )
         for init in transform.init, jax.jit(transform.init):
             words = f'with optax.inject_hyperparams pass static_args="{name}"'
-            with pytest.raises(TypeError, match=f"^{name} must be a Python value, got .*{re.escape(words)}(\n|$)"):
+            with pytest.raises(
+                TypeError, match=f"^{name} must be a Python value, got .*{re.escape(words)}(\n|$)"
+            ):
                 init(PARAMS)
 
 
 def test_counts_of_rules_and_of_what_is_made_of_rules_may_be_injected():
     def make(steps, patience, warmup):
-        rule = thresholds.patient(thresholds.ema(1.1, warmup=warmup), patience)
-        return optaxclip.clip(thresholds.switch(steps, rule, 1.0), scopes.tree())
+        rule = thresholds.reset_after(thresholds.ema(1.1, warmup=warmup), patience)
+        return optaxclip.clip(thresholds.join([rule, 1.0], [steps]), scopes.tree())
 
     wanted, _ = trained(make(5, 2, 1))
     for counts in (5, 2, 1), (5.0, 2.0, 1.0):
@@ -200,22 +257,34 @@ def test_counts_of_rules_and_of_what_is_made_of_rules_may_be_injected():
 @pytest.mark.parametrize("row", ["zclip", "adagc", "history_clip", "spam_clip"])
 def test_a_traced_warm_up_of_any_size_neither_stops_training_nor_spoils_it(row, warmup):
     def run(warmup):
-        return trained(row_of(row)(warmup=warmup, **({"window": 4} if row == "history_clip" else {})))[0]
+        return trained(
+            row_of(row)(warmup=warmup, **({"window": 4} if row == "history_clip" else {}))
+        )[0]
 
     updates = jax.jit(run)(warmup)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
     chex.assert_trees_all_equal_comparator(
-        lambda u, g: bool((np.sign(u) == np.sign(g)).all()), lambda u, g: f"{u} for {g}", updates, GRADS
+        lambda u, g: bool((np.sign(u) == np.sign(g)).all()),
+        lambda u, g: f"{u} for {g}",
+        updates,
+        GRADS,
     )
-    if row == "history_clip" and warmup == 1e9:  # counts as the whole window, which is full before the spike
+    if (
+        row == "history_clip" and warmup == 1e9
+    ):  # counts as the whole window, which is full before the spike
         assert np.abs(updates["w"][5]).max() < 0.5 * np.abs(GRADS["w"][5]).max()
 
 
 def test_numbers_that_16_bits_round_away_are_refused_with_what_to_say():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    with pytest.raises(ValueError, match=r"^decay must be in \(0, 1\), got 1.*; .* pass hyperparam_dtype=jnp.float32$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^decay must be in \(0, 1\), got 1.*; .* pass hyperparam_dtype=jnp.float32$",
+    ):
         optax.inject_hyperparams(optaxclip.spam_clip)().init(params)
-    state = optax.inject_hyperparams(optaxclip.spam_clip, hyperparam_dtype=jnp.float32)().init(params)
+    state = optax.inject_hyperparams(optaxclip.spam_clip, hyperparam_dtype=jnp.float32)().init(
+        params
+    )
     assert state.hyperparams["decay"] == np.float32(0.999)
 
 
@@ -229,4 +298,7 @@ def test_the_dtype_of_what_is_injected_leaves_states_and_updates_as_they_are(row
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state.inner_state, plain.init(params))
-    assert {jnp.asarray(x).dtype for x in state.hyperparams.values()} <= {jnp.dtype(dtype), jnp.dtype(jnp.int32)}
+    assert {jnp.asarray(x).dtype for x in state.hyperparams.values()} <= {
+        jnp.dtype(dtype),
+        jnp.dtype(jnp.int32),
+    }

@@ -23,13 +23,17 @@ def mesh(kind):
 
 def in_shard_map(run, check_vma=True):
     """What `run` makes of four numbers, one on each of four devices."""
-    mapped = jax.shard_map(run, mesh=mesh(AxisType.Auto), in_specs=P("x"), out_specs=P("x"), check_vma=check_vma)
+    mapped = jax.shard_map(
+        run, mesh=mesh(AxisType.Auto), in_specs=P("x"), out_specs=P("x"), check_vma=check_vma
+    )
     return jax.jit(mapped)(jnp.arange(4.0))
 
 
 def literal():
     program = jax.make_jaxpr(lambda x: (x + 1.0, 2.0))(0.0).jaxpr
-    constants = [v.val for v in [*program.eqns[0].invars, *program.outvars] if isinstance(v, _jax.Literal)]
+    constants = [
+        v.val for v in [*program.eqns[0].invars, *program.outvars] if isinstance(v, _jax.Literal)
+    ]
     assert constants == [1.0, 2.0]
 
 
@@ -88,7 +92,9 @@ def context():
 def float64():
     def program(x):
         with _jax.float64():
-            return (x.astype(jnp.float64) ** 2).sum().astype(jnp.float32) * 1e-30, jnp.float64(1).dtype.name == "float64"
+            return (x.astype(jnp.float64) ** 2).sum().astype(jnp.float32) * 1e-30, jnp.float64(
+                1
+            ).dtype.name == "float64"
 
     assert not jax.config.jax_enable_x64
     for run in program, lambda x: jax.jit(lambda x: program(x)[0])(x) and program(x):
@@ -97,7 +103,12 @@ def float64():
 
 
 def is_weakly_typed():
-    assert [_jax.is_weakly_typed(x) for x in (1.0, jnp.asarray(1.0), jnp.ones(()), np.ones(2))] == [True, True, False, False]
+    assert [_jax.is_weakly_typed(x) for x in (1.0, jnp.asarray(1.0), jnp.ones(()), np.ones(2))] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def varying():
@@ -154,7 +165,9 @@ def vary():
 def reshard():
     split = NamedSharding(mesh(AxisType.Explicit), P("x"))
     for run in _jax.reshard, jax.jit(_jax.reshard, static_argnums=1):
-        assert jax.typeof(run(jax.device_put(jnp.ones(4), split.update(spec=P())), split)).sharding.spec == P("x")
+        assert jax.typeof(
+            run(jax.device_put(jnp.ones(4), split.update(spec=P())), split)
+        ).sharding.spec == P("x")
 
 
 OTHERS = [bind, context, float64, is_weakly_typed, varying, axis_names, is_nameless, vary, reshard]
@@ -170,8 +183,19 @@ def test_the_part_does_what_it_says(name):
 def test_every_part_is_tried():
     tree = ast.parse(Path(_jax.__file__).read_text())
     constants = [node for node in tree.body if isinstance(node, ast.Assign)]
-    assigned = {name.id for node in constants for name in ast.walk(node) if isinstance(name, ast.Name) and name.id != "core"}
+    assigned = {
+        name.id
+        for node in constants
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and name.id != "core"
+    }
     own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    exported = {alias.asname for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names if alias.asname}
+    exported = {
+        alias.asname
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
     assert own | exported | assigned == set(PARTS)
     assert all(inspect.getdoc(getattr(_jax, name)) for name in own)

@@ -1,4 +1,6 @@
-"""Names of mapped axes: those that do not exist are refused; in `pmap`, what can be known and what must be said."""
+"""Names of mapped axes: those that do not exist are refused; in `pmap`, what can be known and what
+must be said.
+"""
 
 import re
 
@@ -25,7 +27,9 @@ def made_by(make):
 
 
 def of_cotangent(grads, **options):
-    return jax.grad(lambda x: jnp.sum(grads * optaxclip.clip_cotangent(x, 1.0, **options)))(jnp.ones_like(grads))
+    return jax.grad(lambda x: jnp.sum(grads * optaxclip.clip_cotangent(x, 1.0, **options)))(
+        jnp.ones_like(grads)
+    )
 
 
 def of_examples(grads, **options):
@@ -40,7 +44,9 @@ def of_given_examples(grads, **options):
 
 CASES = {
     "tree": made_by(lambda **options: optaxclip.clip(1.0, scopes.tree(), **options)),
-    "group": made_by(lambda **options: optaxclip.clip(1.0, scopes.group(lambda path: "all"), **options)),
+    "group": made_by(
+        lambda **options: optaxclip.clip(1.0, scopes.group(lambda path: "all"), **options)
+    ),
     "leaf": made_by(lambda **options: optaxclip.clip(1.0, scopes.leaf(), **options)),
     "unit": made_by(lambda **options: optaxclip.clip(1.0, scopes.unit(), **options)),
     "value": made_by(lambda **options: optaxclip.clip_by_value(1.0, **options)),
@@ -130,7 +136,9 @@ def test_a_tree_of_names_is_looked_at_leaf_by_leaf():
 @pytest.mark.parametrize("given", [3, {"x"}, ""])
 def test_what_is_no_name_at_all_is_refused(given):
     with refused((given,), ("x",)):
-        PLACES["shard_map"][0](lambda x: updated(optaxclip.clip(1.0, scopes.tree(), sharded_over=given), x, ANY_STATE))
+        PLACES["shard_map"][0](
+            lambda x: updated(optaxclip.clip(1.0, scopes.tree(), sharded_over=given), x, ANY_STATE)
+        )
 
 
 ANY_STATE = optaxclip.clip(1.0, scopes.tree()).init(GRADS[0])
@@ -150,11 +158,17 @@ STATES = {
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_may_be_made_before_axes_are_mapped(name):
     transform, want = STATES[name](sharded_over="x"), STATES[name]().init(GRADS[0])
-    for make in transform.init, jax.jit(transform.init), lambda x: jax.eval_shape(transform.init, x):
+    for make in (
+        transform.init,
+        jax.jit(transform.init),
+        lambda x: jax.eval_shape(transform.init, x),
+    ):
         assert jax.tree.map(np.shape, make(GRADS[0])) == jax.tree.map(np.shape, want)
 
 
-@pytest.mark.parametrize("name", [name for name in STATES if name not in ("unit", "spectral", "examples")])
+@pytest.mark.parametrize(
+    "name", [name for name in STATES if name not in ("unit", "spectral", "examples")]
+)
 def test_such_a_state_is_used_where_they_are_mapped(name):
     transform, whole = STATES[name](sharded_over="x"), STATES[name]()
     state, want = transform.init(GRADS[0]), updated(whole, GRADS)
@@ -175,7 +189,9 @@ def test_in_pmap_without_a_name_every_device_has_whole_gradients(case):
     np.testing.assert_allclose(in_pmap(CASES[case]), one_by_one(case), rtol=1e-5)
 
 
-@pytest.mark.parametrize("scope", [scopes.tree(), scopes.unit(), scopes.element()], ids=["tree", "unit", "element"])
+@pytest.mark.parametrize(
+    "scope", [scopes.tree(), scopes.unit(), scopes.element()], ids=["tree", "unit", "element"]
+)
 def test_in_pmap_without_a_name_the_record_is_of_one_device(scope):
     clip = optaxclip.clip(1.0, scope)
     found = in_pmap(lambda x: clip.update(x, clip.init(x))[1].reading.size_before)
@@ -183,7 +199,9 @@ def test_in_pmap_without_a_name_the_record_is_of_one_device(scope):
     np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "example" not in case and case != "value"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "example" not in case and case != "value"]
+)
 @pytest.mark.parametrize("place", ["pmap", "shard_map, unchecked"])
 def test_where_it_cannot_be_known_the_error_ends_in_the_line_to_write(place, case):
     words = r"^sharded_over must be given .*those of \('x',\) .*, sharded_over=\(\)(\n|$)"

@@ -1,4 +1,6 @@
-"""The monitored runs explode without a clip and not with it, and what is logged of them are the norms on both sides."""
+"""The monitored runs explode without a clip and not with it, and what is logged of them are the
+norms on both sides.
+"""
 
 import re
 
@@ -38,7 +40,11 @@ def curves(folder):
 def full(tmp_path_factory):
     out = tmp_path_factory.mktemp("monitor") / "new" / "folder"
     saved = in_process(monitor_norms, out)
-    return saved, {name: curves(out / "events" / name.replace(" ", "_")) for name in saved["rows"]}, out
+    return (
+        saved,
+        {name: curves(out / "events" / name.replace(" ", "_")) for name in saved["rows"]},
+        out,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +54,27 @@ def begun():
 
 
 def test_help_names_every_option(capsys):
-    assert set(re.findall(r"--(\w+)", help_of(monitor_norms, capsys))) == {"help", "seeds", "seed", "steps", "epochs", "out"}
+    assert set(re.findall(r"--(\w+)", help_of(monitor_norms, capsys))) == {
+        "help",
+        "seeds",
+        "seed",
+        "steps",
+        "epochs",
+        "out",
+    }
 
 
 def test_it_saves_numbers_picture_and_events(full):
     saved, _, out = full
     assert {path.name for path in out.iterdir()} == {"results.json", "norms.png", "events"}
     assert {path.name for path in (out / "events").iterdir()} == {"none", *CLIPPED.values()}
-    assert saved["options"] == {"seeds": 20, "seed": 0, "steps": None, "epochs": 50, "out": str(out)}
+    assert saved["options"] == {
+        "seeds": 20,
+        "seed": 0,
+        "steps": None,
+        "epochs": 50,
+        "out": str(out),
+    }
     assert list(saved["rows"]) == ["none", *CLIPPED]
 
 
@@ -73,7 +92,9 @@ def test_without_a_clip_every_run_is_nan_within_ten_steps(full):
     norms = logged["none"]["norm_before/hidden/kernel"][1]
     assert len(norms) < 10 and norms[-1] > 1e10
     for leaf in LEAVES:
-        np.testing.assert_array_equal(logged["none"][f"norm_before/{leaf}"], logged["none"][f"norm_after/{leaf}"])
+        np.testing.assert_array_equal(
+            logged["none"][f"norm_before/{leaf}"], logged["none"][f"norm_after/{leaf}"]
+        )
 
 
 @pytest.mark.parametrize("name", CLIPPED)
@@ -86,7 +107,8 @@ def test_with_a_clip_no_run_is_nan(full, name):
 def test_the_known_distribution(full, name):
     quartiles = full[0]["rows"][name]["quartiles"]
     sizes = [
-        np.mean([quartiles[f"norm_{side}/{leaf}/kernel"][1] for leaf in ("hidden", "output")]) for side in ("before", "after")
+        np.mean([quartiles[f"norm_{side}/{leaf}/kernel"][1] for leaf in ("hidden", "output")])
+        for side in ("before", "after")
     ]
     for value, (low, high) in zip([quartiles["loss"][1], *sizes], ACCEPTED[name], strict=True):
         assert low <= value <= high
@@ -95,23 +117,33 @@ def test_the_known_distribution(full, name):
 @pytest.mark.parametrize("name", CLIPPED)
 def test_every_step_is_logged(full, name):
     logged = full[1][name]
-    assert {f"norm_{side}/{leaf}" for side in ("before", "after") for leaf in LEAVES} | {"loss"} < set(logged)
+    assert {f"norm_{side}/{leaf}" for side in ("before", "after") for leaf in LEAVES} | {
+        "loss"
+    } < set(logged)
     assert {"clip/limit", "clip/clipped_share", "clip/clipped_steps"} < set(logged)
     if name != "global norm 2":
-        assert {f"clip/{number}/{leaf}" for number in ("limit", "clipped_share") for leaf in LEAVES} < set(logged)
+        assert {
+            f"clip/{number}/{leaf}" for number in ("limit", "clipped_share") for leaf in LEAVES
+        } < set(logged)
     for tag, (steps, _) in logged.items():
         np.testing.assert_array_equal(steps, np.arange(1, 401), tag)
 
 
 @pytest.mark.parametrize("name", CLIPPED)
 def test_no_norm_is_larger_after_clipping(full, name):
-    before, after = (np.array([full[1][name][f"norm_{side}/{leaf}"][1] for leaf in LEAVES]) for side in ("before", "after"))
+    before, after = (
+        np.array([full[1][name][f"norm_{side}/{leaf}"][1] for leaf in LEAVES])
+        for side in ("before", "after")
+    )
     assert (after <= before * (1 + 1e-6)).all()
     assert (after.sum(0) < 0.5 * before.sum(0)).all()
 
 
 def test_each_clip_keeps_its_own_limit(full):
-    after = {name: np.array([full[1][name][f"norm_after/{leaf}"][1] for leaf in LEAVES]) for name in CLIPPED}
+    after = {
+        name: np.array([full[1][name][f"norm_after/{leaf}"][1] for leaf in LEAVES])
+        for name in CLIPPED
+    }
     assert after["leaf norm 2"].max() == pytest.approx(2, rel=1e-5)
     assert np.sqrt((after["global norm 2"] ** 2).sum(0)).max() == pytest.approx(2, rel=1e-5)
     numbers = np.array([[25], [500], [1], [25]])
@@ -124,27 +156,40 @@ def test_a_limit_at_the_median_norm_learns_nothing(full, begun):
     limits = {leaf: float(np.median(logged[f"norm_before/{leaf}"][1])) for leaf in LEAVES}
     clip = optaxclip.clip(limits, scope=scopes.group(lambda path: path))
     params, order = begun
-    _, told = jax.jit(lambda *run: monitor_norms.train(clip, *run))(params, np.tile(order[:8], (50, 1)))
+    _, told = jax.jit(lambda *run: monitor_norms.train(clip, *run))(
+        params, np.tile(order[:8], (50, 1))
+    )
     np.testing.assert_allclose(told["loss"][-8:].mean(), np.var(monitor_norms.Y), rtol=0.05)
 
 
 def test_norms_and_loss_are_those_of_plain_numpy(begun):
     params, order = begun
-    _, told = jax.jit(lambda *run: monitor_norms.train(optaxclip.clip_by_value(1.0), *run))(params, order[:3])
+    _, told = jax.jit(lambda *run: monitor_norms.train(optaxclip.clip_by_value(1.0), *run))(
+        params, order[:3]
+    )
     gradient, traces = jax.jit(jax.grad(monitor_norms.mse)), [0.0] * 4
     leaves, treedef = jax.tree.flatten(params)
     for step, rows in enumerate(order[:3]):
         used = rows[rows >= 0]
         hidden_bias, hidden, output_bias, output = leaves
-        predicted = np.maximum(np.asarray(monitor_norms.X)[used] @ hidden + hidden_bias, 0) @ output + output_bias
+        predicted = (
+            np.maximum(np.asarray(monitor_norms.X)[used] @ hidden + hidden_bias, 0) @ output
+            + output_bias
+        )
         errors = predicted - np.asarray(monitor_norms.Y)[used]
         np.testing.assert_allclose(told["loss"][step], np.mean(errors**2), rtol=1e-4)
         grads = jax.tree.leaves(jax.device_get(gradient(jax.tree.unflatten(treedef, leaves), rows)))
         np.testing.assert_allclose(grads[2], 2 * np.mean(errors, 0), rtol=1e-3)
         for leaf, grad in zip(LEAVES, grads, strict=True):
-            np.testing.assert_allclose(told[f"norm_before/{leaf}"][step], np.linalg.norm(grad), rtol=1e-4)
-            np.testing.assert_allclose(told[f"norm_after/{leaf}"][step], np.linalg.norm(np.clip(grad, -1, 1)), rtol=1e-4)
-        traces = [0.8 * trace + np.clip(grad, -1, 1) for trace, grad in zip(traces, grads, strict=True)]
+            np.testing.assert_allclose(
+                told[f"norm_before/{leaf}"][step], np.linalg.norm(grad), rtol=1e-4
+            )
+            np.testing.assert_allclose(
+                told[f"norm_after/{leaf}"][step], np.linalg.norm(np.clip(grad, -1, 1)), rtol=1e-4
+            )
+        traces = [
+            0.8 * trace + np.clip(grad, -1, 1) for trace, grad in zip(traces, grads, strict=True)
+        ]
         leaves = [leaf - 0.07 * trace for leaf, trace in zip(leaves, traces, strict=True)]
 
 
@@ -175,5 +220,7 @@ def test_it_stops_after_so_many_steps_and_replaces_old_events(monkeypatch, tmp_p
 
 
 def test_events_end_where_a_run_is_not_finite(tmp_path):
-    monitor_norms.write_events(tmp_path, {"loss": np.array([[4.0, 2.0, np.inf, np.nan], [1.0, 1.0, 1.0, 1.0]])})
+    monitor_norms.write_events(
+        tmp_path, {"loss": np.array([[4.0, 2.0, np.inf, np.nan], [1.0, 1.0, 1.0, 1.0]])}
+    )
     np.testing.assert_array_equal(curves(tmp_path)["loss"], [[1, 2], [4, 2]])

@@ -1,4 +1,6 @@
-"""Single numbers go through the engine as one vector, equal blocks as a stack, and come out as if each had gone alone."""
+"""Single numbers go through the engine as one vector, equal blocks as a stack, and come out as if
+each had gone alone.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,7 @@ PARAMS = jax.tree.map(lambda x: jnp.full_like(x, 2), GRADS)
 MESH = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 RULES = {
     "constant": 1.0,
-    "relative": thresholds.relative(0.5, floor=1e-3),
+    "relative": thresholds.relative_to_params(0.5, floor=1e-3),
     "schedule": lambda step: 2.0 - step,
     "learned": thresholds.ema(1.5, decay=0.5),
     "by name": {name: 0.5 + k for k, name in enumerate(sorted(GRADS))},
@@ -43,32 +45,54 @@ RULES = {
 def run(clip, grads, params):
     state = clip.init(params)
     for scale in 1.0, 2.0, 0.5:
-        updates, state = clip.update(jax.tree.map(lambda x, scale=scale: (scale * x).astype(x.dtype), grads), state, params)
+        updates, state = clip.update(
+            jax.tree.map(lambda x, scale=scale: (scale * x).astype(x.dtype), grads), state, params
+        )
     return updates, state
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
-@pytest.mark.parametrize("response", [responses.rescale, responses.smooth, responses.clamp], ids=lambda r: r.__name__)
+@pytest.mark.parametrize(
+    "response", [responses.rescale, responses.smooth, responses.clamp], ids=lambda r: r.__name__
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_each_leaf_is_clipped_as_it_would_be_alone(rule, response, nonfinite):
     def clip_of(names):
         threshold = RULES[rule]
-        own = {name: threshold[name] for name in names} if isinstance(threshold, dict) else threshold
+        own = (
+            {name: threshold[name] for name in names} if isinstance(threshold, dict) else threshold
+        )
         return optaxclip.clip(own, scope=scopes.unit(), response=response, nonfinite=nonfinite)
 
     updates, state = jax.jit(lambda: run(clip_of(GRADS), GRADS, PARAMS))()
     for k, name in enumerate(sorted(GRADS)):
-        alone, alone_state = jax.jit(lambda n=name: run(clip_of([n]), {n: GRADS[n]}, {n: PARAMS[n]}))()
+        alone, alone_state = jax.jit(
+            lambda n=name: run(clip_of([n]), {n: GRADS[n]}, {n: PARAMS[n]})
+        )()
         np.testing.assert_allclose(updates[name], alone[name], rtol=1e-6, err_msg=name)
-        np.testing.assert_allclose(state.reading.measured[:, k], alone_state.reading.measured[:, 0], rtol=1e-6, err_msg=name)
-        trees, others = (jax.tree.leaves(x.threshold, is_leaf=lambda x: isinstance(x, dict)) for x in (state, alone_state))
+        np.testing.assert_allclose(
+            state.reading.measured[:, k],
+            alone_state.reading.measured[:, 0],
+            rtol=1e-6,
+            err_msg=name,
+        )
+        trees, others = (
+            jax.tree.leaves(x.threshold, is_leaf=lambda x: isinstance(x, dict))
+            for x in (state, alone_state)
+        )
         for tree, other in zip(trees, others, strict=True):
             np.testing.assert_allclose(tree[name], other[name], rtol=1e-6)
         assert updates[name].dtype == GRADS[name].dtype and updates[name].shape == GRADS[name].shape
 
 
 def test_numbers_of_one_precision_are_joined_in_their_order_and_come_back():
-    blocks = [jnp.ones((1, 2)), jnp.full((1, 1), 3.0), jnp.array(4.0), jnp.ones(1, jnp.bfloat16), jnp.full(1, 5.0)]
+    blocks = [
+        jnp.ones((1, 2)),
+        jnp.full((1, 1), 3.0),
+        jnp.array(4.0),
+        jnp.ones(1, jnp.bfloat16),
+        jnp.full(1, 5.0),
+    ]
     packing = packing_of(blocks)
     packed = packing.pack(blocks)
     assert packing.own == [[1, 2, 4], [0], [3]] and packing.several == 1
@@ -85,10 +109,17 @@ def test_equal_sizes_of_small_leaves_are_a_stack_and_come_back():
     blocks = [leaf[:1] for leaf in leaves]
     packing = packing_of(blocks, leaves)
     packed = packing.pack(blocks)
-    assert packing.own == [[0, 2, 5], [1, 6], [3], [4]] and [x.shape for x in packed] == [(3, 1, 3), (2,), (1, 3), (1, 3)]
+    assert packing.own == [[0, 2, 5], [1, 6], [3], [4]] and [x.shape for x in packed] == [
+        (3, 1, 3),
+        (2,),
+        (1, 3),
+        (1, 3),
+    ]
     for unpacked in packing.unpack(packed, [2 * x for x in packed]):
         assert [block.shape for block in unpacked] == [block.shape for block in blocks]
-        np.testing.assert_array_equal([block.ravel()[0] / unpacked[2].ravel()[0] for block in unpacked], np.arange(7) / 2)
+        np.testing.assert_array_equal(
+            [block.ravel()[0] / unpacked[2].ravel()[0] for block in unpacked], np.arange(7) / 2
+        )
     spread = packing.pack([jnp.array(float(k)) for k in range(7)])
     np.testing.assert_array_equal(spread[0][:, 0], [[k] * 3 for k in (0, 2, 5)])
 
@@ -101,7 +132,11 @@ def test_numbers_that_are_their_own_sizes_are_not_copied():
 def test_one_such_number_stays_where_it_is():
     blocks = [jnp.ones((1, 2)), jnp.ones((1, 1))]
     packing = packing_of(blocks)
-    assert packing.pack(blocks) == blocks and packing.unpack(blocks) == [blocks] and not packing.several
+    assert (
+        packing.pack(blocks) == blocks
+        and packing.unpack(blocks) == [blocks]
+        and not packing.several
+    )
 
 
 def test_what_differs_between_devices_is_not_joined_with_what_does_not():
@@ -113,7 +148,8 @@ def test_what_differs_between_devices_is_not_joined_with_what_does_not():
         return clip.update(grads, clip.init(grads))[0]
 
     mapped = jax.shard_map(step, mesh=MESH, in_specs=(specs,), out_specs=specs)
-    updates = jax.jit(mapped)(grads)  # JAX refuses these specs if `a` and `b` are of one vector with `own`
+    # JAX refuses these specs if `a` and `b` are of one vector with `own`
+    updates = jax.jit(mapped)(grads)
     np.testing.assert_allclose(updates["own"], np.minimum(grads["own"], 1))
     np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
 

@@ -1,4 +1,5 @@
-"""A leaf has one name: the same string in `init`, `update` and `metrics`, whatever holds it and whether it is in a box.
+"""A leaf has one name: the same string in `init`, `update` and `metrics`, whatever holds it and
+whether it is in a box.
 
 `metrics` gives each name the numbers of its own leaf: leaf k of every tree here has the norm k + 1.
 """
@@ -95,13 +96,25 @@ HALF = {"a": {"bias": ONE, "kernel": ONE}, "b": ONE}
 TREES = {
     "dicts": ({"b": ONE, "a": {"w": ONE}}, None, ["a/w", "b"]),
     "integer keys": ({"a": {0: ONE, 1: ONE}}, None, ["a/0", "a/1"]),
-    "lists and tuples": ({"layers": [ONE, (ONE, ONE)]}, None, ["layers/0", "layers/1/0", "layers/1/1"]),
+    "lists and tuples": (
+        {"layers": [ONE, (ONE, ONE)]},
+        None,
+        ["layers/0", "layers/1/0", "layers/1/1"],
+    ),
     "NamedTuples": ([Layer(ONE, ONE), Layer(ONE, None)], None, ["0/kernel", "0/bias", "1/kernel"]),
     "dataclasses": ({"enc": Block(ONE, ONE)}, None, ["enc/kernel", "enc/value"]),
     "flax.struct": ({"enc": Struct(ONE), "head": Struct(ONE)}, None, ["enc/kernel", "head/kernel"]),
     "a leaf called value": ({"a": {"value": ONE}, "value": ONE}, None, ["a/value", "value"]),
-    "equinox": (equinox(), None, ["layers/0/weight", "layers/0/bias", "layers/1/weight", "layers/1/bias"]),
-    "haiku": (haiku(), None, ["mlp/~/linear_0/b", "mlp/~/linear_0/w", "mlp/~/linear_1/b", "mlp/~/linear_1/w"]),
+    "equinox": (
+        equinox(),
+        None,
+        ["layers/0/weight", "layers/0/bias", "layers/1/weight", "layers/1/bias"],
+    ),
+    "haiku": (
+        haiku(),
+        None,
+        ["mlp/~/linear_0/b", "mlp/~/linear_0/w", "mlp/~/linear_1/b", "mlp/~/linear_1/w"],
+    ),
 }
 LINEN = ["Dense_0/bias", "Dense_0/kernel", "out/bias", "out/kernel"]
 NNX = ["layers/0/bias", "layers/0/kernel", "layers/1/bias", "layers/1/kernel", "value"]
@@ -140,7 +153,9 @@ def trees(request):
 
 def sizes(metrics, key="size_before"):
     start = f"clip/{key}/"
-    return {name.removeprefix(start): float(x) for name, x in metrics.items() if name.startswith(start)}
+    return {
+        name.removeprefix(start): float(x) for name, x in metrics.items() if name.startswith(start)
+    }
 
 
 def test_a_group_is_asked_for_by_the_same_strings_in_init_and_update(trees):
@@ -156,7 +171,9 @@ def test_a_group_is_asked_for_by_the_same_strings_in_init_and_update(trees):
 def test_axes_and_filters_are_asked_for_by_the_same_strings(trees):
     params, grads, names = trees
     asked = []
-    clip = optaxclip.clip(1.0, scopes.unit(axes=lambda path, leaf: asked.append((path, leaf.shape)) or 0))
+    clip = optaxclip.clip(
+        1.0, scopes.unit(axes=lambda path, leaf: asked.append((path, leaf.shape)) or 0)
+    )
     state = jax.eval_shape(clip.init, params)
     in_init, asked[:] = sorted(set(asked)), []
     jax.eval_shape(clip.update, grads, state)
@@ -210,7 +227,9 @@ def test_groups_of_layers_have_the_joint_norm_of_their_leaves(trees, depth):
         assert list(found) == list(expected)
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-6)
     else:
-        np.testing.assert_allclose(telemetry.metrics(state, params)["clip/size_before"], *expected.values(), rtol=1e-6)
+        np.testing.assert_allclose(
+            telemetry.metrics(state, params)["clip/size_before"], *expected.values(), rtol=1e-6
+        )
 
 
 def test_names_are_those_that_nnx_optimizer_gives(scale=3.0):
@@ -234,7 +253,9 @@ CLOSE = {
 }
 
 
-@pytest.mark.parametrize("scope", [scopes.leaf(), scopes.group(lambda path: path), scopes.element()])
+@pytest.mark.parametrize(
+    "scope", [scopes.leaf(), scopes.group(lambda path: path), scopes.element()]
+)
 @pytest.mark.parametrize("name", CLOSE)
 def test_two_leaves_never_share_a_name(name, scope):
     tree, leaves = CLOSE[name]
@@ -243,7 +264,9 @@ def test_two_leaves_never_share_a_name(name, scope):
     found = sizes(telemetry.metrics(state, tree))
     assert len(found) == leaves
     norm = jnp.max if scope.axes is not None else jnp.linalg.norm
-    np.testing.assert_allclose(sorted(found.values()), sorted(map(norm, jax.tree.leaves(tree))), rtol=1e-6)
+    np.testing.assert_allclose(
+        sorted(found.values()), sorted(map(norm, jax.tree.leaves(tree))), rtol=1e-6
+    )
 
 
 def test_a_state_of_other_names_is_refused():

@@ -1,4 +1,6 @@
-"""Defects of clipping in today's libraries, each as our right answer; where README names one of Optax, Optax's answer too."""
+"""Defects of clipping in today's libraries, each as our right answer; where README names one of
+Optax, Optax's answer too.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ def theirs(updates, clip=None, params=None):
 
 
 def norm64(tree):
-    return np.sqrt(sum(np.sum(np.abs(np.asarray(x, np.float64)) ** 2) for x in jax.tree.leaves(tree)))
+    return np.sqrt(
+        sum(np.sum(np.abs(np.asarray(x, np.float64)) ** 2) for x in jax.tree.leaves(tree))
+    )
 
 
 # Low precision, overflow, underflow
@@ -39,13 +43,17 @@ OVERFLOWING = {
 def test_optax_zeroes_gradients_whose_squares_overflow_and_we_clip_them(name):
     updates = OVERFLOWING[name]
     assert norm64(theirs(updates)) == 0
-    assert norm64(ours(updates)) == pytest.approx(1, rel=2e-3 if updates[0].dtype == jnp.float16 else 1e-6)
+    assert norm64(ours(updates)) == pytest.approx(
+        1, rel=2e-3 if updates[0].dtype == jnp.float16 else 1e-6
+    )
 
 
 def test_optax_lets_tiny_fp16_gradients_through_and_we_clip_them():
     updates = jnp.full(10000, 1e-4, jnp.float16)  # norm 0.01
     assert norm64(theirs(updates, optax.clip_by_global_norm(1e-3))) == pytest.approx(1e-2, rel=1e-2)
-    assert norm64(ours(updates, optaxclip.clip_by_global_norm(1e-3))) == pytest.approx(1e-3, rel=1e-2)
+    assert norm64(ours(updates, optaxclip.clip_by_global_norm(1e-3))) == pytest.approx(
+        1e-3, rel=1e-2
+    )
 
 
 def test_optax_adds_bf16_leaves_in_bf16_and_we_in_float32():
@@ -60,7 +68,9 @@ def test_optax_adds_bf16_leaves_in_bf16_and_we_in_float32():
 def test_optax_misses_tiny_float32_gradients_and_we_clip_them():
     updates = jnp.array([1e-25, 1e-25])
     assert norm64(theirs(updates, optax.clip_by_global_norm(1e-30))) > 1e-26
-    assert norm64(ours(updates, optaxclip.clip_by_global_norm(1e-30))) == pytest.approx(1e-30, rel=1e-6)
+    assert norm64(ours(updates, optaxclip.clip_by_global_norm(1e-30))) == pytest.approx(
+        1e-30, rel=1e-6
+    )
 
 
 def test_optax_zeroes_the_fp16_part_of_a_large_gradient_and_we_clip_it():
@@ -106,10 +116,14 @@ def test_optax_gives_nan_for_zeros_at_threshold_zero_and_we_zeros(name):
 
 def test_optax_ascends_on_a_negative_threshold_and_we_refuse_it():
     updates = jnp.array([3.0, 4.0])
-    np.testing.assert_allclose(theirs(updates, optax.clip_by_global_norm(-1.0)), [-0.6, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(
+        theirs(updates, optax.clip_by_global_norm(-1.0)), [-0.6, -0.8], rtol=1e-6
+    )
     with pytest.raises(ValueError, match=r"max_norm must be in \[0, inf\], got -1.0"):
         optaxclip.clip_by_global_norm(-1.0)
-    np.testing.assert_array_equal(jax.jit(lambda c: ours(updates, optaxclip.clip_by_global_norm(c)))(-1.0), [0, 0])
+    np.testing.assert_array_equal(
+        jax.jit(lambda c: ours(updates, optaxclip.clip_by_global_norm(c)))(-1.0), [0, 0]
+    )
 
 
 @pytest.mark.parametrize("threshold", ["1.0", None])
@@ -164,12 +178,18 @@ def test_optax_promotes_bf16_gradients_by_the_threshold_and_we_keep_the_dtype():
 
 @pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_block_rms"])
 def test_optax_has_nan_meta_gradients_at_zero_and_ours_are_finite(name):
-    assert np.isnan(jax.grad(lambda g: theirs(g, getattr(optax, name)(1.0)).sum())(jnp.zeros(2))).all()
-    assert np.isfinite(jax.grad(lambda g: ours(g, getattr(optaxclip, name)(1.0)).sum())(jnp.zeros(2))).all()
+    assert np.isnan(
+        jax.grad(lambda g: theirs(g, getattr(optax, name)(1.0)).sum())(jnp.zeros(2))
+    ).all()
+    assert np.isfinite(
+        jax.grad(lambda g: ours(g, getattr(optaxclip, name)(1.0)).sum())(jnp.zeros(2))
+    ).all()
 
 
 def test_complex_numbers_are_clipped_by_value_too():
-    np.testing.assert_allclose(ours(jnp.array([3 + 4j, 0.1j]), optaxclip.clip_by_value(1.0)), [0.6 + 0.8j, 0.1j], rtol=1e-6)
+    np.testing.assert_allclose(
+        ours(jnp.array([3 + 4j, 0.1j]), optaxclip.clip_by_value(1.0)), [0.6 + 0.8j, 0.1j], rtol=1e-6
+    )
 
 
 # AGC

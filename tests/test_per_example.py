@@ -1,4 +1,6 @@
-"""Clipping each example by itself: equal to NumPy in float64 on gradients that are stored for each example."""
+"""Clipping each example by itself: equal to NumPy in float64 on gradients that are stored for each
+example.
+"""
 
 import contextlib
 import functools
@@ -17,7 +19,8 @@ import optaxclip
 from optaxclip import norms, per_example, responses, scopes, telemetry, thresholds
 from optaxclip.per_example import aggregate, clipped_grad
 
-quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled sooner
+# compiled sooner
+quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def compiled(function, *args, **options):
@@ -33,11 +36,17 @@ def normal(*shape, seed=0):
 
 
 PARAMS = {name: normal(*shape) / 2 for name, shape in SHAPES.items()}
-X, Y = normal(BATCH, 6, seed=1), normal(BATCH, 3, seed=2) * np.float32([[0.1], [1], [3], [1], [0.3], [10]])
+X, Y = (
+    normal(BATCH, 6, seed=1),
+    normal(BATCH, 3, seed=2) * np.float32([[0.1], [1], [3], [1], [0.3], [10]]),
+)
 
 
 def loss(params, x, y):
-    return jnp.sum((jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"] - y) ** 2) / 2
+    return (
+        jnp.sum((jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"] - y) ** 2)
+        / 2
+    )
 
 
 @jax.jit
@@ -48,11 +57,16 @@ def stored(params, x, y):
 def examples(gradients):
     """One tree in float64 for each example."""
     wide = {name: np.asarray(leaf, np.float64) for name, leaf in gradients.items()}
-    return [{name: leaf[i] for name, leaf in wide.items()} for i in range(len(next(iter(wide.values()))))]
+    return [
+        {name: leaf[i] for name, leaf in wide.items()}
+        for i in range(len(next(iter(wide.values()))))
+    ]
 
 
 def sizes_of(each, groups, norm):
-    return np.array([[norm([one[name][i] for name, i in places]) for places in groups(one)] for one in each])
+    return np.array(
+        [[norm([one[name][i] for name, i in places]) for places in groups(one)] for one in each]
+    )
 
 
 def expected(each, groups, norm, limit_of, response=reference.rescale):
@@ -64,7 +78,9 @@ def expected(each, groups, norm, limit_of, response=reference.rescale):
 def close(got, want, rtol=1e-5):
     assert set(got) == set(want)
     for name, leaf in want.items():
-        np.testing.assert_allclose(got[name], leaf, rtol=rtol, atol=rtol * np.abs(leaf).max(), err_msg=name)
+        np.testing.assert_allclose(
+            got[name], leaf, rtol=rtol, atol=rtol * np.abs(leaf).max(), err_msg=name
+        )
 
 
 EACH = examples(stored(PARAMS, X, Y))
@@ -83,14 +99,22 @@ SCOPES = {
     "unit": (scopes.unit(), reference.unit),
     "element": (scopes.element(), reference.element),
 }
-NORMS = {name: (getattr(norms, name)(), getattr(reference, name)) for name in ("l2", "l1", "linf", "rms")}
+NORMS = {
+    name: (getattr(norms, name)(), getattr(reference, name)) for name in ("l2", "l1", "linf", "rms")
+}
 RESPONSES = {
     name: (getattr(responses, name), getattr(reference, name))
-    for name in ("rescale", "clamp", "smooth", "zero", "normalize", "band", "automatic", "psac")
+    for name in ("rescale", "clamp", "smooth", "drop", "normalize", "band", "automatic", "psac")
 }
-RESPONSES["low band"] = tuple(functools.partial(module.band, low=0.2) for module in (responses, reference))
-RESPONSES["gamma"] = tuple(functools.partial(module.automatic, gamma=0.5) for module in (responses, reference))
-PAIRS = [(norm, "rescale") for norm in NORMS] + [("l2", response) for response in RESPONSES if response != "rescale"]
+RESPONSES["low band"] = tuple(
+    functools.partial(module.band, low=0.2) for module in (responses, reference)
+)
+RESPONSES["gamma"] = tuple(
+    functools.partial(module.automatic, gamma=0.5) for module in (responses, reference)
+)
+PAIRS = [(norm, "rescale") for norm in NORMS] + [
+    ("l2", response) for response in RESPONSES if response != "rescale"
+]
 FEW = [("l2", "rescale"), ("l1", "rescale"), ("rms", "rescale"), ("l2", "clamp"), ("l2", "band")]
 
 
@@ -112,7 +136,9 @@ def test_each_example_is_clipped_by_itself(scope):
     def run(params, x, y):
         out = {}
         for norm, response in PAIRS if scope == "tree" else FEW:
-            function = clipped_grad(loss, given[norm], scope=ours, norm=NORMS[norm][0], response=RESPONSES[response][0])
+            function = clipped_grad(
+                loss, given[norm], scope=ours, norm=NORMS[norm][0], response=RESPONSES[response][0]
+            )
             out[norm, response] = function(params, x, y)
         return out
 
@@ -123,7 +149,9 @@ def test_each_example_is_clipped_by_itself(scope):
         over = sizes > np.array([limit_of(norm)(places) for places in groups(EACH[0])])
         if scope in ("unit", "element"):  # one number for each leaf
             leaves = np.array([places[0][0] for places in groups(EACH[0])])
-            sizes, over = (np.stack([x[:, leaves == name].max(1) for name in SHAPES], 1) for x in (sizes, over))
+            sizes, over = (
+                np.stack([x[:, leaves == name].max(1) for name in SHAPES], 1) for x in (sizes, over)
+            )
         np.testing.assert_allclose(seen.sizes, sizes, rtol=1e-5)
         np.testing.assert_array_equal(seen.clipped, over)
         losses = jax.vmap(loss, (None, 0, 0))(PARAMS, X, Y)
@@ -138,24 +166,40 @@ def test_factors_are_for_l2_whole_leaves_and_kept_directions():
 
     plan = clipped_grad(loss, 1.0).plan(PARAMS, X, Y)
     assert plan == {"b1": "stored", "b2": "stored", "w1": "factors", "w2": "factors"}
-    for options in {"scope": scopes.leaf()}, {"norm": norms.lp(2)}, {"response": RESPONSES["low band"][0]}:
+    for options in (
+        {"scope": scopes.leaf()},
+        {"norm": norms.lp(2)},
+        {"response": RESPONSES["low band"][0]},
+    ):
         assert kinds(**options) == {"stored", "factors"}
-    for options in {"scope": scopes.unit()}, {"norm": norms.l1()}, {"norm": norms.rms()}, {"response": responses.clamp}:
+    for options in (
+        {"scope": scopes.unit()},
+        {"norm": norms.l1()},
+        {"norm": norms.rms()},
+        {"response": responses.clamp},
+    ):
         assert kinds(**options) == {"stored"}
-    for relative in thresholds.relative(0.1), thresholds.at_most(thresholds.relative(0.1), 1.0):
+    for relative in (
+        thresholds.relative_to_params(0.1),
+        thresholds.at_most(thresholds.relative_to_params(0.1), 1.0),
+    ):
         assert set(clipped_grad(loss, relative).plan(PARAMS, X, Y).values()) == {"stored"}
 
 
 def test_an_example_moves_the_sum_by_no_more_than_the_limit():
     x, y = normal(400, 6, seed=3), 10 * normal(400, 3, seed=4)
-    function = jax.jit(jax.vmap(lambda x, y: clipped_grad(loss, 0.7, reduce="sum")(PARAMS, x[None], y[None])[1]))
+    function = jax.jit(
+        jax.vmap(lambda x, y: clipped_grad(loss, 0.7, reduce="sum")(PARAMS, x[None], y[None])[1])
+    )
     moved = np.array([reference.l2(list(one.values())) for one in examples(function(x, y))])
     assert (moved <= 0.7 * (1 + 1e-6)).all() and np.median(moved) > 0.699999
 
 
 def test_what_is_within_the_limit_is_the_plain_gradient():
     (value, seen), got = jax.jit(clipped_grad(loss, np.inf))(PARAMS, X, Y)
-    want = jax.value_and_grad(lambda params: jnp.mean(jax.vmap(loss, (None, 0, 0))(params, X, Y)))(PARAMS)
+    want = jax.value_and_grad(lambda params: jnp.mean(jax.vmap(loss, (None, 0, 0))(params, X, Y)))(
+        PARAMS
+    )
     assert value == pytest.approx(float(want[0]), rel=1e-6) and not seen.clipped.any()
     close(got, want[1], 1e-6)
 
@@ -163,7 +207,11 @@ def test_what_is_within_the_limit_is_the_plain_gradient():
 def test_a_limit_of_zero_gives_zeros():
     for scope in scopes.tree(), scopes.unit():
         (_, seen), got = compiled(clipped_grad(loss, 0.0, scope=scope), PARAMS, X, Y)
-        assert all((leaf == 0).all() for leaf in got.values()) and seen.counted.all() and seen.clipped.all()
+        assert (
+            all((leaf == 0).all() for leaf in got.values())
+            and seen.counted.all()
+            and seen.clipped.all()
+        )
 
 
 def test_an_example_without_a_gradient_is_counted():
@@ -196,7 +244,9 @@ def test_leaves_that_the_scope_leaves_alone_are_summed_as_they_are():
 OPTIONS = {"factors": {}, "stored": {"scope": scopes.unit()}}
 
 
-@pytest.mark.parametrize("options, size", [("factors", 1), ("factors", 2), ("factors", 6), ("stored", 2)])
+@pytest.mark.parametrize(
+    "options, size", [("factors", 1), ("factors", 2), ("factors", 6), ("stored", 2)]
+)
 def test_microbatches_change_nothing(options, size):
     mask = np.array([True, True, False, True, True, True])
 
@@ -205,13 +255,16 @@ def test_microbatches_change_nothing(options, size):
             return loss(params, x, y), {"x": x, "total": x.sum()}
 
         function = clipped_grad(with_aux, LIMIT, has_aux=True, microbatch=size, **OPTIONS[options])
-        return quickly(lambda *batch: function(PARAMS, *batch, mask=mask, state=function.init(PARAMS)))(X, Y)
+        return quickly(
+            lambda *batch: function(PARAMS, *batch, mask=mask, state=function.init(PARAMS))
+        )(X, Y)
 
     whole, parts = run(None), run(size)
     assert jax.tree.structure(whole) == jax.tree.structure(parts)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-7 * np.max(np.abs(b), initial=0.5))  # sums in another order
+        # sums in another order
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-7 * np.max(np.abs(b), initial=0.5))
     np.testing.assert_array_equal(parts[0][1].aux["x"], X)
 
 
@@ -232,7 +285,9 @@ def test_what_stands_where_the_mask_is_false_has_no_influence(options, size):
     np.testing.assert_array_equal(seen.counted, mask)
     assert seen.dropped == 0
     for bad in np.nan, np.inf, 1e30:
-        (other_value, other), same = run(np.where(mask[:, None], X, bad), np.where(mask[:, None], Y, bad))
+        (other_value, other), same = run(
+            np.where(mask[:, None], X, bad), np.where(mask[:, None], Y, bad)
+        )
         assert other_value == value and other.dropped == 0
         for name in SHAPES:
             assert np.asarray(same[name]).tobytes() == np.asarray(got[name]).tobytes()
@@ -262,10 +317,15 @@ def test_a_leaf_that_is_left_alone_is_not_let_through_either_if_it_is_not_finite
     def one_leaf(params, x):
         return jnp.sum(params["a"] * x[0]) + jnp.sum(params["b"] * x[1])
 
-    params, x = {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)}, np.float32([[1, 1], [1, np.nan], [2, 1]])
+    params, x = (
+        {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)},
+        np.float32([[1, 1], [1, np.nan], [2, 1]]),
+    )
     for norm in norms.l2(), norms.l1():
         scope = scopes.group(lambda path: None if path == "b" else path)
-        (_, seen), got = compiled(clipped_grad(one_leaf, 1e3, scope=scope, norm=norm, reduce="sum"), params, x)
+        (_, seen), got = compiled(
+            clipped_grad(one_leaf, 1e3, scope=scope, norm=norm, reduce="sum"), params, x
+        )
         np.testing.assert_array_equal(got["a"], [3, 3])
         np.testing.assert_array_equal(got["b"], [2, 2])
         assert seen.dropped == 1
@@ -293,8 +353,12 @@ def test_squares_hold_sizes_from_1e_18_to_1e18():
         (_, seen), got = compiled(clipped_grad(linear, 0.5 * scale, reduce="sum"), w, scale * x)
         sizes = float(scale) * np.linalg.norm(x.astype(float), axis=1) * 24**0.5
         np.testing.assert_allclose(seen.sizes[:, 0], sizes, rtol=1e-6)
-        want = sum(0.5 * float(scale) * one / np.linalg.norm(one) / 24**0.5 for one in x.astype(float))
-        np.testing.assert_allclose(got, np.repeat(want[:, None], 24, 1), rtol=1e-5, atol=1e-6 * scale)
+        want = sum(
+            0.5 * float(scale) * one / np.linalg.norm(one) / 24**0.5 for one in x.astype(float)
+        )
+        np.testing.assert_allclose(
+            got, np.repeat(want[:, None], 24, 1), rtol=1e-5, atol=1e-6 * scale
+        )
     x = np.float32([[1e20], [1e-3], [1e-25]]) * np.ones((3, 24), np.float32)
     (_, seen), got = compiled(clipped_grad(linear, 1.0, reduce="sum"), w, x)
     assert seen.dropped == 1 and seen.sizes[2] == 0
@@ -310,12 +374,18 @@ def batches(steps):
 
 def run_through(function, *stream, **options):
     """What is seen of each step, with the parameters as they are."""
-    step = quickly(lambda state, batch, options: function(PARAMS, *batch, state=state, **options)[0][1])
+    step = quickly(
+        lambda state, batch, options: function(PARAMS, *batch, state=state, **options)[0][1]
+    )
     state, found = compiled(function.init, PARAMS), []
     for t in range(len(stream[0])):
-        seen = step(state, [x[t] for x in stream], {name: value[t] for name, value in options.items()})
+        seen = step(
+            state, [x[t] for x in stream], {name: value[t] for name, value in options.items()}
+        )
         assert jax.tree.structure(seen.state) == jax.tree.structure(state)
-        assert [(x.shape, x.dtype) for x in jax.tree.leaves(seen.state)] == [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+        assert [(x.shape, x.dtype) for x in jax.tree.leaves(seen.state)] == [
+            (x.shape, x.dtype) for x in jax.tree.leaves(state)
+        ]
         state, found = seen.state, [*found, seen]
     return found
 
@@ -325,7 +395,8 @@ def test_schedules_follow_the_step(scope):
     function = clipped_grad(loss, optax.exponential_decay(1.0, 1, 0.5), scope=SCOPES[scope][0])
     found = run_through(function, *batches(4))
     np.testing.assert_allclose(
-        [seen.state.reading.limit for seen in found], [[0.5**t] * (1 if scope == "tree" else 4) for t in range(4)]
+        [seen.state.reading.limit for seen in found],
+        [[0.5**t] * (1 if scope == "tree" else 4) for t in range(4)],
     )
     assert [int(seen.state.step) for seen in found] == [1, 2, 3, 4]
 
@@ -345,7 +416,13 @@ def test_quantile_is_the_recursion_of_andrew(scope):
         counted = mask[t] & np.isfinite(x[t]).all(1)
         np.testing.assert_array_equal(seen.counted, counted)
         sizes = sizes_of(
-            [one for one, real in zip(examples(stored(PARAMS, x[t], y[t])), counted, strict=True) if real], groups, reference.l2
+            [
+                one
+                for one, real in zip(examples(stored(PARAMS, x[t], y[t])), counted, strict=True)
+                if real
+            ],
+            groups,
+            reference.l2,
         )
         if len(sizes):
             np.testing.assert_allclose(seen.state.reading.limit, limits, rtol=1e-5)
@@ -357,18 +434,28 @@ def test_quantile_is_the_recursion_of_andrew(scope):
 def test_quantile_finds_its_quantile():
     clip = aggregate(per_example.quantile(0.8, rate=0.5, initial=100.0))
     sizes = np.random.default_rng(0).uniform(1, 2, (200, 50, 1)).astype(np.float32)
-    state, _ = jax.lax.scan(lambda state, sizes: (clip.update(sizes, state)[1], None), clip.init(np.zeros(1)), sizes)
+    state, _ = jax.lax.scan(
+        lambda state, sizes: (clip.update(sizes, state)[1], None), clip.init(np.zeros(1)), sizes
+    )
     assert state.threshold == pytest.approx(1.8, abs=0.05)
 
 
 def test_noise_is_normal_new_at_each_step_and_the_same_for_the_same_seed():
     sigma, rate, count = 3.0, 0.2, 40
-    sizes, counted, limits = jnp.ones((count, 2)), jnp.arange(count) < 30, jnp.array([2.0, 0.5])  # all within; none within
+    # all within; none within
+    sizes, counted, limits = (
+        jnp.ones((count, 2)),
+        jnp.arange(count) < 30,
+        jnp.array([2.0, 0.5]),
+    )
 
     def noise(seed, steps=2000):
         rule = per_example.quantile(0.5, rate=rate, noise=sigma, seed=seed)
         learn = lambda step: rule.learn(sizes, counted, limits, limits, optaxclip.Context(step))  # noqa: E731
-        shares = 0.5 - np.log(np.asarray(jax.jit(jax.vmap(learn))(jnp.arange(steps)), float) / limits) / rate
+        shares = (
+            0.5
+            - np.log(np.asarray(jax.jit(jax.vmap(learn))(jnp.arange(steps)), float) / limits) / rate
+        )
         return 30 * (shares - 0.5) - np.array([15, -15])
 
     drawn = np.stack([noise(seed) for seed in range(3)])
@@ -378,7 +465,7 @@ def test_noise_is_normal_new_at_each_step_and_the_same_for_the_same_seed():
     np.testing.assert_array_equal(noise(1), drawn[1])
 
 
-LARGEST = per_example.Rule(
+LARGEST = per_example.BatchThreshold(
     lambda groups: jnp.ones(()),
     lambda state, context: state / (1 + context.step),
     lambda sizes, counted, limits, state, context: jnp.where(counted[:, None], sizes, 0).max(),
@@ -388,8 +475,13 @@ LARGEST = per_example.Rule(
 def test_a_rule_of_ones_own():
     x, y = batches(3)
     found = run_through(clipped_grad(loss, LARGEST, scope=scopes.leaf()), x, y)
-    top = [sizes_of(examples(stored(PARAMS, x[t], y[t])), reference.leaf, reference.l2).max() for t in range(3)]
-    np.testing.assert_allclose([seen.state.reading.limit[0] for seen in found], [1, top[0] / 2, top[1] / 3], rtol=1e-5)
+    top = [
+        sizes_of(examples(stored(PARAMS, x[t], y[t])), reference.leaf, reference.l2).max()
+        for t in range(3)
+    ]
+    np.testing.assert_allclose(
+        [seen.state.reading.limit[0] for seen in found], [1, top[0] / 2, top[1] / 3], rtol=1e-5
+    )
     assert all((seen.state.reading.limit == seen.state.reading.limit[0]).all() for seen in found)
 
 
@@ -427,7 +519,10 @@ def test_a_training_loop_in_scan():
         updates, moments = optimizer.update(gradients, moments)
         return (optax.apply_updates(params, updates), moments, seen.state), value
 
-    start, stream = (jax.tree.map(jnp.asarray, PARAMS), optimizer.init(PARAMS), function.init(PARAMS)), batches(5)
+    start, stream = (
+        (jax.tree.map(jnp.asarray, PARAMS), optimizer.init(PARAMS), function.init(PARAMS)),
+        batches(5),
+    )
     looped, values = quickly(lambda start, stream: jax.lax.scan(step, start, stream))(start, stream)
     carry, one = start, quickly(step)
     for t in range(5):
@@ -440,11 +535,21 @@ def test_a_training_loop_in_scan():
 def test_vmap_over_runs_and_limits():
     limits = jnp.array([0.1, 1.0, 10.0])
     runs = {name: jnp.stack([leaf, 2 * leaf, -leaf]) for name, leaf in PARAMS.items()}
-    _, got = quickly(jax.vmap(lambda params, limit: clipped_grad(loss, limit)(params, X, Y)))(runs, limits)
+    _, got = quickly(jax.vmap(lambda params, limit: clipped_grad(loss, limit)(params, X, Y)))(
+        runs, limits
+    )
     for k, limit in enumerate(limits):
         params = {name: leaf[k] for name, leaf in runs.items()}
-        total = expected(examples(stored(params, X, Y)), reference.tree, reference.l2, lambda places, limit=limit: float(limit))
-        close({name: leaf[k] for name, leaf in got.items()}, {name: leaf / BATCH for name, leaf in total.items()})
+        total = expected(
+            examples(stored(params, X, Y)),
+            reference.tree,
+            reference.l2,
+            lambda places, limit=limit: float(limit),
+        )
+        close(
+            {name: leaf[k] for name, leaf in got.items()},
+            {name: leaf / BATCH for name, leaf in total.items()},
+        )
 
 
 def test_a_loss_of_batches_of_one():
@@ -452,14 +557,18 @@ def test_a_loss_of_batches_of_one():
         assert x.shape == (1, 6) and y.shape == (1, 3)
         return jax.vmap(loss, (None, 0, 0))(params, x, y).mean(), x.sum()
 
-    (value, seen), got = compiled(clipped_grad(batched, LIMIT, keep_batch_axis=True, has_aux=True), PARAMS, X, Y)
+    (value, seen), got = compiled(
+        clipped_grad(batched, LIMIT, keep_batch_axis=True, has_aux=True), PARAMS, X, Y
+    )
     (plain, _), want = compiled(clipped_grad(loss, LIMIT), PARAMS, X, Y)
     assert value == pytest.approx(float(plain), rel=1e-6)
     close(got, want, 1e-6)
     np.testing.assert_allclose(seen.aux, X.sum(1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("scope, size", [("tree", None), ("tree", 1), ("unit", None), ("unit", 500)])
+@pytest.mark.parametrize(
+    "scope, size", [("tree", None), ("tree", 1), ("unit", None), ("unit", 500)]
+)
 def test_low_precision_is_summed_in_float32(scope, size):
     def linear(params, x):
         return jnp.sum(x @ params["w"]) + jnp.sum(params["b"])
@@ -468,7 +577,8 @@ def test_low_precision_is_summed_in_float32(scope, size):
     function = clipped_grad(linear, 1e3, scope=SCOPES[scope][0], reduce="sum", microbatch=size)
     _, got = quickly(function)(params, jnp.ones((1000, 8), jnp.bfloat16))
     for leaf in got.values():
-        assert leaf.dtype == jnp.bfloat16 and (leaf == 1000).all()  # a sum in bfloat16 would stay at 256
+        # a sum in bfloat16 would stay at 256
+        assert leaf.dtype == jnp.bfloat16 and (leaf == 1000).all()
 
 
 def test_parameters_may_be_any_arrays():
@@ -478,7 +588,7 @@ def test_parameters_may_be_any_arrays():
     for norm in norms.l2(), norms.l1():
         params, x = {"double": np.ones(2), "number": 1.0}, np.float32([[3, 4], [0, 1]])
         function = clipped_grad(linear, 1e3, norm=norm, reduce="sum")
-        _, got = quickly(lambda x: function(params, x))(x)  # noqa: B023
+        _, got = quickly(lambda x: function(params, x))(x)
         np.testing.assert_array_equal(got["double"], [3, 5])
         assert got["double"].dtype == jnp.ones(2).dtype and got["number"] == 3
 
@@ -501,7 +611,9 @@ def test_a_batch_over_devices(options, size):
 
 def test_accumulated_gradients_are_those_of_one_batch():
     optimizer, function = optax.MultiSteps(optax.sgd(1.0), 3), clipped_grad(loss, LIMIT)
-    step = quickly(lambda state, *batch: optimizer.update(function(PARAMS, *batch)[1], state, PARAMS))
+    step = quickly(
+        lambda state, *batch: optimizer.update(function(PARAMS, *batch)[1], state, PARAMS)
+    )
     updates, state = {}, optimizer.init(PARAMS)
     for i in range(0, BATCH, 2):
         updates, state = step(state, X[i : i + 2], Y[i : i + 2])
@@ -512,18 +624,24 @@ def test_accumulated_gradients_are_those_of_one_batch():
 # The transform for gradients that are there already
 
 
-@pytest.mark.parametrize("scope, reduce", [("tree", "sum"), ("tree", "mean"), ("group", "mean"), ("unit", "sum")])
+@pytest.mark.parametrize(
+    "scope, reduce", [("tree", "sum"), ("tree", "mean"), ("group", "mean"), ("unit", "sum")]
+)
 def test_aggregate_is_the_same_on_given_gradients(scope, reduce):
     ours, groups = SCOPES[scope]
     limit = float(np.median(sizes_of(EACH, groups, reference.l2)))
     threshold = {"1": limit, "2": limit} if scope == "group" else limit
     mask = np.array([True, True, False, True, True, True])
     clip = aggregate(threshold, scope=ours, reduce=reduce)
-    got, state = quickly(lambda g: clip.update(g, clip.init(PARAMS), mask=mask))(stored(PARAMS, X, Y))
+    got, state = quickly(lambda g: clip.update(g, clip.init(PARAMS), mask=mask))(
+        stored(PARAMS, X, Y)
+    )
     there = [one for one, real in zip(EACH, mask, strict=True) if real]
     total = expected(there, groups, reference.l2, lambda places: limit)
     close(got, {name: leaf / (5 if reduce == "mean" else 1) for name, leaf in total.items()})
-    (_, seen), same = compiled(clipped_grad(loss, threshold, scope=ours, reduce=reduce), PARAMS, X, Y, mask=mask)
+    (_, seen), same = compiled(
+        clipped_grad(loss, threshold, scope=ours, reduce=reduce), PARAMS, X, Y, mask=mask
+    )
     close(got, same)
     np.testing.assert_allclose(state.reading.measured, seen.state.reading.measured, rtol=1e-5)
 
@@ -543,9 +661,13 @@ def test_aggregate_in_a_chain_with_and_without_state():
 def test_limits_relative_to_the_parameters(relative):
     gradients = stored(PARAMS, X, Y)
     if relative == "threshold":
-        clip = aggregate(thresholds.relative(0.2), scope=scopes.leaf(), reduce="sum")
-        want = [reference.adaptive_grad_clip(one, PARAMS, 0.2, groups=reference.leaf) for one in EACH]
-        by_loss = clipped_grad(loss, thresholds.relative(0.2), scope=scopes.leaf(), reduce="sum")
+        clip = aggregate(thresholds.relative_to_params(0.2), scope=scopes.leaf(), reduce="sum")
+        want = [
+            reference.adaptive_grad_clip(one, PARAMS, 0.2, groups=reference.leaf) for one in EACH
+        ]
+        by_loss = clipped_grad(
+            loss, thresholds.relative_to_params(0.2), scope=scopes.leaf(), reduce="sum"
+        )
     else:
         options = {"scope": scopes.leaf(), "norm": norms.relative_linf(0.1, 1e-7), "reduce": "sum"}
         clip, by_loss = aggregate(1.0, **options), clipped_grad(loss, 1.0, **options)
@@ -553,7 +675,9 @@ def test_limits_relative_to_the_parameters(relative):
     want = {name: sum(one[name] for one in want) for name in SHAPES}
     close(compiled(clip.update, gradients, None, PARAMS)[0], want)
     close(compiled(by_loss, PARAMS, X, Y)[1], want)
-    with pytest.raises(ValueError, match="relative to the parameters" if relative == "threshold" else "params"):
+    with pytest.raises(
+        ValueError, match="relative to the parameters" if relative == "threshold" else "params"
+    ):
         compiled(clip.update, gradients, clip.init(PARAMS))
 
 
@@ -565,9 +689,19 @@ def test_aggregate_leaves_other_leaves_alone_and_keeps_dtypes():
         "wide": np.float32([[3], [0], [4]]),
     }
     clip = aggregate(5.0, scope=scopes.leaf(), reduce="sum")
-    params = {"half": jnp.zeros(2, jnp.bfloat16), "none": None, "count": jnp.array(0), "wide": np.zeros(1, np.float32)}
+    params = {
+        "half": jnp.zeros(2, jnp.bfloat16),
+        "none": None,
+        "count": jnp.array(0),
+        "wide": np.zeros(1, np.float32),
+    }
     out, state = compiled(clip.update, updates, clip.init(params))
-    assert out["none"] is None and out["count"] == 0 and out["half"].dtype == jnp.bfloat16 and out["wide"].dtype == np.float32
+    assert (
+        out["none"] is None
+        and out["count"] == 0
+        and out["half"].dtype == jnp.bfloat16
+        and out["wide"].dtype == np.float32
+    )
     np.testing.assert_allclose(np.asarray(out["half"], float), 3 * 5 / 2**0.5, rtol=2**-8)
     np.testing.assert_array_equal(out["wide"], [7])
     assert telemetry.group_names(state.reading) == ["half", "wide"]
@@ -580,7 +714,9 @@ def test_optax_has_the_same_where_gradients_are_finite_and_not_zero():
     @quickly
     def ours(limit):
         clip = aggregate(limit / 2, scope=scopes.leaf(), reduce="sum")  # of four layers
-        return clipped_grad(loss, limit, reduce="sum")(PARAMS, X, Y), clip.update(gradients, None)[0]
+        return clipped_grad(loss, limit, reduce="sum")(PARAMS, X, Y), clip.update(gradients, None)[
+            0
+        ]
 
     for limit in 0.5, LIMIT, 1e3:
         ((_, seen), whole), by_layer = ours(limit)
@@ -606,23 +742,37 @@ def test_half_precision_overflows_in_optax_and_here_not():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(TypeError, match=r"^threshold must not learn from single sizes, got .*per_example.quantile\(0.5\)$"):
+    with pytest.raises(
+        TypeError,
+        match=r"^threshold must not learn from single sizes, got .*per_example.quantile\(0.5\)$",
+    ):
         aggregate(thresholds.ema())
     with pytest.raises(TypeError, match=r"^threshold must not learn from single sizes"):
         clipped_grad(loss, {"1": 1.0, "2": thresholds.growth()}, scope=scopes.group(layer))
     with pytest.raises(ValueError, match=r"^reduce must be one of 'mean', 'sum', got 'max'"):
         aggregate(1.0, reduce="max")
-    with pytest.raises(TypeError, match=r"^loss_fn must be a function, got 3; pass one such as lambda params, x, y"):
+    with pytest.raises(
+        TypeError, match=r"^loss_fn must be a function, got 3; pass one such as lambda params, x, y"
+    ):
         clipped_grad(3, 1.0)
     with pytest.raises(ValueError, match=r"^microbatch must be at least 1, got 0"):
         clipped_grad(loss, 1.0, microbatch=0)
-    with pytest.raises(ValueError, match=r"^microbatch must divide the batch, got 4 for 6 examples"):
+    with pytest.raises(
+        ValueError, match=r"^microbatch must divide the batch, got 4 for 6 examples"
+    ):
         compiled(clipped_grad(loss, 1.0, microbatch=4), PARAMS, X, Y)
-    with pytest.raises(ValueError, match=r"^batch must be arrays whose first axis is that of the examples, got shapes"):
+    with pytest.raises(
+        ValueError,
+        match=r"^batch must be arrays whose first axis is that of the examples, got shapes",
+    ):
         compiled(clipped_grad(loss, 1.0), PARAMS, X, Y[:3])
-    with pytest.raises(ValueError, match=r"^updates must be arrays whose first axis is that of the examples"):
+    with pytest.raises(
+        ValueError, match=r"^updates must be arrays whose first axis is that of the examples"
+    ):
         aggregate(1.0).update({}, None)
-    with pytest.raises(ValueError, match=r"^mask must be bool of shape \(6,\), got float32 of shape \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"^mask must be bool of shape \(6,\), got float32 of shape \(6,\)"
+    ):
         compiled(clipped_grad(loss, 1.0), PARAMS, X, Y, mask=np.ones(6, np.float32))
     with pytest.raises(ValueError, match="^threshold has limits for"):
         compiled(clipped_grad(loss, {"a": 1.0}), PARAMS, X, Y)
@@ -647,7 +797,9 @@ def dense(p, x, y):
 
 def convolution(p, x, y):
     dimensions = ("NHWC", "HWIO", "NHWC")
-    h = jax.lax.conv_general_dilated(x[None], p["kernel"], (1, 1), "SAME", dimension_numbers=dimensions)
+    h = jax.lax.conv_general_dilated(
+        x[None], p["kernel"], (1, 1), "SAME", dimension_numbers=dimensions
+    )
     return jnp.sum((jnp.tanh(h).mean((0, 1, 2)) - y) ** 2)
 
 
@@ -669,7 +821,11 @@ def recurrent(p, x, y):
 MODELS = {
     "dense": (dense, {"hidden": (16, 32), "out": (32, 8), "bias": (8,)}, normal(8, 16)),
     "convolution": (convolution, {"kernel": (3, 3, 16, 8)}, normal(8, 5, 5, 16)),
-    "embedding": (embedding, {"table": (40, 16), "out": (16, 8)}, np.random.default_rng(0).integers(0, 40, (8, 5))),
+    "embedding": (
+        embedding,
+        {"table": (40, 16), "out": (16, 8)},
+        np.random.default_rng(0).integers(0, 40, (8, 5)),
+    ),
     "recurrent": (recurrent, {"in": (16, 64), "again": (16, 64), "out": (16, 8)}, normal(8, 5, 16)),
 }
 WAYS = {
@@ -683,7 +839,9 @@ WAYS = {
     "with aux": {"keep_batch_axis": True, "has_aux": True, "microbatch": 4},
 }
 CALLED = [("eager", False), ("eager", True), ("jit", False), ("jit", True)]
-each_call = pytest.mark.parametrize("call, context", CALLED, ids=[f"{call}, in={inside}" for call, inside in CALLED])
+each_call = pytest.mark.parametrize(
+    "call, context", CALLED, ids=[f"{call}, in={inside}" for call, inside in CALLED]
+)
 
 
 def user_mesh():
@@ -758,7 +916,9 @@ def test_a_limit_that_learns_on_an_explicit_mesh():
 @pytest.mark.parametrize("scope", SCOPES)
 def test_aggregate_on_an_explicit_mesh(scope, call, context):
     clip = aggregate({"1": 1.0, "2": 0.5} if scope == "group" else 0.5, scope=SCOPES[scope][0])
-    gradients = {name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()}
+    gradients = {
+        name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()
+    }
     gradients["count"] = np.arange(8)
 
     def run(gradients):
@@ -772,7 +932,9 @@ def test_aggregate_on_an_explicit_mesh(scope, call, context):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_vmap_of_update_on_an_explicit_mesh(scope, context):
     clip = optaxclip.clip({"1": 1.0, "2": 0.5} if scope == "group" else 0.5, scope=SCOPES[scope][0])
-    gradients = {name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()}
+    gradients = {
+        name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()
+    }
     one = clip.init(PARAMS)
     several = jax.tree.map(lambda x: np.stack([x] * 8), one)
 
@@ -784,14 +946,21 @@ def test_vmap_of_update_on_an_explicit_mesh(scope, context):
     same_tree(got, quickly(run)(gradients, several))
 
 
-ROWS = {name: getattr(optaxclip, name)() for name in ("zclip", "history_clip", "quantile_clip", "autoclip", "spam_clip")}
-ROWS["by leaf"] = optaxclip.clip({"w1": 0.5, "w2": thresholds.ema(), "b1": 1.0, "b2": 1.0}, scopes.leaf())
+ROWS = {
+    name: getattr(optaxclip, name)()
+    for name in ("zclip", "history_clip", "quantile_clip", "autoclip", "spam_clip")
+}
+ROWS["by leaf"] = optaxclip.clip(
+    {"w1": 0.5, "w2": thresholds.ema(), "b1": 1.0, "b2": 1.0}, scopes.leaf()
+)
 
 
 @pytest.mark.parametrize("context", [False, True])
 @pytest.mark.parametrize("row", ROWS)
 def test_rules_that_learn_under_vmap_on_an_explicit_mesh(row, context):
-    gradients = {name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()}
+    gradients = {
+        name: np.resize(leaf, (8, *leaf.shape[1:])) for name, leaf in stored(PARAMS, X, Y).items()
+    }
     state = ROWS[row].init(PARAMS)
 
     def run(gradients):
@@ -811,11 +980,19 @@ def test_a_batch_of_no_examples_gives_zeros_and_teaches_nothing(reduce, size):
         state = function.init(PARAMS)
         for wrap in (lambda f: f), quickly:
             x, y, mask = X[:0], Y[:0], np.zeros(0, bool)
-            (value, seen), got = wrap(lambda x, y, mask: function(PARAMS, x, y, mask=mask, state=state))(x, y, mask)  # noqa: B023
+            (value, seen), got = wrap(
+                lambda x, y, mask: function(PARAMS, x, y, mask=mask, state=state)
+            )(x, y, mask)
             assert value == 0 and {name: leaf.shape for name, leaf in got.items()} == SHAPES
             assert not any(leaf.any() for leaf in got.values())
-            assert seen.losses.shape == seen.counted.shape == (0,) and seen.sizes.shape == seen.clipped.shape == (0, 1)
-            assert seen.state.step == 1 and seen.limits.shape == (1,) and (seen.state.reading.counted == 0).all()
+            assert seen.losses.shape == seen.counted.shape == (
+                0,
+            ) and seen.sizes.shape == seen.clipped.shape == (0, 1)
+            assert (
+                seen.state.step == 1
+                and seen.limits.shape == (1,)
+                and (seen.state.reading.counted == 0).all()
+            )
             np.testing.assert_array_equal(seen.state.threshold, state.threshold)
     assert function.plan(PARAMS, x, y) == function.plan(PARAMS, X, Y)
 
@@ -827,8 +1004,12 @@ def test_an_empty_batch_of_keys_and_of_gradients():
     keys = jax.random.split(jax.random.key(0), 3)[:0]
     (value, _), got = compiled(clipped_grad(noisy, 1.0), jnp.ones(2), jnp.ones((0, 2)), keys)
     assert value == 0 and got.tolist() == [0, 0]
-    out, state = compiled(aggregate(LARGEST).update, {"a": jnp.ones((0, 2)), "n": jnp.zeros(0, int)}, None)
-    assert out["a"].tolist() == [0, 0] and out["n"] == 0 and state.step == 1 and state.threshold == 1
+    out, state = compiled(
+        aggregate(LARGEST).update, {"a": jnp.ones((0, 2)), "n": jnp.zeros(0, int)}, None
+    )
+    assert (
+        out["a"].tolist() == [0, 0] and out["n"] == 0 and state.step == 1 and state.threshold == 1
+    )
 
 
 def test_leaves_that_are_no_floats_have_no_gradient():
@@ -846,9 +1027,17 @@ def test_leaves_that_are_no_floats_have_no_gradient():
 
 def test_aggregate_passes_keys_and_float0():
     keys = jax.random.split(jax.random.key(0), 3)
-    updates = {"a": np.ones((3, 2), np.float32), "key": keys, "zero": np.zeros((3, 2), jax.dtypes.float0)}
+    updates = {
+        "a": np.ones((3, 2), np.float32),
+        "key": keys,
+        "zero": np.zeros((3, 2), jax.dtypes.float0),
+    }
     out, _ = aggregate(1.0).update(updates, None)
-    assert jnp.all(out["key"] == keys[0]) and out["zero"].dtype == jax.dtypes.float0 and out["zero"].shape == (2,)
+    assert (
+        jnp.all(out["key"] == keys[0])
+        and out["zero"].dtype == jax.dtypes.float0
+        and out["zero"].shape == (2,)
+    )
     np.testing.assert_allclose(out["a"], 0.5**0.5, rtol=1e-6)
 
 
@@ -865,7 +1054,8 @@ def test_a_module_of_nnx_with_dropout():
     graph, params, rest = nnx.split(net, nnx.Param, ...)
 
     def merged(params, x, y):
-        copy = nnx.merge(graph, *jax.tree.map(lambda leaf: leaf, (params, rest)))  # variables of this trace
+        # variables of this trace
+        copy = nnx.merge(graph, *jax.tree.map(lambda leaf: leaf, (params, rest)))
         return jnp.sum((copy(x) - y) ** 2)
 
     _, whole = function(net, X, Y)
@@ -874,18 +1064,30 @@ def test_a_module_of_nnx_with_dropout():
     same_tree(nnx.state(whole, nnx.Param), want)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"]
+)
 def test_any_float_is_measured_in_float32_and_given_back_in_its_own(dtype):
     def linear(params, x):
-        return jnp.sum(x @ params["w"].astype(jnp.float32)) + jnp.sum(params["b"].astype(jnp.float32) * x[0])
+        return jnp.sum(x @ params["w"].astype(jnp.float32)) + jnp.sum(
+            params["b"].astype(jnp.float32) * x[0]
+        )
 
     params = {"w": jnp.ones((6, 8), dtype), "b": jnp.ones(8, dtype)}
     for options in {}, {"norm": norms.l1()}, {"scope": scopes.unit()}:
-        (_, seen), got = compiled(clipped_grad(linear, np.inf, reduce="sum", **options), params, np.ones((1, 6), np.float32))
-        assert all(leaf.dtype == dtype and (leaf == jnp.ones((), dtype)).all() for leaf in got.values())
+        (_, seen), got = compiled(
+            clipped_grad(linear, np.inf, reduce="sum", **options),
+            params,
+            np.ones((1, 6), np.float32),
+        )
+        assert all(
+            leaf.dtype == dtype and (leaf == jnp.ones((), dtype)).all() for leaf in got.values()
+        )
         assert seen.sizes.dtype == np.float32
     size = 56**0.5
-    assert compiled(clipped_grad(linear, np.inf), params, np.ones((1, 6), np.float32))[0][1].sizes[0, 0] == pytest.approx(size)
+    assert compiled(clipped_grad(linear, np.inf), params, np.ones((1, 6), np.float32))[0][1].sizes[
+        0, 0
+    ] == pytest.approx(size)
     out, _ = compiled(aggregate(2.0).update, jnp.ones((3, 4), dtype), None)
     assert out.dtype == dtype and (out == jnp.ones((), dtype)).all()
 
@@ -893,10 +1095,18 @@ def test_any_float_is_measured_in_float32_and_given_back_in_its_own(dtype):
 def test_an_axis_that_is_not_mapped_is_named():
     run = {
         "clipped_grad": lambda axes: clipped_grad(loss, 1.0, sharded_over=axes)(PARAMS, X, Y),
-        "aggregate": lambda axes: aggregate(1.0, sharded_over=axes).update({"a": jnp.ones((3, 2))}, None),
+        "aggregate": lambda axes: aggregate(1.0, sharded_over=axes).update(
+            {"a": jnp.ones((3, 2))}, None
+        ),
     }
     for call in run.values():
-        with pytest.raises(ValueError, match=r"^sharded_over must name mapped axes, got \('x',\) where none are mapped"):
+        with pytest.raises(
+            ValueError,
+            match=r"^sharded_over must name mapped axes, got \('x',\) where none are mapped",
+        ):
             call("x")
-        with pytest.raises(ValueError, match=r"^sharded_over must name mapped axes, got \('x',\) where \('y',\) are mapped"):
-            jax.vmap(lambda _: call(("y", "x")), axis_name="y")(jnp.ones(2))  # noqa: B023
+        with pytest.raises(
+            ValueError,
+            match=r"^sharded_over must name mapped axes, got \('x',\) where \('y',\) are mapped",
+        ):
+            jax.vmap(lambda _: call(("y", "x")), axis_name="y")(jnp.ones(2))

@@ -1,4 +1,6 @@
-"""What clipping each example costs on top of a plain gradient, by the compiler's figures on CPU: rows of the benchmark."""
+"""What clipping each example costs on top of a plain gradient, by the compiler's figures on CPU:
+rows of the benchmark.
+"""
 
 import jax
 
@@ -6,7 +8,9 @@ from benchmarks.per_example import MODELS, counted, rows_of
 
 
 def figures(title):
-    """Of a plain step, of ours, and of gradients that are stored for each example: flops, and bytes of temporary memory."""
+    """Of a plain step, of ours, and of gradients that are stored for each example: flops, and bytes
+    of temporary memory.
+    """
     model, make_batch = MODELS[title]
     batch = make_batch()
     params = jax.eval_shape(model.init, jax.random.key(0), batch[0][0])

@@ -1,4 +1,6 @@
-"""The example on single examples: no one of them adds more than it may, what is spent is known, and wrong labels harm less."""
+"""The example on single examples: no one of them adds more than it may, what is spent is known, and
+wrong labels harm less.
+"""
 
 import re
 
@@ -26,16 +28,31 @@ NOISES = [0.5, 2.0, 16.0]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     out = tmp_path_factory.mktemp("per_example") / "new" / "folder"
-    tasks = {"labels": ("wrong labels", [0.0, 0.2, 0.4], NAMES), "private": ("noise", NOISES, NAMES[1:])}
-    return in_process(example, out, "--seeds", 4, "--steps", 300, TASKS=tasks, RATES=(0.3, 3.0)), out
+    tasks = {
+        "labels": ("wrong labels", [0.0, 0.2, 0.4], NAMES),
+        "private": ("noise", NOISES, NAMES[1:]),
+    }
+    return in_process(
+        example, out, "--seeds", 4, "--steps", 300, TASKS=tasks, RATES=(0.3, 3.0)
+    ), out
 
 
 def test_every_row_is_saved(saved):
     results, out = saved
-    assert results["options"] == {"seeds": 4, "seed": 0, "steps": 300, "out": str(out), "task": "both"}
+    assert results["options"] == {
+        "seeds": 4,
+        "seed": 0,
+        "steps": 300,
+        "out": str(out),
+        "task": "both",
+    }
     labels, private = (results["tasks"][task] for task in ("labels", "private"))
-    assert [(row["clipping"], row["wrong labels"]) for row in labels] == [(n, w) for n in NAMES for w in (0.0, 0.2, 0.4)]
-    assert [(row["clipping"], row["noise"]) for row in private] == [(n, s) for n in NAMES[1:] for s in NOISES]
+    assert [(row["clipping"], row["wrong labels"]) for row in labels] == [
+        (n, w) for n in NAMES for w in (0.0, 0.2, 0.4)
+    ]
+    assert [(row["clipping"], row["noise"]) for row in private] == [
+        (n, s) for n in NAMES[1:] for s in NOISES
+    ]
     for row in labels + private:
         assert (
             len(row["accuracy"]) == 4
@@ -46,9 +63,12 @@ def test_every_row_is_saved(saved):
 
 
 def test_wrong_labels_harm_less_if_each_example_is_clipped(saved):
-    median = {(row["clipping"], row["wrong labels"]): row["median"] for row in saved[0]["tasks"]["labels"]}
+    median = {
+        (row["clipping"], row["wrong labels"]): row["median"] for row in saved[0]["tasks"]["labels"]
+    }
     assert min(median[name, 0.0] for name in NAMES) > 0.9
-    assert median["none", 0.0] > median["median", 0.0]  # there is a price where all labels are right
+    # there is a price where all labels are right
+    assert median["none", 0.0] > median["median", 0.0]
     assert median["limit 1", 0.4] > median["none", 0.4] + 0.005
     assert median["median", 0.4] >= median["none", 0.4]
 
@@ -58,7 +78,10 @@ def test_noise_is_what_privacy_costs(saved):
     for row in private:
         assert row["epsilon"] == pytest.approx(example.epsilon(row["noise"], 300))
     for name in NAMES[1:]:
-        epsilons, medians = zip(*[(row["epsilon"], row["median"]) for row in private if row["clipping"] == name], strict=True)
+        epsilons, medians = zip(
+            *[(row["epsilon"], row["median"]) for row in private if row["clipping"] == name],
+            strict=True,
+        )
         assert epsilons[0] > epsilons[1] > epsilons[2] > 0
         assert medians[0] > 0.8 and medians[2] < medians[0] - 0.2
 
@@ -76,12 +99,16 @@ def test_no_example_adds_more_than_it_may(name):
     images = example.IMAGES[:40] * jnp.geomspace(1e-3, 1e6, 40)[:, None]
     threshold = rule(initial=limit, noise=0.0) if rule else limit
     grad = clipping.clipped_grad(example.loss, threshold, response=response, reduce="sum")
-    one = jax.vmap(lambda mask: ravel_pytree(grad(params, images, example.LABELS[:40], mask=mask)[1])[0])
+    one = jax.vmap(
+        lambda mask: ravel_pytree(grad(params, images, example.LABELS[:40], mask=mask)[1])[0]
+    )
     added = np.linalg.norm(np.asarray(jax.jit(one)(jnp.eye(40, dtype=bool)), np.float64), axis=1)
     assert added.max() <= limit * (1 + 1e-6) and np.sum(added > 0.95 * limit) > 5
 
 
-def test_epsilon_is_that_of_the_gaussian_mechanism_where_all_examples_are_in_every_batch(monkeypatch):
+def test_epsilon_is_that_of_the_gaussian_mechanism_where_all_examples_are_in_every_batch(
+    monkeypatch,
+):
     monkeypatch.setattr(example, "EXPECTED", len(example.TRAIN))
     for noise, steps in (4.0, 1), (4.0, 9), (30.0, 9):
         found, mu = example.epsilon(noise, steps), steps**0.5 / noise
@@ -98,7 +125,11 @@ def test_epsilon_grows_with_the_steps_and_falls_with_smaller_batches(monkeypatch
 
 def test_sum_and_count_together_spend_what_is_accounted_for():
     both, alone = PLDAccountant(), PLDAccountant()
-    parts = [GaussianDpEvent(example.beside_count(1.0)), GaussianDpEvent(2 * example.COUNT_NOISE)]  # of halves, added or not
+    # of halves, added or not
+    parts = [
+        GaussianDpEvent(example.beside_count(1.0)),
+        GaussianDpEvent(2 * example.COUNT_NOISE),
+    ]
     both.compose(ComposedDpEvent(parts), 5)
     alone.compose(GaussianDpEvent(1.0), 5)
     assert both.get_epsilon(1e-5) == pytest.approx(alone.get_epsilon(1e-5), rel=1e-3)
@@ -114,7 +145,9 @@ def test_the_median_divides_the_count_by_the_expected_size():
 
 
 def test_a_batch_has_room_for_what_is_drawn():
-    assert binom.sf(example.PADDED, len(example.TRAIN), example.EXPECTED / len(example.TRAIN)) < 1e-13
+    assert (
+        binom.sf(example.PADDED, len(example.TRAIN), example.EXPECTED / len(example.TRAIN)) < 1e-13
+    )
 
 
 def test_examples_are_split_and_no_test_image_is_trained_on():

@@ -20,7 +20,8 @@ from optaxclip import plots, scopes, telemetry
 NAN, INF = np.nan, np.inf
 PARAMS = {"enc": {"w": jnp.zeros(1)}, "head": jnp.zeros(1)}
 LIMITS = {"enc/w": 1.0, "head": 10.0}
-SIZES = np.array([[0.5, 3.0], [2.0, 3.0], [0.25, 40.0], [4.0, 20.0], [0.5, 9.0]], np.float32)  # [steps, groups]
+# [steps, groups]
+SIZES = np.array([[0.5, 3.0], [2.0, 3.0], [0.25, 40.0], [4.0, 20.0], [0.5, 9.0]], np.float32)
 
 
 def run(sizes, clip=None, params=PARAMS):
@@ -42,16 +43,27 @@ def recorded():
 def by_hand(before, limit, **more):
     """A history with one group."""
     before, limit = np.broadcast_arrays(np.asarray(before, float), limit)
-    steps = np.broadcast_to(np.arange(1.0, len(before) + 1).reshape(-1, *[1] * (before.ndim - 1)), before.shape)
+    steps = np.broadcast_to(
+        np.arange(1.0, len(before) + 1).reshape(-1, *[1] * (before.ndim - 1)), before.shape
+    )
     after = np.where(np.isfinite(before), np.minimum(before, limit), NAN)
     share = (np.isfinite(before) & (before > limit)).astype(float)
-    names = {"size_before": before, "size_after": after, "limit": limit, "clipped_share": share, "steps": steps}
+    names = {
+        "size_before": before,
+        "size_after": after,
+        "limit": limit,
+        "clipped_share": share,
+        "steps": steps,
+    }
     return {f"clip/{name}": value for name, value in names.items()} | more
 
 
 def listed(history, prefix="clip"):
     """The same history as a list of dicts."""
-    return [{name: values[i] for name, values in history.items()} for i in range(len(history[f"{prefix}/steps"]))]
+    return [
+        {name: values[i] for name, values in history.items()}
+        for i in range(len(history[f"{prefix}/steps"]))
+    ]
 
 
 def lines(ax):
@@ -76,15 +88,26 @@ def test_lines_are_sizes_before_and_after_and_the_limit_of_the_largest_group(kin
     history = recorded()
     rows = listed(history)
     kinds = {"stacked": history, "listed": rows, "tuple": tuple(rows)}
-    kinds["floats"] = [{name: float(value) for name, value in row.items()} | {"loss": "low"} for row in rows]
+    kinds["floats"] = [
+        {name: float(value) for name, value in row.items()} | {"loss": "low"} for row in rows
+    ]
     ax, steps = plots.sizes(kinds[kind]), np.arange(1, 6)
     assert_draws(ax, "before", steps, [3, 3, 40, 20, 9])
     assert_draws(ax, "after", steps, [3, 3, 10, 10, 9])
     assert_draws(ax, "limit", steps, [10] * 5)
     assert_draws(ax, "clipped", [2, 3, 4], [3, 40, 20])  # in step 2 the smaller group was
     assert set(lines(ax)) == {"before", "after", "limit", "clipped"}
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["before", "after", "limit", "clipped"]
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("step", "norm of the largest group", "log")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "before",
+        "after",
+        "limit",
+        "clipped",
+    ]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == (
+        "step",
+        "norm of the largest group",
+        "log",
+    )
     assert ax.get_title() == "Norm before and after clipping" and not ax.collections
 
 
@@ -108,7 +131,9 @@ def test_a_prefix_chooses_one_of_several_clips():
     history = run(SIZES, optax.chain(telemetry.monitor(), optaxclip.clip_by_global_norm(2.0)))
     norms = np.linalg.norm(SIZES, axis=1)
     assert set(lines(plots.sizes(history, prefix="clip_0"))) == {"before", "after"}
-    assert_draws(plots.sizes(history, prefix="clip_1"), "after", np.arange(1, 6), np.minimum(norms, 2))
+    assert_draws(
+        plots.sizes(history, prefix="clip_1"), "after", np.arange(1, 6), np.minimum(norms, 2)
+    )
 
 
 def test_what_no_logarithm_can_draw_is_left_out_and_steps_that_are_not_finite_are_marked():
@@ -137,12 +162,19 @@ def test_of_seeds_there_are_medians_and_quartiles():
     history = by_hand(before, np.median(before[:2]))
     ordered = np.sort(np.where(np.isfinite(before), before, INF), axis=1)
     medians = [median if median < INF else NAN for median in ordered[:, 2]]
-    for kind in history, listed(history), {name: values.T for name, values in history.items()}:  # or seeds first
+    for kind in (
+        history,
+        listed(history),
+        {name: values.T for name, values in history.items()},
+    ):  # or seeds first
         ax = plots.sizes(kind)
         assert_draws(ax, "before", np.arange(1, 7), medians)
         assert_draws(ax, "not finite", [3, 4], [1, 1])
         half = (before > np.median(before[:2])).sum(1) >= 3
-        assert half.any() and lines(ax)["clipped"].get_xdata().tolist() == (1 + np.flatnonzero(half)).tolist()
+        assert (
+            half.any()
+            and lines(ax)["clipped"].get_xdata().tolist() == (1 + np.flatnonzero(half)).tolist()
+        )
         found = band(ax, 0)
         for step in 1, 2:
             np.testing.assert_allclose(found[step], ordered[step - 1, [1, 3]], rtol=1e-6)
@@ -160,14 +192,22 @@ def test_steps_are_those_that_the_clip_counted():
     history = listed(recorded())
     assert_draws(plots.sizes(history[1::2]), "before", [2, 4], [3, 20])
     slim = [{name: value for name, value in row.items() if name.count("/") < 2} for row in history]
-    assert_draws(plots.sizes([slim[0], history[1], slim[2], history[3]], group="head"), "before", [2, 4], [3, 20])
+    assert_draws(
+        plots.sizes([slim[0], history[1], slim[2], history[3]], group="head"),
+        "before",
+        [2, 4],
+        [3, 20],
+    )
 
 
 @pytest.mark.parametrize("as_a_list", [False, True])
 def test_steps_that_a_guard_left_out_are_marked_and_are_no_steps_of_the_clip(as_a_list):
     sizes = SIZES.copy()
     sizes[[0, 2, 3], 0] = [1.0, NAN, INF]
-    history = run(sizes, optaxclip.skip_nonfinite(optax.chain(telemetry.monitor(), optaxclip.clip_by_norm(1.0))))
+    history = run(
+        sizes,
+        optaxclip.skip_nonfinite(optax.chain(telemetry.monitor(), optaxclip.clip_by_norm(1.0))),
+    )
     ax = plots.sizes(listed(history, "clip_1") if as_a_list else history, prefix="clip_1")
     assert_draws(ax, "before", [1, 2, 5], [3, 3, 9])
     assert_draws(ax, "skipped", [3, 4], [1, 1])
@@ -178,8 +218,12 @@ def test_a_state_that_has_seen_nothing_yet_is_no_step():
     clip = optaxclip.clip_by_global_norm(1.0)
     states = [clip.init(PARAMS)]
     for size in 3.0, 4.0:
-        states.append(clip.update({"enc": {"w": None}, "head": jnp.array([size])}, states[-1], PARAMS)[1])
-    assert_draws(plots.sizes([telemetry.metrics(state) for state in states]), "before", [1, 2], [3, 4])
+        states.append(
+            clip.update({"enc": {"w": None}, "head": jnp.array([size])}, states[-1], PARAMS)[1]
+        )
+    assert_draws(
+        plots.sizes([telemetry.metrics(state) for state in states]), "before", [1, 2], [3, 4]
+    )
 
 
 # Shares
@@ -188,13 +232,21 @@ def test_a_state_that_has_seen_nothing_yet_is_no_step():
 def picture(ax):
     """Names, edges of the columns, and values of a heat map."""
     (mesh,) = ax.collections
-    return [text.get_text() for text in ax.get_yticklabels()], mesh.get_coordinates()[0, :, 0], np.asarray(mesh.get_array())
+    return (
+        [text.get_text() for text in ax.get_yticklabels()],
+        mesh.get_coordinates()[0, :, 0],
+        np.asarray(mesh.get_array()),
+    )
 
 
 def many(shares, names):
     """A history with many groups and their shares `[steps, groups]`."""
     shares = dict(zip(names, shares.T, strict=True))
-    return by_hand(np.ones(len(shares[names[0]])), 1.0, **{f"clip/clipped_share/{name}": x for name, x in shares.items()})
+    return by_hand(
+        np.ones(len(shares[names[0]])),
+        1.0,
+        **{f"clip/clipped_share/{name}": x for name, x in shares.items()},
+    )
 
 
 @pytest.mark.parametrize("bins", [1, 3, 7, 100])
@@ -202,10 +254,20 @@ def test_rows_are_groups_and_columns_means_over_steps(bins):
     names = [f"layers_{i}/w" for i in (0, 1, 2, 10, 11)]
     shares = np.random.default_rng(bins).random((20, 5))
     history = many(shares, names)
-    history = {name: history[name] for name in sorted(history)}  # as jit returns it: layers_10 before layers_2
+    # as jit returns it: layers_10 before layers_2
+    history = {name: history[name] for name in sorted(history)}
     columns = min(bins, 20)
-    edges = [sum(len(part) for part in np.array_split(range(20), columns)[:k]) for k in range(columns + 1)]
-    want = [[np.mean([shares[t, k] for t in range(a, b)]) for a, b in zip(edges, edges[1:], strict=False)] for k in range(5)]
+    edges = [
+        sum(len(part) for part in np.array_split(range(20), columns)[:k])
+        for k in range(columns + 1)
+    ]
+    want = [
+        [
+            np.mean([shares[t, k] for t in range(a, b)])
+            for a, b in zip(edges, edges[1:], strict=False)
+        ]
+        for k in range(5)
+    ]
     for kind in history, listed(history):
         ax = plots.clipped_shares(kind, bins=bins)
         found, columns_at, values = picture(ax)
@@ -213,7 +275,11 @@ def test_rows_are_groups_and_columns_means_over_steps(bins):
         np.testing.assert_allclose(values, want)
         np.testing.assert_allclose(columns_at, np.array(edges) + 0.5)
     mesh, bar = ax.collections[0], ax.figure.axes[1]
-    assert mesh.get_clim() == (0, 1) and bar.get_ylabel() == "share clipped" and ax.get_xlabel() == "step"
+    assert (
+        mesh.get_clim() == (0, 1)
+        and bar.get_ylabel() == "share clipped"
+        and ax.get_xlabel() == "step"
+    )
 
 
 def test_shares_of_a_run():
@@ -225,7 +291,8 @@ def test_shares_of_a_run():
 def test_shares_are_means_over_seeds():
     history = jax.vmap(run)(jnp.stack([SIZES, 0 * SIZES + 2, 0 * SIZES + 0.5, 0 * SIZES + 0.5]))
     np.testing.assert_allclose(
-        picture(plots.clipped_shares(history))[2], [np.array([1, 2, 1, 2, 1]) / 4, [0, 0, 0.25, 0.25, 0]]
+        picture(plots.clipped_shares(history))[2],
+        [np.array([1, 2, 1, 2, 1]) / 4, [0, 0, 0.25, 0.25, 0]],
     )
 
 
@@ -241,7 +308,9 @@ def test_without_names_there_is_one_row():
 def heights(ax):
     """Height of a row, and of its letters, in points, as drawn."""
     ax.figure.canvas.draw()
-    return 72 * ax.bbox.height / ax.figure.dpi / len(ax.collections[0].get_array()), ax.get_yticklabels()[0].get_fontsize()
+    return 72 * ax.bbox.height / ax.figure.dpi / len(
+        ax.collections[0].get_array()
+    ), ax.get_yticklabels()[0].get_fontsize()
 
 
 @pytest.mark.parametrize("groups", [2, 60, 150])
@@ -254,15 +323,24 @@ def test_names_of_many_rows_can_be_read(groups):
     names = picture(ax)[0]
     every = 1 if groups == 2 else -(-groups // len(names))
     row, letters = heights(ax)
-    assert 5 < letters < row * every and names == [f"layers/{i}/kernel" for i in range(0, groups, every)]
+    assert 5 < letters < row * every and names == [
+        f"layers/{i}/kernel" for i in range(0, groups, every)
+    ]
     assert ax.get_yticks().tolist() == list(range(0, groups, every))
 
 
 def test_long_names_are_shortened_alike_and_differ_still():
-    long = [f"transformer/encoder/layers_{i}/self_attention/{part}/kernel" for i in range(12) for part in ("query", "value")]
+    long = [
+        f"transformer/encoder/layers_{i}/self_attention/{part}/kernel"
+        for i in range(12)
+        for part in ("query", "value")
+    ]
     names = picture(plots.clipped_shares(many(np.zeros((2, 24)), long)))[0]
     assert len(set(names)) == 24 and max(map(len, names)) <= plots.LONGEST
-    assert all(name.endswith(f"{i // 2}/self_…on/{long[i].split('/')[-2]}/kernel") for i, name in enumerate(names)), names
+    assert all(
+        name.endswith(f"{i // 2}/self_…on/{long[i].split('/')[-2]}/kernel")
+        for i, name in enumerate(names)
+    ), names
     assert plots._shortened(["short/one", "x" * 48]) == ["short/one", "x" * 48]
     assert plots._shortened([]) == []
     assert len(plots._shortened(["word" * 100 + "_12"])[0]) <= plots.LONGEST
@@ -277,7 +355,9 @@ def monitored(sizes, **options):
     def step(state, size):
         return monitor.update({"enc": {"w": size[:1]}, "head": size[1:]}, state)[1], None
 
-    return jax.jit(lambda sizes: jax.lax.scan(step, monitor.init(PARAMS), sizes)[0])(jnp.asarray(sizes, jnp.float32))
+    return jax.jit(lambda sizes: jax.lax.scan(step, monitor.init(PARAMS), sizes)[0])(
+        jnp.asarray(sizes, jnp.float32)
+    )
 
 
 @functools.cache
@@ -287,7 +367,10 @@ def state():
 
 def flags(ax):
     """Thresholds, tops and labels of the candidates."""
-    return [(line.get_xdata()[0], line.get_ydata()[1], text.get_text()) for line, text in zip(ax.lines, ax.texts, strict=True)]
+    return [
+        (line.get_xdata()[0], line.get_ydata()[1], text.get_text())
+        for line, text in zip(ax.lines, ax.texts, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 300, 1500])
@@ -295,11 +378,15 @@ def test_bars_count_the_sizes_that_were_seen(steps):
     sizes = np.random.default_rng(steps).lognormal(sigma=0.7, size=(steps, 1)) * [1, 0]
     sizes[-1] *= 1 if steps < 100 else 50
     ax = plots.histogram(monitored(sizes))
-    left, widths, counts = np.array([(bar.get_x(), bar.get_width(), bar.get_height()) for bar in ax.patches]).T
+    left, widths, counts = np.array(
+        [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in ax.patches]
+    ).T
     assert counts.sum() == steps and (counts > 0).all() and len(counts) <= plots.BARS
     ratios = (left + widths) / left
     np.testing.assert_allclose(ratios, ratios[0])
-    np.testing.assert_array_less(ratios, max(1.03, (sizes.max() / sizes[:, 0].min()) ** (1.5 / plots.BARS)))
+    np.testing.assert_array_less(
+        ratios, max(1.03, (sizes.max() / sizes[:, 0].min()) ** (1.5 / plots.BARS))
+    )
     near = 1e-5 if steps < 1024 else 0.0101  # beyond 1024 a monitor knows sizes within 1 %
     for x, count in zip(left + widths, np.cumsum(counts), strict=True):
         assert np.sum(sizes[:, 0] < x * (1 - near)) <= count <= np.sum(sizes[:, 0] < x * (1 + near))
@@ -328,7 +415,8 @@ def test_no_label_covers_another_or_a_line_or_leaves_the_picture(spread, size):
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i])
         assert ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and box.y1 < ax.bbox.y1
-        assert box.y0 > ax.transData.transform((1, max(bar.get_height() for bar in ax.patches)))[1]  # above the bars
+        # above the bars
+        assert box.y0 > ax.transData.transform((1, max(bar.get_height() for bar in ax.patches)))[1]
         for line in ax.lines:
             x, top = line.get_transform().transform((line.get_xdata()[0], line.get_ydata()[1]))
             assert not (box.x0 < x < box.x1 and top > box.y0 + 1)
@@ -337,7 +425,9 @@ def test_no_label_covers_another_or_a_line_or_leaves_the_picture(spread, size):
 def test_a_histogram_of_one_group_of_several():
     state = monitored(SIZES, scope=scopes.leaf())
     ax = plots.histogram(state, group="head")
-    assert [threshold for threshold, *_ in flags(ax)] == [x.threshold for x in telemetry.suggest(state) if x.group == "head"]
+    assert [threshold for threshold, *_ in flags(ax)] == [
+        x.threshold for x in telemetry.suggest(state) if x.group == "head"
+    ]
     assert sum(bar.get_height() for bar in ax.patches) == 5 and ax.get_xlabel() == "norm of head"
     assert min(bar.get_x() for bar in ax.patches) > 2
 
@@ -347,7 +437,9 @@ def test_a_histogram_of_one_group_of_several():
 
 DRAWN = {
     "sizes": lambda **options: plots.sizes(recorded(), **options),
-    "sizes of seeds": lambda **options: plots.sizes(by_hand(np.arange(1.0, 13).reshape(4, 3), 5.0), **options),
+    "sizes of seeds": lambda **options: plots.sizes(
+        by_hand(np.arange(1.0, 13).reshape(4, 3), 5.0), **options
+    ),
     "shares": lambda **options: plots.clipped_shares(recorded(), **options),
     "histogram": lambda **options: plots.histogram(state(), **options),
 }
@@ -362,7 +454,10 @@ def test_pictures_are_saved(name, tmp_path):
 @pytest.mark.parametrize("name", DRAWN)
 def test_pictures_go_where_they_are_told(name):
     figure = Figure((11, 8), layout="constrained")
-    corners = [*figure.subplots(2, 1), figure.add_subfigure(figure.add_gridspec(1, 1)[0]).subplots()]
+    corners = [
+        *figure.subplots(2, 1),
+        figure.add_subfigure(figure.add_gridspec(1, 1)[0]).subplots(),
+    ]
     for corner in corners:
         assert DRAWN[name](ax=corner) is corner and corner.has_data() and corner.get_title()
     figure.canvas.draw()
@@ -378,14 +473,20 @@ def test_a_new_figure_is_freed(name):
 @pytest.mark.parametrize("name", DRAWN)
 def test_axes_are_checked(name):
     for wrong in Figure(), np.array([Figure().subplots()]), "ax":
-        with pytest.raises(TypeError, match=r"(?s)^ax must be a Axes, got .*; pass one such as Figure\(\)\.subplots\(\)$"):
+        with pytest.raises(
+            TypeError,
+            match=r"(?s)^ax must be a Axes, got .*; pass one such as Figure\(\)\.subplots\(\)$",
+        ):
             DRAWN[name](ax=wrong)
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_without_matplotlib_the_extra_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"^optaxclip\.plots has no matplotlib .*; pip install 'optaxclip\[plots\]'$"):
+    with pytest.raises(
+        ImportError,
+        match=r"^optaxclip\.plots has no matplotlib .*; pip install 'optaxclip\[plots\]'$",
+    ):
         DRAWN[name]()
 
 
@@ -407,36 +508,59 @@ assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.mod
 @pytest.mark.parametrize("draw", [plots.sizes, plots.clipped_shares])
 def test_a_history_is_checked(draw):
     rows = listed(recorded())
-    for wrong, kind in (None, "NoneType"), (3, "int"), ([1.0], "list"), (iter(rows), "list_iterator"), ("text", "str"):
+    for wrong, kind in (
+        (None, "NoneType"),
+        (3, "int"),
+        ([1.0], "list"),
+        (iter(rows), "list_iterator"),
+        ("text", "str"),
+    ):
         words = f"^history must be dicts, got {kind}; pass a list of what telemetry.metrics gave$"
         with pytest.raises(TypeError, match=words):
             draw(wrong)
-    for wrong, keys in ([], r"\[\]"), ({}, r"\[\]"), ([{"loss": 1.0, 0: 2.0}], r"\['loss', '0'\]"), ([{"clip/steps": 1}], "."):
+    for wrong, keys in (
+        ([], r"\[\]"),
+        ({}, r"\[\]"),
+        ([{"loss": 1.0, 0: 2.0}], r"\['loss', '0'\]"),
+        ([{"clip/steps": 1}], "."),
+    ):
         words = f"^history has no metrics of a clip, only {keys}.*; pass what telemetry.metrics gave at each step$"
         with pytest.raises(ValueError, match=words):
             draw(wrong)
     words = r"^history has arrays of shape {}; give them one axis of steps, and at most one more, of seeds$"
-    for wrong, shape in (rows[0], r"\(\)"), (by_hand(np.ones((2, 3, 4)), 1.0), r"\(2, 3, 4\)"), (by_hand([], 1.0), r"\(0,\)"):
+    for wrong, shape in (
+        (rows[0], r"\(\)"),
+        (by_hand(np.ones((2, 3, 4)), 1.0), r"\(2, 3, 4\)"),
+        (by_hand([], 1.0), r"\(0,\)"),
+    ):
         with pytest.raises(ValueError, match=words.format(shape)):
             draw(wrong)
     clip = optaxclip.clip_by_global_norm(1.0)
     with pytest.raises(
-        ValueError, match="^history has no step that was done, got steps=0; record telemetry.metrics after each"
+        ValueError,
+        match="^history has no step that was done, got steps=0; record telemetry.metrics after each",
     ):
         draw([telemetry.metrics(clip.init(PARAMS))])
 
 
 @pytest.mark.parametrize("draw", [plots.sizes, plots.clipped_shares])
 def test_a_prefix_is_one_of_the_history(draw):
-    with pytest.raises(ValueError, match="^prefix must be one of 'clip', got 'grad'; choose one of these$"):
+    with pytest.raises(
+        ValueError, match="^prefix must be one of 'clip', got 'grad'; choose one of these$"
+    ):
         draw(recorded(), prefix="grad")
     two = run(SIZES, optax.chain(optaxclip.clip_by_norm(1.0), optaxclip.clip_by_global_norm(1.0)))
-    with pytest.raises(ValueError, match="^prefix must be one of 'clip_0', 'clip_1', got 'clip'; choose one of these$"):
+    with pytest.raises(
+        ValueError,
+        match="^prefix must be one of 'clip_0', 'clip_1', got 'clip'; choose one of these$",
+    ):
         draw(two)
 
 
 def test_a_group_is_one_of_the_history():
-    with pytest.raises(ValueError, match="^group must be one of 'enc/w', 'head', got 'w'; choose one of these$"):
+    with pytest.raises(
+        ValueError, match="^group must be one of 'enc/w', 'head', got 'w'; choose one of these$"
+    ):
         plots.sizes(recorded(), group="w")
     words = r"^history has no groups by name, got group='enc/w'; record telemetry.metrics\(opt_state, params\)$"
     with pytest.raises(ValueError, match=words):
@@ -451,21 +575,34 @@ def test_bins_are_counted():
 
 
 def test_a_state_has_a_monitor_that_has_seen_something():
-    for wrong, kind in (optaxclip.clip_by_norm(1.0).init(PARAMS), "ClipState"), (None, "NoneType"), ([], "list"):
-        with pytest.raises(ValueError, match=f"^opt_state has no telemetry.monitor, got a {kind}; put one into the chain$"):
+    for wrong, kind in (
+        (optaxclip.clip_by_norm(1.0).init(PARAMS), "ClipState"),
+        (None, "NoneType"),
+        ([], "list"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"^opt_state has no telemetry.monitor, got a {kind}; put one into the chain$",
+        ):
             plots.histogram(wrong)
     monitor = telemetry.monitor()
     with pytest.raises(
-        ValueError, match="^opt_state has a monitor of 'tree' that saw nothing; pass a state after some updates$"
+        ValueError,
+        match="^opt_state has a monitor of 'tree' that saw nothing; pass a state after some updates$",
     ):
         plots.histogram(monitor.init(PARAMS))
     leaves = monitored(SIZES * [1, 0], scope=scopes.leaf())
     with pytest.raises(ValueError, match="^opt_state has a monitor of 'head' that saw nothing; "):
         plots.histogram(leaves, group="head")
     for group in None, "w":
-        with pytest.raises(ValueError, match=f"^group must be one of 'enc/w', 'head', got {group!r}; choose one of these$"):
+        with pytest.raises(
+            ValueError,
+            match=f"^group must be one of 'enc/w', 'head', got {group!r}; choose one of these$",
+        ):
             plots.histogram(leaves, group=group)
-    with pytest.raises(ValueError, match="^group must be one of 'tree', got 'head'; choose one of these$"):
+    with pytest.raises(
+        ValueError, match="^group must be one of 'tree', got 'head'; choose one of these$"
+    ):
         plots.histogram(state(), group="head")
     for group in "tree", None:
         words = r"^opt_state has several monitors of 'tree'; pass the state of one, such as opt_state\[0\]$"

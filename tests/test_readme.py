@@ -1,4 +1,6 @@
-"""Every Python block of the README runs, in order, and prints what it says; and what it says of the repository is so."""
+"""Every Python block of the README runs, in order, and prints what it says; and what it says of the
+repository is so.
+"""
 
 import json
 import re
@@ -29,13 +31,19 @@ def test_the_first_example_is_twelve_lines():
 
 def test_every_method_has_its_row():
     rows = set(re.findall(r"^\| `(\w+)\(", README, re.MULTILINE))
-    homes = {"optaxclip.methods", "optaxclip._carry"}
-    functions = {name: value for name, value in vars(optaxclip).items() if isinstance(value, types.FunctionType)}
+    homes = {"optaxclip.methods", "optaxclip._feedback"}
+    functions = {
+        name: value
+        for name, value in vars(optaxclip).items()
+        if isinstance(value, types.FunctionType)
+    }
     assert rows == {name for name, value in functions.items() if value.__module__ in homes}
 
 
 def test_linked_files_and_scripts_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"\./(scripts/[\w\-]+)", README):
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(
+        r"\./(scripts/[\w\-]+)", README
+    ):
         assert (ROOT / path).exists(), path
 
 
@@ -45,14 +53,23 @@ def rows_of(name):
 
 def test_kernels_on_a_gpu_are_as_many_as_the_compiler_made():
     kernels = {
-        (row["table"].split(" (")[0].removeprefix("Kernels, "), row["method"], row["column"]): row["value"]
+        (row["table"].split(" (")[0].removeprefix("Kernels, "), row["method"], row["column"]): row[
+            "value"
+        ]
         for row in rows_of("ahead_of_time")
         if row["table"].startswith("Kernels")
     }
-    rows = [("global norm", "h100 optaxclip"), ("global norm", "h100 Optax"), ("none", "h100 Optax")]
+    rows = [
+        ("global norm", "h100 optaxclip"),
+        ("global norm", "h100 Optax"),
+        ("none", "h100 Optax"),
+    ]
     ours, clipped, bare = (kernels["GPT-2", *row] for row in rows)
     words = " ".join(README.split())
-    assert f"is {ours} kernels, by the compiler; with Optax's clip it is {clipped}, and {bare} without any" in words
+    assert (
+        f"is {ours} kernels, by the compiler; with Optax's clip it is {clipped}, and {bare} "
+        f"without any" in words
+    )
     words = " ".join((ROOT / "docs" / "performance.md").read_text().split())
     assert f"{ours} for GPT-2 where Adam alone has {bare} and Optax's clip {clipped}" in words
     ours, clipped, bare = (kernels["tiny leaves", *row] for row in rows)
@@ -60,7 +77,9 @@ def test_kernels_on_a_gpu_are_as_many_as_the_compiler_made():
 
 
 def test_what_it_costs_is_what_was_measured():
-    table = re.search(r"## What it costs\n.*?\n(\|.*?)\n\n", README, re.DOTALL).group(1).splitlines()
+    table = (
+        re.search(r"## What it costs\n.*?\n(\|.*?)\n\n", README, re.DOTALL).group(1).splitlines()
+    )
     columns = [
         ("ahead_of_time", "v5e optaxclip"),
         ("ahead_of_time", "v5e Optax"),
@@ -70,7 +89,12 @@ def test_what_it_costs_is_what_was_measured():
     measured = {}
     for name in {name for name, _ in columns}:
         for row in rows_of(name):
-            if row["table"].startswith(("Bytes from and to main memory, GPT-2", "Step time over the bare optimizer's, GPT-2")):
+            if row["table"].startswith(
+                (
+                    "Bytes from and to main memory, GPT-2",
+                    "Step time over the bare optimizer's, GPT-2",
+                )
+            ):
                 measured[row["method"], name, row["column"]] = f"{row['value']:.2f}"
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
     assert len(lines) == 12

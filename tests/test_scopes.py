@@ -14,7 +14,9 @@ from optaxclip import scopes
 
 def random_leaves(shapes, seed=0):
     rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    return {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()
+    }
 
 
 @functools.cache
@@ -61,7 +63,10 @@ def test_the_numbers_that_share_a_size_are_those_of_the_definition(name):
 
 
 @pytest.mark.parametrize("name", SCOPES)
-@pytest.mark.parametrize("shapes", [{"a": ()}, {"a": (3,), "b": (3,)}, {"a": (2, 2)}, {"a": (0,)}, {"a": (1, 1), "b": ()}])
+@pytest.mark.parametrize(
+    "shapes",
+    [{"a": ()}, {"a": (3,), "b": (3,)}, {"a": (2, 2)}, {"a": (0,)}, {"a": (1, 1), "b": ()}],
+)
 def test_so_they_are_in_small_trees(shapes, name):
     assert_grouped(*SCOPES[name], random_leaves(shapes), limit=0.1)
 
@@ -69,7 +74,10 @@ def test_so_they_are_in_small_trees(shapes, name):
 def test_from_tree_to_element_each_scope_refines_the_one_before():
     counts = [len(groups(GRADS)) for _, groups in SCOPES.values()]
     assert counts == sorted(counts) and len(set(counts)) == 5
-    sizes = {name: float(clipped(scope, GRADS)[1].reading.size_before.max()) for name, (scope, _) in SCOPES.items()}
+    sizes = {
+        name: float(clipped(scope, GRADS)[1].reading.size_before.max())
+        for name, (scope, _) in SCOPES.items()
+    }
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
 
 
@@ -97,14 +105,26 @@ class Layer(NamedTuple):
 
 def test_paths_are_simple_words_between_slashes():
     seen = []
-    grads = {"encoder": [Layer(jnp.ones(2), jnp.ones(1)), (jnp.ones(1), None)], "head": {1: jnp.ones(1), 2: jnp.array([1])}}
+    grads = {
+        "encoder": [Layer(jnp.ones(2), jnp.ones(1)), (jnp.ones(1), None)],
+        "head": {1: jnp.ones(1), 2: jnp.array([1])},
+    }
     clipped(scopes.group(lambda path: seen.append(path) or "all"), grads)
-    assert set(seen) == {"encoder/0/kernel", "encoder/0/bias", "encoder/1/0", "head/1"}  # neither None nor integers
+    # neither None nor integers
+    assert set(seen) == {
+        "encoder/0/kernel",
+        "encoder/0/bias",
+        "encoder/1/0",
+        "head/1",
+    }
 
 
 def test_functions_of_axes_get_the_path_and_the_leaf():
     seen = []
-    clipped(scopes.unit(lambda path, leaf: seen.append((path, leaf.shape)) or ()), {"a": [jnp.ones((2, 3)), jnp.ones(())]})
+    clipped(
+        scopes.unit(lambda path, leaf: seen.append((path, leaf.shape)) or ()),
+        {"a": [jnp.ones((2, 3)), jnp.ones(())]},
+    )
     assert set(seen) == {("a/0", (2, 3)), ("a/1", ())}
 
 
@@ -147,7 +167,9 @@ def test_units_are_those_of_the_conventions(shape, axes):
 
 
 def test_units_of_every_rank_are_clipped_by_the_conventions():
-    assert_grouped(scopes.unit(), reference.unit, random_leaves({str(shape): shape for shape in CONVENTIONS}))
+    assert_grouped(
+        scopes.unit(), reference.unit, random_leaves({str(shape): shape for shape in CONVENTIONS})
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,8 +192,12 @@ def test_fixed_axes_are_measured_together_and_leaves_with_too_few_are_one_unit(a
 
 
 def test_axes_can_depend_on_the_leaf_and_none_leaves_it_alone():
-    grads = random_leaves({"a": (4, 3), "b": (4, 3), "c": (4, 3)}) | {"d": jnp.array([jnp.nan, 3.0])}
-    updates, state = clipped(scopes.unit(lambda path, leaf: {"a": 0, "b": [-1], "c": (0, 1), "d": None}[path]), grads)
+    grads = random_leaves({"a": (4, 3), "b": (4, 3), "c": (4, 3)}) | {
+        "d": jnp.array([jnp.nan, 3.0])
+    }
+    updates, state = clipped(
+        scopes.unit(lambda path, leaf: {"a": 0, "b": [-1], "c": (0, 1), "d": None}[path]), grads
+    )
     for name, axes in ("a", 0), ("b", 1), ("c", (0, 1)):
         leaf = np.asarray(grads[name], float)
         sizes = np.sqrt(np.sum(leaf**2, axes, keepdims=True))
@@ -201,9 +227,15 @@ def layers(tree):
 
 
 @pytest.mark.parametrize("scope", [scopes.leaf, scopes.unit])
-@pytest.mark.parametrize("batch_axes", [0, (0,), [-5], lambda path, leaf: 0], ids=["0", "(0,)", "[-5]", "function"])
+@pytest.mark.parametrize(
+    "batch_axes", [0, (0,), [-5], lambda path, leaf: 0], ids=["0", "(0,)", "[-5]", "function"]
+)
 def test_a_stack_is_clipped_like_its_layers(scope, batch_axes):
-    shapes = {"conv": (2, 1, 3, 4)} if batch_axes == [-5] else {name: shape for name, shape in SHAPES.items() if 0 not in shape}
+    shapes = (
+        {"conv": (2, 1, 3, 4)}
+        if batch_axes == [-5]
+        else {name: shape for name, shape in SHAPES.items() if 0 not in shape}
+    )
     stacked = random_leaves({name: (3, *shape) for name, shape in shapes.items()})
     one_layer, updates = scope(), clipped(scope(batch_axes=batch_axes), stacked)[0]
     for layer, expected in zip(layers(updates), layers(stacked), strict=True):
@@ -217,7 +249,9 @@ def test_stacks_can_have_two_axes_or_one_behind(scope):
     one_layer, updates = scope(), clipped(scope(batch_axes=(0, -1)), leaf)[0]
     for i in range(2):
         for j in range(5):
-            np.testing.assert_allclose(updates[i, ..., j], clipped(one_layer, leaf[i, ..., j])[0], rtol=1e-6)
+            np.testing.assert_allclose(
+                updates[i, ..., j], clipped(one_layer, leaf[i, ..., j])[0], rtol=1e-6
+            )
 
 
 @pytest.mark.parametrize("scope", [scopes.leaf, scopes.unit])
@@ -226,7 +260,9 @@ def test_leaves_can_be_stacked_or_not(scope):
     updates = clipped(scope(batch_axes=lambda path, leaf: 0 if path == "stack" else None), grads)[0]
     np.testing.assert_allclose(updates["plain"], clipped(one_layer, grads["plain"])[0], rtol=1e-6)
     for i in range(3):
-        np.testing.assert_allclose(updates["stack"][i], clipped(one_layer, grads["stack"][i])[0], rtol=1e-6)
+        np.testing.assert_allclose(
+            updates["stack"][i], clipped(one_layer, grads["stack"][i])[0], rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("scope", [scopes.leaf, scopes.unit])
@@ -251,7 +287,8 @@ def test_whether_a_number_is_split_does_not_depend_on_other_leaves():
     np.testing.assert_allclose(run(alone)["scale"], run(with_others)["scale"], rtol=1e-6)
 
 
-# A model whose layers are stacked, as those that are scanned over, is clipped as the same model whose layers are apart.
+# A model whose layers are stacked, as those that are scanned over, is clipped as the same model
+# whose layers are apart.
 
 MODEL = {"embed": (5, 2), "layers": {"kernel": (3, 4, 2), "bias": (3, 2)}}
 ALIKE = {
@@ -264,7 +301,8 @@ STACKED = {"batch_axes": lambda path, leaf: 0 if "layers" in path else None}
 GRAINS = {  # of the stacked model, of the other
     "leaf": (scopes.leaf(**STACKED), scopes.leaf()),
     "unit": (scopes.unit(**STACKED), scopes.unit()),
-    "group": (scopes.group(lambda path: "bias" if "bias" in path else "rest"),) * 2,  # the rest: some stacked, some not
+    "group": (scopes.group(lambda path: "bias" if "bias" in path else "rest"),)
+    * 2,  # the rest: some stacked, some not
 }
 
 
@@ -280,7 +318,11 @@ def scanned(seed, *leading):
 
 
 def apart(tree, axis=0):
-    return tree | {"layers": [jax.tree.map(lambda x, i=i: jnp.take(x, i, axis), tree["layers"]) for i in range(3)]}
+    return tree | {
+        "layers": [
+            jax.tree.map(lambda x, i=i: jnp.take(x, i, axis), tree["layers"]) for i in range(3)
+        ]
+    }
 
 
 @pytest.mark.parametrize("grain", GRAINS)
@@ -288,13 +330,22 @@ def apart(tree, axis=0):
 def test_stacked_layers_are_clipped_as_if_they_were_apart(method, grain):
     def run(scope, grads, params):
         clip = ALIKE[method](scope)
-        return jax.lax.scan(lambda state, g: clip.update(g, state, params)[::-1], clip.init(params), grads)[1]
+        return jax.lax.scan(
+            lambda state, g: clip.update(g, state, params)[::-1], clip.init(params), grads
+        )[1]
 
     (stacked, other), grads, params = GRAINS[grain], scanned(0, 5), scanned(1)
-    both = jax.jit(lambda: (run(stacked, grads, params), run(other, apart(grads, 1), apart(params))))
+    both = jax.jit(
+        lambda: (run(stacked, grads, params), run(other, apart(grads, 1), apart(params)))
+    )
     updates, expected = both()
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), apart(updates, 1), expected)
-    clipped = [np.mean(np.abs(x) < np.abs(y)) for x, y in zip(*map(jax.tree.leaves, (updates, grads)), strict=True)]
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), apart(updates, 1), expected
+    )
+    clipped = [
+        np.mean(np.abs(x) < np.abs(y))
+        for x, y in zip(*map(jax.tree.leaves, (updates, grads)), strict=True)
+    ]
     assert 0.1 < np.mean(clipped) < 0.95  # some are, some are not
 
 
@@ -305,5 +356,6 @@ def test_many_leaves_share_the_kernels_that_take_their_factors():
         program = jax.jit(clip.update).lower(grads, clip.init(grads)).compile().as_text()
         return len(set(re.findall(r"slice=\{[^}]*\}", program)))
 
-    assert slices(100) <= 2 * 10 + 2  # of the root of their number in each of two steps, and two factors
+    # of the root of their number in each of two steps, and two factors
+    assert slices(100) <= 2 * 10 + 2
     assert slices(101) <= 2 * 11 + 2

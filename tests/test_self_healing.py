@@ -1,7 +1,9 @@
-"""What a rule has learned heals: after any poison it clips as before, at once or after the number of steps stated here.
+"""What a rule has learned heals: after any poison it clips as before, at once or after the number
+of steps stated here.
 
-A rule sees gradients of log-normal sizes (deviation 0.1) among which there is a poison. At every step two more are tried
-out, from which it does not learn: one of the usual size, and a spike of 100 times that.
+A rule sees gradients of log-normal sizes (deviation 0.1) among which there is a poison. At every
+step two more are tried out, from which it does not learn: one of the usual size, and a spike of 100
+times that.
 """
 
 import contextlib
@@ -34,7 +36,9 @@ class Rule(NamedTuple):
     knows: int  # how many ordinary sizes it has to have seen until it clips spikes
     after_spike: int = 0  # how many steps until it clips a second spike like the first
     patience: int = 30  # sizes over the limit in a row that noise does not make
-    after_fall: int | None = 80  # how many until it clips spikes after a fall to a tenth; None: all history weighs the same
+    after_fall: int | None = (
+        80  # how many until it clips spikes after a fall to a tenth; None: all history weighs the same
+    )
     keeps: float = 0.75  # what is left of a gradient of the usual size, at least
     spike: float = 3.0  # what is left of a spike, in usual sizes, at most
     scopes: tuple[str, ...] = ("tree", "leaf", "unit")
@@ -42,33 +46,55 @@ class Rule(NamedTuple):
     guarded: bool = True  # whether sizes far off the usual are ignored
 
 
-# A window of raw sizes remembers a spike until it has left (40 steps), or until a second one is again no tenth of it (19). The
-# ratio of mean to root mean square goes by the longer of its averages. The second moment is one number for each element and has
-# no guard: it learns what it lets through, which is little once it has a limit.
+# A window of raw sizes remembers a spike until it has left (40 steps), or until a second one is
+# again no tenth of it (19). The ratio of mean to root mean square goes by the longer of its
+# averages. The second moment is one number for each element and has no guard: it learns what it
+# lets through, which is little once it has a limit.
 RULES = {
     "ema": Rule(thresholds.ema(), knows=1),
-    "ema from the least": Rule(thresholds.ema(start="least", warmup=20), knows=20, patience=60, scopes=("leaf",)),
+    "ema from the least": Rule(
+        thresholds.ema(start="least", warmup=20), knows=20, patience=60, scopes=("leaf",)
+    ),
     "zscore": Rule(thresholds.zscore(), knows=25),
     "log_zscore": Rule(thresholds.log_zscore(), knows=5, scopes=("leaf", "unit")),
-    "window_zscore": Rule(thresholds.window_zscore(window=40, warmup=20), knows=20, after_spike=40, scopes=("tree", "unit")),
+    "window_zscore": Rule(
+        thresholds.window_zscore(window=40, warmup=20),
+        knows=20,
+        after_spike=40,
+        scopes=("tree", "unit"),
+    ),
     # It follows the smaller of noisy sizes.
     "growth": Rule(thresholds.growth(), knows=1, keeps=0.6, scopes=("leaf", "unit")),
     "quantile 0.5": Rule(thresholds.quantile(0.5, 20), knows=2, scopes=("leaf",)),
     "quantile 0.9": Rule(thresholds.quantile(0.9, 20), knows=10, after_spike=19),
     "quantile lagged": Rule(thresholds.quantile(0.9, 20, lagged=True), knows=20, scopes=("unit",)),
-    "quantile_sketch 0.5": Rule(thresholds.quantile_sketch(0.5), knows=2, after_fall=None, scopes=("tree",)),
-    "quantile_sketch 0.9": Rule(thresholds.quantile_sketch(0.9), knows=10, after_fall=None, scopes=("leaf",)),
+    "quantile_sketch 0.5": Rule(
+        thresholds.quantile_sketch(0.5), knows=2, after_fall=None, scopes=("tree",)
+    ),
+    "quantile_sketch 0.9": Rule(
+        thresholds.quantile_sketch(0.9), knows=10, after_fall=None, scopes=("leaf",)
+    ),
     "quantile_tracker": Rule(thresholds.quantile_tracker(), knows=1, scopes=("tree", "unit")),
     "mean_to_rms": Rule(
-        thresholds.mean_to_rms(), knows=1, after_spike=70, response=responses.normalize, scopes=("leaf", "unit")
+        thresholds.mean_to_rms(),
+        knows=1,
+        after_spike=70,
+        response=responses.normalize,
+        scopes=("leaf", "unit"),
     ),
-    "second_moment": Rule(thresholds.second_moment(4.0, decay=0.9), knows=20, scopes=("element",), guarded=False),
-    "second_moment with a guard": Rule(
-        thresholds.plausible(thresholds.second_moment(4.0, decay=0.9)), knows=20, scopes=("element",)
+    "rms_multiple": Rule(
+        thresholds.rms_multiple(4.0, decay=0.9), knows=20, scopes=("element",), guarded=False
+    ),
+    "rms_multiple with a guard": Rule(
+        thresholds.ignore_outliers(thresholds.rms_multiple(4.0, decay=0.9)),
+        knows=20,
+        scopes=("element",),
     ),
 }
 each_rule = pytest.mark.parametrize("name", RULES)
-each_rule_and_scope = pytest.mark.parametrize("name, scope", [(name, scope) for name in RULES for scope in RULES[name].scopes])
+each_rule_and_scope = pytest.mark.parametrize(
+    "name, scope", [(name, scope) for name in RULES for scope in RULES[name].scopes]
+)
 
 
 # The poisons
@@ -95,14 +121,29 @@ def afresh(rule):
 
 
 def at_all_times(poisons, needs=None, guard=False):
-    """Each of the poisons as the first gradients of all, early (before the end of a warm-up), and later."""
+    """Each of the poisons as the first gradients of all, early (before the end of a warm-up), and
+    later.
+    """
     for name, poison in poisons.items():
         for when, start in {"first": 0, "early": 3, "later": LATER}.items():
-            yield f"{name}, {when}", stream(start, poison, needs=needs and needs(start), guard=guard)
+            yield (
+                f"{name}, {when}",
+                stream(start, poison, needs=needs and needs(start), guard=guard),
+            )
 
 
-NOT_SEEN = {"NaN": [np.nan], "inf": [np.inf], "-inf": [-np.inf], "zero": [0.0], "a subnormal": [1e-40]}
-NOT_SEEN |= {"30 zeros": [0.0] * 30, "40 zeros": [0.0] * 40, "NaN and zero in turns": [np.nan, 0.0] * 15}
+NOT_SEEN = {
+    "NaN": [np.nan],
+    "inf": [np.inf],
+    "-inf": [-np.inf],
+    "zero": [0.0],
+    "a subnormal": [1e-40],
+}
+NOT_SEEN |= {
+    "30 zeros": [0.0] * 30,
+    "40 zeros": [0.0] * 40,
+    "NaN and zero in turns": [np.nan, 0.0] * 15,
+}
 IGNORED = {f"{size:g}": [size] for size in (1e6, 1e12, 1e30, 1e38, 1e-6, 1e-12, 1e-30)}
 IGNORED |= {"9 of 1e30": [1e30] * 9, "1e30 at every other step": [1e30, 1.0] * 15}
 ACCEPTED = {"10 of 1e30": [1e30] * 10, "30 of 1e12": [1e12] * 30, "30 of 1e-12": [1e-12] * 30}
@@ -113,7 +154,10 @@ POISONS = {
     # The first size of all has nothing to be compared with: it becomes the usual one.
     **dict(at_all_times(IGNORED, needs=lambda start: None if start else afresh, guard=True)),
     **dict(at_all_times(ACCEPTED, needs=lambda start: afresh, guard=True)),
-    **{f"{level:g} times as large for good": stream(LATER, [], level, afresh, True) for level in (3e4, 3e-5, 1e12, 1e-12)},
+    **{
+        f"{level:g} times as large for good": stream(LATER, [], level, afresh, True)
+        for level in (3e4, 3e-5, 1e12, 1e-12)
+    },
     **{f"{level:g} throughout": stream(0, [], level) for level in (1e-25, 1e-12, 1e12, 1e36)},
     "no noise": stream(0)._replace(sizes=np.ones(STEPS)),
     "the same spike before": stream(LATER, [SPIKE], needs=lambda rule: rule.after_spike),
@@ -123,7 +167,12 @@ POISONS = {
 # Streams through a rule, all at once
 
 DIRECTION = np.float32([2, 1, 1, 2, 1, 2])  # of the whole tree, in one row
-POISONED = {"tree": [1, 1, 1, 1, 1, 1], "leaf": [1, 1, 1, 1, 0, 0], "unit": [1, 0, 1, 0, 1, 0], "element": [1, 0, 0, 0, 0, 0]}
+POISONED = {
+    "tree": [1, 1, 1, 1, 1, 1],
+    "leaf": [1, 1, 1, 1, 0, 0],
+    "unit": [1, 0, 1, 0, 1, 0],
+    "element": [1, 0, 0, 0, 0, 0],
+}
 
 
 def two_leaves(row):
@@ -135,12 +184,14 @@ def two_units(row):
 
 
 class Outcome(NamedTuple):
-    """For each stream and step the gradient, then the two tried out: a spike, and one of the usual size.
+    """For each stream and step the gradient, then the two tried out: a spike, and one of the usual
+    size.
 
     Attributes:
         grads: `[streams, steps, 3, numbers]`.
         updates: of the same shape.
-        clean: `[streams, steps]`, whether the state has no NaN, and no infinity but where it was infinite from the start.
+        clean: `[streams, steps]`, whether the state has no NaN, and no infinity but where it was
+            infinite from the start.
     """
 
     grads: np.ndarray
@@ -149,7 +200,9 @@ class Outcome(NamedTuple):
 
 
 def gradients(sizes, levels, poisoned, dtype=np.float32):
-    """Gradients of the sizes, and two of the levels: in what is poisoned, with ordinary ones elsewhere."""
+    """Gradients of the sizes, and two of the levels: in what is poisoned, with ordinary ones
+    elsewhere.
+    """
     levels = np.broadcast_to(levels, sizes.shape)
     sizes = np.stack([sizes, SPIKE * levels, levels], -1)
     own = np.where(np.isfinite(sizes), sizes, 1)[..., None] / np.linalg.norm(DIRECTION[poisoned])
@@ -169,7 +222,9 @@ def run(clip, grads, tree):
     def step(state, rows):
         updates, states = jax.vmap(lambda row: clip.update(tree(row), state))(rows)
         state = jax.tree.map(lambda x: x[0], states)  # nothing is learned from what is tried out
-        numbers = jnp.concatenate([x.reshape(3, -1).astype(grads.dtype) for x in jax.tree.leaves(updates)], 1)
+        numbers = jnp.concatenate(
+            [x.reshape(3, -1).astype(grads.dtype) for x in jax.tree.leaves(updates)], 1
+        )
         return state, (numbers, is_clean(start, state))
 
     updates, clean = jax.jit(jax.vmap(lambda grads: jax.lax.scan(step, start, grads)[1]))(grads)
@@ -179,13 +234,24 @@ def run(clip, grads, tree):
 @functools.cache
 def outcome(name, scope):
     rule, poisoned = RULES[name], np.array(POISONED[scope], bool)
-    sizes, levels = np.stack([one.sizes for one in POISONS.values()]), np.array([[one.level] for one in POISONS.values()])
-    clip = optaxclip.clip(rule.rule, scope=getattr(scopes, scope)(), response=rule.response, record=False)
-    return run(clip, gradients(sizes, levels, poisoned), two_leaves if scope in ("tree", "leaf") else two_units)
+    sizes, levels = (
+        np.stack([one.sizes for one in POISONS.values()]),
+        np.array([[one.level] for one in POISONS.values()]),
+    )
+    clip = optaxclip.clip(
+        rule.rule, scope=getattr(scopes, scope)(), response=rule.response, record=False
+    )
+    return run(
+        clip,
+        gradients(sizes, levels, poisoned),
+        two_leaves if scope in ("tree", "leaf") else two_units,
+    )
 
 
 def left_of(updates, levels, rule):
-    """What is left of the spike and of the gradient of the usual size, in usual sizes; a normalized one has size 1."""
+    """What is left of the spike and of the gradient of the usual size, in usual sizes; a normalized
+    one has size 1.
+    """
     levels = np.ones(1) if rule.response is responses.normalize else np.reshape(levels, -1)
     return np.linalg.norm(updates[:, 1:] / levels[:, None, None], axis=-1).T
 
@@ -201,7 +267,8 @@ def steps_needed(name, scope):
     updates = outcome(name, scope).updates * POISONED[scope]
     pairs = zip(POISONS.items(), updates, strict=True)
     return {
-        poison: healed_after(RULES[name], *left_of(seen[one.end :], one.level, RULES[name])) for (poison, one), seen in pairs
+        poison: healed_after(RULES[name], *left_of(seen[one.end :], one.level, RULES[name]))
+        for (poison, one), seen in pairs
     }
 
 
@@ -232,12 +299,18 @@ def test_finite_gradients_give_finite_updates_that_are_not_larger_whatever_was_b
     assert RULES[name].response is responses.normalize or (abs(updates) <= abs(grads)).all()
 
 
-@pytest.mark.parametrize("name, scope", [(name, scope) for name in RULES for scope in RULES[name].scopes if scope != "tree"])
+@pytest.mark.parametrize(
+    "name, scope",
+    [(name, scope) for name in RULES for scope in RULES[name].scopes if scope != "tree"],
+)
 def test_what_is_not_poisoned_is_not_touched_by_it(name, scope):
     elsewhere = outcome(name, scope).updates[..., np.array(POISONED[scope]) == 0]
     assert elsewhere.shape[-1] >= 2 and (elsewhere > 0).all()
-    # To rounding, because a compiled loop over the poisons rounds its last few otherwise than those that fill a vector.
-    np.testing.assert_allclose(elsewhere, np.broadcast_to(elsewhere[:1], elsewhere.shape), rtol=1e-6)
+    # To rounding, because a compiled loop over the poisons rounds its last few otherwise than those
+    # that fill a vector.
+    np.testing.assert_allclose(
+        elsewhere, np.broadcast_to(elsewhere[:1], elsewhere.shape), rtol=1e-6
+    )
 
 
 @each_rule
@@ -250,7 +323,11 @@ def test_the_state_keeps_its_structure_shapes_and_dtypes(name):
     clip = optaxclip.clip(RULES[name].rule, scope=scope, response=RULES[name].response)
     for wide, context in (np.float32, contextlib.nullcontext()), (np.float64, float64()):
         with context:
-            grads = {"half": jnp.ones((2, 2), jnp.float16), "bf16": jnp.ones(3, jnp.bfloat16), "wide": jnp.ones((), wide)}
+            grads = {
+                "half": jnp.ones((2, 2), jnp.float16),
+                "bf16": jnp.ones(3, jnp.bfloat16),
+                "wide": jnp.ones((), wide),
+            }
             state = jax.eval_shape(clip.init, grads)
             assert described(jax.eval_shape(clip.update, grads, state)[1]) == described(state)
 
@@ -258,8 +335,16 @@ def test_the_state_keeps_its_structure_shapes_and_dtypes(name):
 def test_a_sketch_heals_as_well_when_it_has_more_than_the_first_1024_sizes():
     rule, long, short = RULES["quantile_sketch 0.9"], 1100, 60
     middle = [[], [np.nan], [0.0] * 9, [1e30], [1e-30], [1e30] * 9, [1e30] * 12]
-    sizes = np.stack([np.concatenate([noise(0, long), poison, noise(1, short + 12)])[: long + 12 + short] for poison in middle])
-    sizes, levels = np.concatenate([sizes, 1e12 * sizes[:1], 1e-12 * sizes[:1]]), np.array([[1.0]] * 7 + [[1e12], [1e-12]])
+    sizes = np.stack(
+        [
+            np.concatenate([noise(0, long), poison, noise(1, short + 12)])[: long + 12 + short]
+            for poison in middle
+        ]
+    )
+    sizes, levels = (
+        np.concatenate([sizes, 1e12 * sizes[:1], 1e-12 * sizes[:1]]),
+        np.array([[1.0]] * 7 + [[1e12], [1e-12]]),
+    )
     clip = optaxclip.clip(rule.rule, scopes.tree(), record=False)
     seen = run(clip, gradients(sizes, levels, np.ones(6, bool)), two_units)
     assert seen.clean.all()
@@ -275,23 +360,39 @@ SPOT_CHECKS = ["ema", "zscore", "quantile 0.9"]
 
 def spot_check(name, poisons, tree, dtype):
     rule, poisoned = RULES[name], np.ones(6, bool)
-    grads = gradients(np.stack([one.sizes for one in poisons]), np.array([[one.level] for one in poisons]), poisoned, dtype)
+    grads = gradients(
+        np.stack([one.sizes for one in poisons]),
+        np.array([[one.level] for one in poisons]),
+        poisoned,
+        dtype,
+    )
     seen = run(optaxclip.clip(rule.rule, scope=scopes.leaf(), record=False), grads, tree)
     assert seen.clean.all()
     for i, one in enumerate(poisons):
         for part in slice(0, 4), slice(4, 6):  # every leaf is a group
-            own = seen.updates[i, one.end :, :, part] * np.linalg.norm(DIRECTION) / np.linalg.norm(DIRECTION[part])
+            own = (
+                seen.updates[i, one.end :, :, part]
+                * np.linalg.norm(DIRECTION)
+                / np.linalg.norm(DIRECTION[part])
+            )
             assert healed_after(rule, *left_of(own, one.level, rule)) <= one.needs(rule)
 
 
 @pytest.mark.parametrize("name", SPOT_CHECKS)
 def test_gradients_of_16_bits_heal_a_rule_as_well(name):
     def narrow(row):
-        return {"bf16": jnp.asarray(row[:4], jnp.bfloat16), "half": jnp.asarray(row[4:], jnp.float16)}
+        return {
+            "bf16": jnp.asarray(row[:4], jnp.bfloat16),
+            "half": jnp.asarray(row[4:], jnp.float16),
+        }
 
     single = [[np.nan], [np.inf], [-np.inf], [0.0], [6e4], [1e-6], [0.0] * 30]
     poisons = [stream(LATER, poison) for poison in single]
-    poisons += [stream(0, [np.nan] * 5), stream(0, [6e4] * 5, needs=afresh), stream(LATER, [1e-6] * 30, needs=afresh)]
+    poisons += [
+        stream(0, [np.nan] * 5),
+        stream(0, [6e4] * 5, needs=afresh),
+        stream(LATER, [1e-6] * 30, needs=afresh),
+    ]
     spot_check(name, poisons, narrow, np.float32)
 
 
@@ -299,7 +400,11 @@ def test_gradients_of_16_bits_heal_a_rule_as_well(name):
 def test_gradients_of_64_bits_heal_a_rule_as_well(name):
     single = [[np.nan], [np.inf], [0.0], [1e100], [1e300], [1e-100], [1e-300]]
     poisons = [stream(LATER, poison) for poison in single]
-    poisons += [stream(0, [1e300], needs=afresh), stream(LATER, [1e-200] * 30, needs=afresh), stream(0, [], 1e200)]
+    poisons += [
+        stream(0, [1e300], needs=afresh),
+        stream(LATER, [1e-200] * 30, needs=afresh),
+        stream(0, [], 1e200),
+    ]
     with float64():
         spot_check(name, poisons, two_leaves, np.float64)
 
@@ -309,29 +414,37 @@ def test_gradients_of_64_bits_heal_a_rule_as_well(name):
 BEFORE, DURING = 120, 200  # steps at the first level, and at each of the others
 RATIOS = np.array([[3.0], [10.0]])
 # Others of their kind are tested.
-VARIANTS = {"quantile 0.5", "quantile lagged", "quantile_sketch 0.9", "second_moment with a guard"}
+VARIANTS = {"quantile 0.5", "quantile lagged", "quantile_sketch 0.9", "rms_multiple with a guard"}
 
 
 @functools.cache
 def up_and_down(name, patience):
-    """What is left of spikes and ordinary gradients, and the factor of the stream's own, while the level rises and falls."""
+    """What is left of spikes and ordinary gradients, and the factor of the stream's own, while the
+    level rises and falls.
+    """
     rule = RULES[name]
     steps = np.arange(BEFORE + 2 * DURING)
     levels = np.where((steps >= BEFORE) & (steps < BEFORE + DURING), RATIOS, 1.0)
-    threshold = rule.rule if patience is None else thresholds.patient(rule.rule, patience)
+    threshold = rule.rule if patience is None else thresholds.reset_after(rule.rule, patience)
     scope = scopes.element() if rule.scopes == ("element",) else scopes.tree()
     clip = optaxclip.clip(threshold, scope=scope, response=rule.response, record=False)
     seen = run(clip, gradients(noise(2, len(steps)) * levels, levels, np.ones(6, bool)), two_units)
     factors = seen.updates[:, :, 0, 0] / seen.grads[:, :, 0, 0]
-    return [(*left_of(updates, level, rule), own) for updates, level, own in zip(seen.updates, levels, factors, strict=True)]
+    return [
+        (*left_of(updates, level, rule), own)
+        for updates, level, own in zip(seen.updates, levels, factors, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in VARIANTS])
 def test_with_patience_a_lasting_change_is_accepted_both_ways(name):
     rule, up, down = RULES[name], slice(BEFORE, BEFORE + DURING), slice(BEFORE + DURING, None)
-    # The limit of this rule has no unit, so that no size is over it or under it; it follows by itself.
+    # The limit of this rule has no unit, so that no size is over it or under it; it follows by
+    # itself.
     patience = None if rule.response is responses.normalize else rule.patience
-    for ratio, (spikes, ordinary, factors) in zip(RATIOS.ravel(), up_and_down(name, patience), strict=True):
+    for ratio, (spikes, ordinary, factors) in zip(
+        RATIOS.ravel(), up_and_down(name, patience), strict=True
+    ):
         assert healed_after(rule, spikes[60:BEFORE], ordinary[60:BEFORE]) == 0
         assert healed_after(rule, spikes[up], ordinary[up]) <= rule.patience + rule.knows
         if rule.after_fall is None:
@@ -339,7 +452,10 @@ def test_with_patience_a_lasting_change_is_accepted_both_ways(name):
         else:
             assert healed_after(rule, spikes[down], ordinary[down]) <= rule.after_fall
         if patience is not None:
-            means = [np.mean(factors[end - 50 : end]) for end in (BEFORE, BEFORE + DURING, BEFORE + 2 * DURING)]
+            means = [
+                np.mean(factors[end - 50 : end])
+                for end in (BEFORE, BEFORE + DURING, BEFORE + 2 * DURING)
+            ]
             assert min(means) > means[0] - 0.05
 
 
@@ -358,7 +474,9 @@ def through(clip, sizes, tree=lambda size: size * jnp.array([0.6, 0.8])):
         updates, state = clip.update(tree(size), state)
         return state, jax.tree.map(jnp.linalg.norm, updates)
 
-    state, sizes = jax.jit(lambda sizes: jax.lax.scan(step, clip.init(tree(sizes[0])), sizes))(jnp.float32(sizes))
+    state, sizes = jax.jit(lambda sizes: jax.lax.scan(step, clip.init(tree(sizes[0])), sizes))(
+        jnp.float32(sizes)
+    )
     return sizes, state
 
 
@@ -396,7 +514,9 @@ def test_history_clip_after_nan_clips_three_large_ones_where_levanter_clips_none
 
 
 def test_stabilize_gradient_after_nan_goes_on_where_the_reference_says_nan_for_ever():
-    sizes, _ = through(optaxclip.stabilize_gradient(), [*noise(0, 30), np.nan, np.inf, 1e30, *noise(1, 30)])
+    sizes, _ = through(
+        optaxclip.gradient_stabilizer(), [*noise(0, 30), np.nan, np.inf, 1e30, *noise(1, 30)]
+    )
     np.testing.assert_allclose(sizes[33:], 1, atol=0.2)
 
 
@@ -409,7 +529,11 @@ def test_adagc_and_a_leaf_whose_gradients_come_only_after_warm_up():
     late = np.where(np.arange(60) < 20, 0, noise(0, 60))
     sizes = np.stack([noise(1, 60), late], 1)
     sizes[-1, 1] = 100.0
-    sizes, _ = through(optaxclip.adagc(warmup=10, max_norm=2.0), sizes, lambda both: {"used": both[:1], "unused": both[1:]})
+    sizes, _ = through(
+        optaxclip.adagc(warmup=10, max_norm=2.0),
+        sizes,
+        lambda both: {"used": both[:1], "unused": both[1:]},
+    )
     assert (sizes["unused"][:20] == 0).all() and (sizes["unused"][20:] >= 0.6 * late[20:]).all()
     assert sizes["unused"][-1] < 1.3 and (sizes["used"] > 0.6).all()
 
@@ -420,7 +544,9 @@ def test_growth_after_zero_goes_on_where_the_reference_starts_from_1e_8():
 
 
 LEVEL_SHIFTS = {
-    "zclip with patience": optaxclip.clip(thresholds.patient(thresholds.zscore(), 30), scopes.tree()),
+    "zclip with patience": optaxclip.clip(
+        thresholds.reset_after(thresholds.zscore(), 30), scopes.tree()
+    ),
     "history_clip": optaxclip.history_clip(),
     "log_norm_clip": optaxclip.log_norm_clip(),
     "quantile_clip": optaxclip.quantile_clip(),
@@ -442,7 +568,7 @@ def test_a_rule_learns_the_limit_of_what_a_response_drops_and_not_zero(scope):
         limit=lambda sizes, state, context: 2 * state,
         learn=lambda sizes, clipped_sizes, state, context: clipped_sizes,
     )
-    clip = optaxclip.clip(last, scope=scope, response=responses.zero)
+    clip = optaxclip.clip(last, scope=scope, response=responses.drop)
     grads = {"a": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "b": jnp.array(1.0)}
     state = clip.init(grads)
     passed = []

@@ -13,20 +13,41 @@ from jax.sharding import PartitionSpec as P
 from transforms import CASES, SCALERS
 
 import optaxclip
-from optaxclip import norms, per_example, responses, scopes, skip_nonfinite, skip_spikes, telemetry, thresholds
+from optaxclip import (
+    norms,
+    per_example,
+    responses,
+    scopes,
+    skip_nonfinite,
+    skip_spikes,
+    telemetry,
+    thresholds,
+)
 
 SHAPES = {"both": (8, 4), "one": (3, 4), "vector": (8,), "whole": (2, 3), "scalar": ()}
 SPECS = {"both": P("x", "y"), "one": P(None, "y"), "vector": P("x"), "whole": P(), "scalar": P()}
 SPLIT = {"both": ("x", "y"), "one": "y", "vector": ("x",), "whole": (), "scalar": ()}
-FAN_IN = {"both": "x", "one": (), "vector": "x", "whole": (), "scalar": ()}  # along which the numbers of a unit are split
+# along which the numbers of a unit are split
+FAN_IN = {
+    "both": "x",
+    "one": (),
+    "vector": "x",
+    "whole": (),
+    "scalar": (),
+}
 TRANSFORMS = CASES + SCALERS
-each_transform = pytest.mark.parametrize("case", TRANSFORMS, ids=[f"{case.name}-{i}" for i, case in enumerate(TRANSFORMS)])
+each_transform = pytest.mark.parametrize(
+    "case", TRANSFORMS, ids=[f"{case.name}-{i}" for i, case in enumerate(TRANSFORMS)]
+)
 STEPS = 3
 
 
 def normal_tree(seed, *leading):
     keys = jax.random.split(jax.random.key(seed), len(SHAPES))
-    return {n: jax.random.normal(key, (*leading, *shape)) for key, (n, shape) in zip(keys, SHAPES.items(), strict=True)}
+    return {
+        n: jax.random.normal(key, (*leading, *shape))
+        for key, (n, shape) in zip(keys, SHAPES.items(), strict=True)
+    }
 
 
 GRADS, PARAMS = normal_tree(0, STEPS), normal_tree(100)
@@ -45,7 +66,9 @@ def steps(transform):
             return state, updates
 
         state, updates = jax.lax.scan(step, transform.init(params), grads)
-        return updates, [(reading.measured, reading.counted) for reading in telemetry.readings(state)]
+        return updates, [
+            (reading.measured, reading.counted) for reading in telemetry.readings(state)
+        ]
 
     return run
 
@@ -71,7 +94,9 @@ def placed(run, where):
 def mapped(run, **options):
     """`run` in `shard_map`."""
     specs = (each_step(SPECS), SPECS)
-    return jax.jit(jax.shard_map(run, mesh=mesh(), in_specs=specs, out_specs=(specs[0], P()), **options))(GRADS, PARAMS)
+    return jax.jit(
+        jax.shard_map(run, mesh=mesh(), in_specs=specs, out_specs=(specs[0], P()), **options)
+    )(GRADS, PARAMS)
 
 
 def assert_same(found, want):
@@ -104,7 +129,8 @@ def test_on_an_explicit_mesh_that_is_the_context_too(name):
 def test_in_shard_map_the_types_tell(case):
     if case.name == "spectral_clip":
         with pytest.raises(
-            ValueError, match=r"updates has at 'both' a matrix that is split along .*; clip under jit, or gather"
+            ValueError,
+            match=r"updates has at 'both' a matrix that is split along .*; clip under jit, or gather",
         ):
             mapped(make(case))
     elif case.name == "adaptive_grad_clip":
@@ -122,27 +148,43 @@ def test_in_shard_map_without_types_the_names_tell(case):
         with pytest.raises(ValueError, match="matrix that is split"):
             mapped(make(case, sharded_over=SPLIT), check_vma=False)
         return
-    if case.name not in ("clip_by_value", "carry", "spam_clip"):  # elements are measured where they are
+    if case.name not in (
+        "clip_by_value",
+        "error_feedback",
+        "spam_clip",
+    ):  # elements are measured where they are
         with pytest.raises(
-            ValueError, match="sharded_over must be given where JAX does not track what differs between devices"
+            ValueError,
+            match="sharded_over must be given where JAX does not track what differs between devices",
         ):
             mapped(make(case), check_vma=False)
     names = FAN_IN if case.name == "adaptive_grad_clip" else SPLIT
-    assert_same(mapped(make(case, sharded_over=names), check_vma=False), whole(TRANSFORMS.index(case)))
+    assert_same(
+        mapped(make(case, sharded_over=names), check_vma=False), whole(TRANSFORMS.index(case))
+    )
 
 
 # What is special
 
 
 def in_parts(run, in_specs, *args, **options):
-    """`run` in `shard_map` on a mesh of 4; it returns what is the same on all devices, if nothing else is said."""
+    """`run` in `shard_map` on a mesh of 4; it returns what is the same on all devices, if nothing
+    else is said.
+    """
     where = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-    return jax.jit(jax.shard_map(run, mesh=where, in_specs=in_specs, **{"out_specs": P(), **options}))(*args)
+    return jax.jit(
+        jax.shard_map(run, mesh=where, in_specs=in_specs, **{"out_specs": P(), **options})
+    )(*args)
 
 
 def test_a_leaf_that_every_device_has_counts_once_in_its_group():
     by_name = scopes.group(lambda path: path[0])
-    grads = {"a_split": jnp.full(16, 0.5), "a_whole": jnp.array([3.0]), "b_whole": jnp.array([4.0]), "c_split": jnp.ones(4)}
+    grads = {
+        "a_split": jnp.full(16, 0.5),
+        "a_whole": jnp.array([3.0]),
+        "b_whole": jnp.array([4.0]),
+        "c_split": jnp.ones(4),
+    }
     specs = {"a_split": P("x"), "a_whole": P(), "b_whole": P(), "c_split": P("x")}
     for norm, want in (
         (norms.l2(), [np.sqrt(13), 4, 2]),
@@ -150,13 +192,20 @@ def test_a_leaf_that_every_device_has_counts_once_in_its_group():
         (norms.lp(3), [(2 + 27) ** (1 / 3), 4, 4 ** (1 / 3)]),
     ):
         clip = optaxclip.clip(1.0, scope=by_name, norm=norm)
-        sizes = in_parts(lambda g, clip=clip: clip.update(g, clip.init(g))[1].reading.size_before, (specs,), grads)
+        sizes = in_parts(
+            lambda g, clip=clip: clip.update(g, clip.init(g))[1].reading.size_before,
+            (specs,),
+            grads,
+        )
         np.testing.assert_allclose(sizes, want, rtol=1e-6)
 
 
 def test_one_choice_of_names_holds_for_a_part_of_the_tree():
     clip = optaxclip.clip_by_norm(1.0, sharded_over={"split": "x", "whole": ()})
-    grads = {"split": {"v": jnp.ones(8), "w": jnp.full(4, 2.0)}, "whole": [jnp.array([3.0]), jnp.array([4])]}
+    grads = {
+        "split": {"v": jnp.ones(8), "w": jnp.full(4, 2.0)},
+        "whole": [jnp.array([3.0]), jnp.array([4])],
+    }
     sizes = in_parts(
         lambda g: clip.update(g, clip.init(g))[1].reading.size_before,
         ({"split": P("x"), "whole": P()},),
@@ -164,9 +213,14 @@ def test_one_choice_of_names_holds_for_a_part_of_the_tree():
         check_vma=False,
     )
     np.testing.assert_allclose(sizes, [np.sqrt(8), 4, 3], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"sharded_over must be names of mapped axes or a tree of them .*, got \{'split': 'x'"):
+    with pytest.raises(
+        ValueError,
+        match=r"sharded_over must be names of mapped axes or a tree of them .*, got \{'split': 'x'",
+    ):
         clip.init({"split": jnp.ones(1)})
-    with pytest.raises(ValueError, match="sharded_over must be names of mapped axes or a tree of them"):
+    with pytest.raises(
+        ValueError, match="sharded_over must be names of mapped axes or a tree of them"
+    ):
         clip.init(jnp.ones(1))
 
 
@@ -184,40 +238,65 @@ def test_pmap_is_told_what_is_split():
 
     def run(sharded_over):
         clip = optaxclip.clip_by_global_norm(1.0, sharded_over=sharded_over)
-        return jax.pmap(lambda g: clip.update(g, clip.init(g))[0], axis_name="x", devices=jax.devices()[:4])(grads)
+        return jax.pmap(
+            lambda g: clip.update(g, clip.init(g))[0], axis_name="x", devices=jax.devices()[:4]
+        )(grads)
 
     np.testing.assert_allclose(run("x"), grads / np.linalg.norm(grads), rtol=1e-6)
-    np.testing.assert_allclose(run(()), grads / np.linalg.norm(grads, axis=1, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(
+        run(()), grads / np.linalg.norm(grads, axis=1, keepdims=True), rtol=1e-6
+    )
 
 
 def test_names_leave_out_what_the_types_know_to_be_whole():
     clip = optaxclip.clip_by_global_norm(1.0, sharded_over="x")
     grads = {"split": jnp.ones(4), "whole": jnp.array([3.0])}
-    size = in_parts(lambda g: clip.update(g, clip.init(g))[1].reading.size_before, ({"split": P("x"), "whole": P()},), grads)
+    size = in_parts(
+        lambda g: clip.update(g, clip.init(g))[1].reading.size_before,
+        ({"split": P("x"), "whole": P()},),
+        grads,
+    )
     np.testing.assert_allclose(size, [np.sqrt(13)], rtol=1e-6)
 
 
 def test_on_purpose_each_device_clips_its_own():
     clip = optaxclip.clip_by_global_norm(1.0, sharded_over=())
     grads = jnp.arange(1.0, 9.0)
-    updates = in_parts(lambda g: clip.update(g, None)[0], (P("x"),), grads, out_specs=P("x")).reshape(4, 2)
+    updates = in_parts(
+        lambda g: clip.update(g, None)[0], (P("x"),), grads, out_specs=P("x")
+    ).reshape(4, 2)
     np.testing.assert_allclose(np.linalg.norm(updates, axis=1), 1, rtol=1e-6)
 
 
 def test_examples_mapped_within_a_device_are_each_clipped_alone():
     clip = optaxclip.clip_by_global_norm(1.0)
     grads = jnp.arange(1.0, 25.0).reshape(3, 8)  # three examples, parameters split in four
-    updates = in_parts(jax.vmap(lambda g: clip.update(g, None)[0]), (P(None, "x"),), grads, out_specs=P(None, "x"))
-    np.testing.assert_allclose(updates, grads / np.linalg.norm(grads, axis=1, keepdims=True), rtol=1e-6)
+    updates = in_parts(
+        jax.vmap(lambda g: clip.update(g, None)[0]), (P(None, "x"),), grads, out_specs=P(None, "x")
+    )
+    np.testing.assert_allclose(
+        updates, grads / np.linalg.norm(grads, axis=1, keepdims=True), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
-    "sizes", [[3e38, 0, 0, 0], [2e38, 2e38, 1e38, 0], [1e-25, 0, 1e-25, 0], [2e8, 2e8, 2e8, 2e8], [1e20, 1, 1, 1]]
+    "sizes",
+    [
+        [3e38, 0, 0, 0],
+        [2e38, 2e38, 1e38, 0],
+        [1e-25, 0, 1e-25, 0],
+        [2e8, 2e8, 2e8, 2e8],
+        [1e20, 1, 1, 1],
+    ],
 )
 @pytest.mark.parametrize("norm", [norms.l2(), norms.rms(), norms.lp(3)], ids=["l2", "rms", "lp"])
 def test_the_norm_of_parts_is_true_where_squares_are_no_floats(norm, sizes):
-    found = in_parts(lambda x: norms.measure(norm, [x])[0], (P("x"),), jnp.array(sizes, jnp.float32))
-    np.testing.assert_allclose(found, norms.measure(norm, [jnp.array(sizes, jnp.float32)])[0], rtol=1e-6)
+    found = in_parts(
+        lambda x: norms.measure(norm, [x])[0], (P("x"),), jnp.array(sizes, jnp.float32)
+    )
+    np.testing.assert_allclose(
+        found, norms.measure(norm, [jnp.array(sizes, jnp.float32)])[0], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("norm", [norms.l2(), norms.linf(), norms.lp(3)], ids=["l2", "linf", "lp"])
@@ -228,8 +307,12 @@ def test_derivatives_go_through_the_norm_of_parts(norm):
     def loss(x, reduce):
         return reduce(jnp.sum(clip.update(x, None)[0] ** 3))
 
-    found = in_parts(jax.grad(lambda x: loss(x, lambda y: jax.lax.psum(y, "x"))), (P("x"),), x, out_specs=P("x"))
-    np.testing.assert_allclose(found, jax.grad(lambda x: loss(x, lambda y: y))(x), rtol=1e-5, atol=1e-6)
+    found = in_parts(
+        jax.grad(lambda x: loss(x, lambda y: jax.lax.psum(y, "x"))), (P("x"),), x, out_specs=P("x")
+    )
+    np.testing.assert_allclose(
+        found, jax.grad(lambda x: loss(x, lambda y: y))(x), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("bad", [0, 3])
@@ -240,7 +323,10 @@ def test_a_bad_gradient_on_one_device_is_skipped_by_all(bad, checked):
         skip_nonfinite(optax.adam(1.0), sharded_over=sharded_over),
         skip_spikes(optax.adam(1.0), thresholds.ema(5.0, warmup=1), sharded_over=sharded_over),
     ]
-    grads = {"split": jnp.ones((3, 8)).at[1, 2 * bad].set(jnp.nan).at[2, 2 * bad].set(100.0), "whole": jnp.ones((3, 2))}
+    grads = {
+        "split": jnp.ones((3, 8)).at[1, 2 * bad].set(jnp.nan).at[2, 2 * bad].set(100.0),
+        "whole": jnp.ones((3, 2)),
+    }
     specs = {"split": P(None, "x"), "whole": P()}
 
     def run(guard, g):
@@ -250,7 +336,11 @@ def test_a_bad_gradient_on_one_device_is_skipped_by_all(bad, checked):
 
     for guard, done in zip(guards, ([True, False, True], [True, False, False]), strict=True):
         updates, skipped, _ = in_parts(
-            functools.partial(run, guard), (specs,), grads, out_specs=(specs, P(), P()), check_vma=checked
+            functools.partial(run, guard),
+            (specs,),
+            grads,
+            out_specs=(specs, P(), P()),
+            check_vma=checked,
         )
         assert skipped == done.count(False)
         for leaf in updates.values():
@@ -265,16 +355,25 @@ def test_a_loss_that_differs_between_devices_is_refused():
         return guard.update(x, guard.init(x), value=reduce(jnp.sum(x)))[1].skipped_steps
 
     with pytest.raises(
-        ValueError, match=r"value must be the same on all devices, got one that varies along \('x',\); pass jax.lax.pmean"
+        ValueError,
+        match=r"value must be the same on all devices, got one that varies along \('x',\); pass jax.lax.pmean",
     ):
         in_parts(lambda x: run(x, lambda loss: loss), (P("x"),), jnp.ones(4))
-    assert in_parts(lambda x: run(x, lambda loss: jax.lax.pmean(loss, "x")), (P("x"),), jnp.full(4, 2.0)) == 1
+    assert (
+        in_parts(
+            lambda x: run(x, lambda loss: jax.lax.pmean(loss, "x")), (P("x"),), jnp.full(4, 2.0)
+        )
+        == 1
+    )
 
 
 def test_a_monitor_sees_the_whole():
     monitor = telemetry.monitor(sharded_over="x")
     state = in_parts(
-        lambda x: monitor.update(x, monitor.init(x))[1].reading.size_before, (P("x"),), jnp.ones(16), check_vma=False
+        lambda x: monitor.update(x, monitor.init(x))[1].reading.size_before,
+        (P("x"),),
+        jnp.ones(16),
+        check_vma=False,
     )
     np.testing.assert_allclose(state, [4.0])
 
@@ -282,7 +381,10 @@ def test_a_monitor_sees_the_whole():
 # Maps inside of maps: seeds on top of parts, each clipped by its own whole norm
 
 SEEDS = 3
-SEEDED = {"split": jnp.arange(1.0, 49.0).reshape(SEEDS, 8, 2), "whole": jnp.arange(9.0).reshape(SEEDS, 3) - 4}
+SEEDED = {
+    "split": jnp.arange(1.0, 49.0).reshape(SEEDS, 8, 2),
+    "whole": jnp.arange(9.0).reshape(SEEDS, 3) - 4,
+}
 PARTS = {"split": P(None, "x"), "whole": P()}
 
 
@@ -305,21 +407,27 @@ def test_seeds_within_shard_map(checked):
 
 def test_shard_map_within_seeds():
     parts = {"split": P("x"), "whole": P()}
-    assert_each_seed(jax.vmap(lambda grads: in_parts(clipped_once(), (parts,), grads, out_specs=parts))(SEEDED))
+    assert_each_seed(
+        jax.vmap(lambda grads: in_parts(clipped_once(), (parts,), grads, out_specs=parts))(SEEDED)
+    )
 
 
 def test_seeds_and_rows_both_by_vmap():
     clip = clipped_once({"split": "rows", "whole": ()})
     rows, rows_of_seeds = {"split": 0, "whole": None}, {"split": 1, "whole": None}
     assert_each_seed(jax.jit(jax.vmap(jax.vmap(clip, (rows,), rows, axis_name="rows")))(SEEDED))
-    assert_each_seed(jax.jit(jax.vmap(jax.vmap(clip), (rows_of_seeds,), rows_of_seeds, axis_name="rows"))(SEEDED))
+    assert_each_seed(
+        jax.jit(jax.vmap(jax.vmap(clip), (rows_of_seeds,), rows_of_seeds, axis_name="rows"))(SEEDED)
+    )
 
 
 def test_seeds_within_pmap():
     in_axes = {"split": 1, "whole": None}
     grads = {"split": SEEDED["split"].reshape(SEEDS, 4, 2, 2), "whole": SEEDED["whole"]}
     run = jax.vmap(clipped_once({"split": "x", "whole": ()}))
-    found = jax.pmap(run, "x", in_axes=(in_axes,), out_axes=in_axes, devices=jax.devices()[:4])(grads)
+    found = jax.pmap(run, "x", in_axes=(in_axes,), out_axes=in_axes, devices=jax.devices()[:4])(
+        grads
+    )
     assert_each_seed({"split": found["split"].reshape(SEEDS, 8, 2), "whole": found["whole"]})
 
 
@@ -338,7 +446,9 @@ def test_cotangents_under_jit(each_row):
     whole = functools.partial(optaxclip.clip_cotangent, threshold=1.0)
     clip = jax.vmap(whole) if each_row else whole
     rows = NamedSharding(mesh(), P("x", "y"))
-    found = jax.jit(functools.partial(slope, clip), in_shardings=(rows, rows))(FACTORS, jnp.ones((8, 2)))
+    found = jax.jit(functools.partial(slope, clip), in_shardings=(rows, rows))(
+        FACTORS, jnp.ones((8, 2))
+    )
     want = FACTORS / jnp.linalg.norm(FACTORS, axis=-1 if each_row else None, keepdims=True)
     np.testing.assert_allclose(found, want, rtol=1e-6)
 
@@ -351,13 +461,28 @@ def test_cotangents_in_shard_map():
     run = functools.partial(slope, clip)
     want = FACTORS / jnp.linalg.norm(FACTORS)
     for total in jnp.sum, sum_over_all:
-        found = in_parts(functools.partial(run, total=total), (P("x"), P("x")), FACTORS, jnp.ones((8, 2)), out_specs=P("x"))
+        found = in_parts(
+            functools.partial(run, total=total),
+            (P("x"), P("x")),
+            FACTORS,
+            jnp.ones((8, 2)),
+            out_specs=P("x"),
+        )
         np.testing.assert_allclose(found, want, rtol=1e-6)
-    same = in_parts(functools.partial(run, total=sum_over_all), (P("x"), P()), FACTORS, jnp.ones((2, 2)))  # one x for all
+    # one x for all
+    same = in_parts(
+        functools.partial(run, total=sum_over_all), (P("x"), P()), FACTORS, jnp.ones((2, 2))
+    )
     summed = FACTORS.reshape(4, 2, 2).sum(0)
     np.testing.assert_allclose(same, summed / jnp.linalg.norm(summed), rtol=1e-6)
     each = functools.partial(clip, scope=scopes.element(), response=responses.clamp)
-    found = in_parts(functools.partial(slope, each), (P("x"), P("x")), 0.3 * FACTORS, jnp.ones((8, 2)), out_specs=P("x"))
+    found = in_parts(
+        functools.partial(slope, each),
+        (P("x"), P("x")),
+        0.3 * FACTORS,
+        jnp.ones((8, 2)),
+        out_specs=P("x"),
+    )
     np.testing.assert_allclose(found, jnp.minimum(0.3 * FACTORS, 1), rtol=1e-6)
 
 
@@ -366,7 +491,9 @@ def test_cotangents_of_examples_in_shard_map(checked):
     clip = jax.vmap(functools.partial(optaxclip.clip_cotangent, threshold=1.0, sharded_over=()))
     run, rows = functools.partial(slope, clip), (P("x"), P("x"))
     found = in_parts(run, rows, FACTORS, jnp.ones((8, 2)), out_specs=P("x"), check_vma=checked)
-    np.testing.assert_allclose(found, FACTORS / jnp.linalg.norm(FACTORS, axis=-1, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(
+        found, FACTORS / jnp.linalg.norm(FACTORS, axis=-1, keepdims=True), rtol=1e-6
+    )
 
 
 # Examples that are split over devices
@@ -382,16 +509,24 @@ def loss(params, x):
 
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("microbatch", [None, 2])
-@pytest.mark.parametrize("threshold", [0.3, per_example.quantile(0.5, noise=1.0)], ids=["number", "rule"])
+@pytest.mark.parametrize(
+    "threshold", [0.3, per_example.quantile(0.5, noise=1.0)], ids=["number", "rule"]
+)
 def test_gradients_of_examples_in_shard_map(threshold, microbatch, checked):
     def run(params, x, mask, **options):
-        (value, seen), gradients = per_example.clipped_grad(loss, threshold, **options)(params, x, mask=mask)
+        (value, seen), gradients = per_example.clipped_grad(loss, threshold, **options)(
+            params, x, mask=mask
+        )
         return (value, gradients, seen.dropped, seen.state), seen.sizes
 
     split = functools.partial(run, sharded_over="x", microbatch=microbatch)
     specs = (P(), P("x"), P("x"))
-    found = in_parts(split, specs, WEIGHTS, ROWS, PRESENT, out_specs=(P(), P("x")), check_vma=checked)
-    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(run(WEIGHTS, ROWS, PRESENT)), rtol=1e-5, atol=1e-6)
+    found = in_parts(
+        split, specs, WEIGHTS, ROWS, PRESENT, out_specs=(P(), P("x")), check_vma=checked
+    )
+    chex.assert_trees_all_close(
+        jax.device_get(found), jax.device_get(run(WEIGHTS, ROWS, PRESENT)), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -401,12 +536,17 @@ def test_given_gradients_of_examples_in_shard_map(checked):
         return clip.update(gradients, clip.init(jnp.zeros(4)))
 
     found = in_parts(functools.partial(run, sharded_over="x"), (P("x"),), ROWS, check_vma=checked)
-    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(run(ROWS)), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(
+        jax.device_get(found), jax.device_get(run(ROWS)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_examples_in_shard_map_are_clipped_by_leaves_or_more():
     clip = per_example.aggregate(1.0, scope=scopes.unit(), sharded_over="x")
-    with pytest.raises(ValueError, match=r"scope must not be finer than a leaf in a shard_map or pmap over \('x',\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"scope must not be finer than a leaf in a shard_map or pmap over \('x',\)",
+    ):
         in_parts(lambda x: clip.update(x, None)[0], (P("x"),), ROWS)
 
 
@@ -418,5 +558,9 @@ def test_examples_in_shard_map_are_clipped_by_leaves_or_more():
 def test_a_state_that_is_made_outside(make, checked):
     clip = make(1.0, sharded_over="x")
     state = clip.init(FACTORS)
-    run = functools.partial(in_parts, clip.update, (P("x"), P(), P("x")), out_specs=(P("x"), P()), check_vma=checked)
-    chex.assert_trees_all_close(run(FACTORS, state, FACTORS), make(1.0).update(FACTORS, state, FACTORS), rtol=1e-6)
+    run = functools.partial(
+        in_parts, clip.update, (P("x"), P(), P("x")), out_specs=(P("x"), P()), check_vma=checked
+    )
+    chex.assert_trees_all_close(
+        run(FACTORS, state, FACTORS), make(1.0).update(FACTORS, state, FACTORS), rtol=1e-6
+    )

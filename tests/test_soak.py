@@ -1,4 +1,6 @@
-"""A hundred thousand steps of an LSTM, of which one in a hundred has a gradient that is NaN, infinite, 1e30 or zero."""
+"""A hundred thousand steps of an LSTM, of which one in a hundred has a gradient that is NaN,
+infinite, 1e30 or zero.
+"""
 
 import functools
 
@@ -17,7 +19,9 @@ FINE, NAN, INFINITE, HUGE, ZERO = range(5)
 RATE = optax.cosine_decay_schedule(3e-3, STEPS)
 OPTIMIZERS = {
     "not finite": optaxclip.skip_nonfinite(optax.chain(optaxclip.autoclip(0.5), optax.adam(RATE))),
-    "spikes": optaxclip.skip_spikes(optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(RATE)), thresholds.ema(1e4)),
+    "spikes": optaxclip.skip_spikes(
+        optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(RATE)), thresholds.ema(1e4)
+    ),
 }
 SKIPPED = {"not finite": (NAN, INFINITE), "spikes": (NAN, INFINITE, HUGE)}
 
@@ -35,7 +39,10 @@ def draw(key):
     numbers, first, second = jax.random.split(key, 3)
     numbers = jax.random.uniform(numbers, (BATCH, LENGTH))
     half = LENGTH // 2
-    at = [jax.random.randint(first, BATCH, 0, half), jax.random.randint(second, BATCH, half, LENGTH)]
+    at = [
+        jax.random.randint(first, BATCH, 0, half),
+        jax.random.randint(second, BATCH, half, LENGTH),
+    ]
     marks = sum(jax.nn.one_hot(i, LENGTH) for i in at)
     return jnp.stack([numbers, marks], -1), jnp.sum(numbers * marks, 1)
 
@@ -69,7 +76,9 @@ def train(name, seed, share):
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), (kinds, jax.random.split(stream, STEPS)))
+    (params, state), _ = jax.lax.scan(
+        step, (params, optimizer.init(params)), (kinds, jax.random.split(stream, STEPS))
+    )
     tests = jax.vmap(draw)(jax.random.split(test, 100))
     return jnp.mean(jax.vmap(lambda x, y: loss(params, x, y))(*tests)), params, state, kinds
 
@@ -77,11 +86,15 @@ def train(name, seed, share):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_hundred_thousand_steps(name):
     seeds = jnp.tile(jnp.arange(SEEDS), 2)
-    losses, params, state, kinds = jax.vmap(functools.partial(train, name))(seeds, jnp.repeat(jnp.array([0.0, 0.01]), SEEDS))
+    losses, params, state, kinds = jax.vmap(functools.partial(train, name))(
+        seeds, jnp.repeat(jnp.array([0.0, 0.01]), SEEDS)
+    )
     kinds, (clean, poisoned) = np.asarray(kinds), np.split(np.asarray(losses), 2)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert max(clean) < 1e-4  # it has learned: 1/6 is the loss of the mean
-    assert np.median(poisoned) <= max(clean) and max(poisoned) <= max(clean) + 2 * (max(clean) - min(clean))
+    assert np.median(poisoned) <= max(clean) and max(poisoned) <= max(clean) + 2 * (
+        max(clean) - min(clean)
+    )
 
     injected = np.stack([(kinds == kind).sum(1) for kind in range(5)])
     assert (injected[1:, SEEDS:] > 200).all() and not injected[1:, :SEEDS].any()
@@ -92,5 +105,9 @@ def test_a_hundred_thousand_steps(name):
     np.testing.assert_array_equal(state.steps, STEPS)
     assert not found["clip/nonfinite_steps"].any()
     if name == "not finite":  # every other size, and no 1e30, is known to the rule
-        sketch = [leaf for leaf in jax.tree.leaves(state.inner[0].threshold) if leaf.ndim == 3 and leaf.dtype == jnp.int32][0]
+        sketch = [
+            leaf
+            for leaf in jax.tree.leaves(state.inner[0].threshold)
+            if leaf.ndim == 3 and leaf.dtype == jnp.int32
+        ][0]
         np.testing.assert_array_equal(sketch.max((1, 2)), injected[FINE])

@@ -11,7 +11,9 @@ import optaxclip
 
 
 def reference(gradients, params, b1=0.9, b2=0.99, eps=1e-6, max_rms=1.0, weight_decay=0.0):
-    """Updates of one leaf, before the learning rate, for a list of gradients at constant parameters."""
+    """Updates of one leaf, before the learning rate, for a list of gradients at constant
+    parameters.
+    """
     m, v, updates = 0.0, 0.0, []
     for t, gradient in enumerate(np.asarray(gradients, np.float64), 1):
         m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
@@ -25,7 +27,9 @@ def reference(gradients, params, b1=0.9, b2=0.99, eps=1e-6, max_rms=1.0, weight_
 def spiky(shape, steps=200, seed=0):
     rng = np.random.default_rng(seed)
     scale = np.where(rng.random(steps) < 0.05, 50.0, 1.0) * np.exp(0.5 * rng.standard_normal(steps))
-    return (scale.reshape(-1, *[1] * len(shape)) * rng.standard_normal((steps, *shape))).astype(np.float32)
+    return (scale.reshape(-1, *[1] * len(shape)) * rng.standard_normal((steps, *shape))).astype(
+        np.float32
+    )
 
 
 def run(optimizer, gradients, params):
@@ -36,7 +40,11 @@ def run(optimizer, gradients, params):
     return jax.jit(lambda state: jax.lax.scan(step, state, gradients))(optimizer.init(params))[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "max_rms": 2.0}, {"weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "max_rms": 2.0}, {"weight_decay": 0.1}],
+    ids=str,
+)
 def test_equals_its_equations_leaf_by_leaf(options):
     params = {"a": np.ones((4, 3), np.float32), "b": np.full((5,), 2.0, np.float32)}
     gradients = {"a": spiky((4, 3)), "b": spiky((5,), seed=1)}
@@ -73,7 +81,8 @@ def test_the_first_step_and_a_spike():
     for _ in range(1000):
         updates, state = update(jnp.ones(4), state)
     updates, state = update(jnp.full(4, 1e6), state)
-    np.testing.assert_allclose(state.clip.reading.size_before, [1 / np.sqrt(1 - 0.99)], rtol=1e-3)  # most that is cut
+    # most that is cut
+    np.testing.assert_allclose(state.clip.reading.size_before, [1 / np.sqrt(1 - 0.99)], rtol=1e-3)
 
 
 def test_derivatives_are_finite_as_far_as_those_of_adam_are():
@@ -88,7 +97,9 @@ def test_a_chain_trains_half_precision_weights():
     params = {"w": jnp.ones((3,), jnp.bfloat16), "step": jnp.arange(2)}
     optimizer = optax.chain(optaxclip.scale_by_stable_adam(weight_decay=0.1), optax.scale(-0.1))
     state = optimizer.init(params)
-    updates, new_state = optimizer.update({"w": jnp.ones((3,), jnp.bfloat16), "step": jnp.arange(2)}, state, params)
+    updates, new_state = optimizer.update(
+        {"w": jnp.ones((3,), jnp.bfloat16), "step": jnp.arange(2)}, state, params
+    )
     assert updates["w"].dtype == jnp.bfloat16
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
 

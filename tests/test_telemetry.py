@@ -14,6 +14,7 @@ from flax.training.train_state import TrainState
 
 import optaxclip
 from optaxclip import scopes, telemetry, thresholds
+from optaxclip.thresholds import ranks
 
 GRADS = {"enc": {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]])}, "head": jnp.array([12.0])}
 CLIP = optaxclip.clip_by_global_norm(1.0)
@@ -34,18 +35,26 @@ def first_leaf_only(optimizer):
 NESTED = {
     "alone": (CLIP, [13]),
     "chain": (optax.chain(CLIP, optax.adam(1e-3)), [13]),
-    "chains in chains": (optax.chain(optax.chain(optax.identity(), optax.chain(CLIP)), optax.sgd(1.0)), [13]),
+    "chains in chains": (
+        optax.chain(optax.chain(optax.identity(), optax.chain(CLIP)), optax.sgd(1.0)),
+        [13],
+    ),
     "masked": (first_leaf_only(CLIP), [5]),
     "multi_transform": (
-        optax.multi_transform({"a": CLIP, "b": optax.chain(CLIP, optax.sgd(1.0))}, {"enc": {"w": "a"}, "head": "b"}),
+        optax.multi_transform(
+            {"a": CLIP, "b": optax.chain(CLIP, optax.sgd(1.0))}, {"enc": {"w": "a"}, "head": "b"}
+        ),
         [5, 12],
     ),
     "MultiSteps": (optax.MultiSteps(optax.chain(CLIP, optax.sgd(1.0)), 1), [13]),
-    "inject_hyperparams": (optax.inject_hyperparams(optaxclip.clip_by_global_norm)(max_norm=1.0), [13]),
+    "inject_hyperparams": (
+        optax.inject_hyperparams(optaxclip.clip_by_global_norm)(max_norm=1.0),
+        [13],
+    ),
     "apply_if_finite": (optax.apply_if_finite(optax.chain(CLIP, optax.sgd(1.0)), 3), [13]),
     "skip_nonfinite": (optaxclip.skip_nonfinite(optax.chain(CLIP, optax.sgd(1.0))), [13]),
     "skip_spikes": (optax.chain(optax.identity(), optaxclip.skip_spikes(CLIP, 100.0)), [13]),
-    "carry": (optaxclip.carry(CLIP), [13]),
+    "error_feedback": (optaxclip.error_feedback(CLIP), [13]),
     "stable adam": (optaxclip.scale_by_stable_adam(scope=scopes.tree()), [1 / np.sqrt(5 / 2)]),
     "two clips": (optax.chain(CLIP, optaxclip.clip_by_value(0.5)), [13, 12 / 13]),
     "clip between bounds": (optaxclip.clip_by_value(-1.0, 2.0), [12, 0]),
@@ -67,7 +76,9 @@ def test_readings_are_found_however_deep_they_are(name):
 
 def test_readings_are_found_in_the_states_of_flax():
     optimizer = optax.chain(CLIP, optax.sgd(0.1))
-    state = TrainState.create(apply_fn=None, params=GRADS, tx=optimizer).apply_gradients(grads=GRADS)
+    state = TrainState.create(apply_fn=None, params=GRADS, tx=optimizer).apply_gradients(
+        grads=GRADS
+    )
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     trainer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
     trainer.update(model, jax.tree.map(lambda x: 3 * jnp.ones_like(x), nnx.state(model, nnx.Param)))
@@ -79,9 +90,10 @@ def test_readings_are_found_in_the_states_of_flax():
 
 
 GUARDED = optaxclip.skip_nonfinite(optax.chain(CLIP, optax.sgd(0.1)))
+# one in another
 GUARDS = optaxclip.skip_nonfinite(
     optax.MultiSteps(optaxclip.skip_spikes(GUARDED, 100.0), 2).gradient_transformation()
-)  # one in another
+)
 
 
 class TwoOptimizers(TrainState):
@@ -115,13 +127,21 @@ HOLDERS = {  # what holds states, and how many clips and guards are in it
     "train state": (lambda: train_state(GUARDED, GUARDED.init(GRADS)), 2, 2),
     "second state only": (lambda: train_state(optax.sgd(1.0), {"head": GUARDED.init(GRADS)}), 1, 1),
     "nnx optimizer": (lambda: nnx_optimizer(GUARDED), 1, 1),
-    "nnx optimizers": (lambda: {"generator": nnx_optimizer(GUARDED), "critic": (nnx_optimizer(CLIP),)}, 2, 1),
+    "nnx optimizers": (
+        lambda: {"generator": nnx_optimizer(GUARDED), "critic": (nnx_optimizer(CLIP),)},
+        2,
+        1,
+    ),
     "dict": (lambda: {"a": GUARDED.init(GRADS), "params": GRADS, "b": [CLIP.init(GRADS)]}, 2, 1),
     "tuple": (lambda: (GRADS, GUARDED.init(GRADS), 0, None, "text", len), 1, 1),
     "dataclass": (lambda: Registered(GUARDED.init(GRADS), GUARDED.init(GRADS)), 2, 2),
     "object": (lambda: Trainer(a=GUARDED.init(GRADS), b=nnx_optimizer(CLIP)), 2, 1),
     "guards in guards": (lambda: GUARDS.init(GRADS), 1, 3),
-    "guards in guards in a dict": (lambda: {"opt_state": (), "all": {"mine": GUARDS.init(GRADS)}}, 1, 3),
+    "guards in guards in a dict": (
+        lambda: {"opt_state": (), "all": {"mine": GUARDS.init(GRADS)}},
+        1,
+        3,
+    ),
     "no state": (lambda: {"params": GRADS, "model": nnx.Linear(2, 1, rngs=nnx.Rngs(0))}, 0, 0),
 }
 
@@ -138,18 +158,37 @@ def test_clips_and_guards_are_found_whatever_holds_them(name):
 
 
 def test_the_steps_that_guards_in_guards_skipped_are_counted():
-    optimizer = optaxclip.skip_nonfinite(optax.MultiSteps(optaxclip.skip_spikes(GUARDED, 10.0), 2).gradient_transformation())
+    optimizer = optaxclip.skip_nonfinite(
+        optax.MultiSteps(optaxclip.skip_spikes(GUARDED, 10.0), 2).gradient_transformation()
+    )
     state = optimizer.init(GRADS)
-    for scale in jnp.nan, 1.0, 1.0, 0.1, 0.1:  # the outer one skips the first, the next one the mean of two
-        _, state = optimizer.update(jax.tree.map(lambda x, scale=scale: x * scale, GRADS), state, GRADS)
+    for scale in (
+        jnp.nan,
+        1.0,
+        1.0,
+        0.1,
+        0.1,
+    ):  # the outer one skips the first, the next one the mean of two
+        _, state = optimizer.update(
+            jax.tree.map(lambda x, scale=scale: x * scale, GRADS), state, GRADS
+        )
     found = telemetry.metrics({"opt_state": (), "guarded": [state, state]})
     assert found["clip/skipped_steps"] == 2 * (1 + 1) and found["clip_0/steps"] == 1
 
 
-@pytest.mark.parametrize("read", [telemetry.readings, telemetry.metrics, telemetry.last_sizes, telemetry.suggest])
+@pytest.mark.parametrize(
+    "read", [telemetry.readings, telemetry.metrics, telemetry.last_sizes, telemetry.suggest]
+)
 @pytest.mark.parametrize(
     "transform",
-    [CLIP, optax.chain(CLIP, optax.sgd(1.0)), GUARDED, optax.MultiSteps(CLIP, 2), optax.adam(1.0), telemetry.monitor()],
+    [
+        CLIP,
+        optax.chain(CLIP, optax.sgd(1.0)),
+        GUARDED,
+        optax.MultiSteps(CLIP, 2),
+        optax.adam(1.0),
+        telemetry.monitor(),
+    ],
 )
 def test_an_optimizer_in_place_of_its_state_is_refused(read, transform):
     words = f"opt_state must be a state, got the {type(transform).__name__} that makes it; pass the state that init or"
@@ -188,7 +227,8 @@ def test_with_parameters_groups_have_their_names():
         found = telemetry.metrics(stepped(clip), GRADS, prefix="grad")
         assert found[f"grad/size_before/{name}"] == size
         assert len(found) == 9 + 4 * 2
-    assert len(telemetry.metrics(stepped(CLIP), GRADS)) == 9  # a tree is one group, with nothing to add
+    # a tree is one group, with nothing to add
+    assert len(telemetry.metrics(stepped(CLIP), GRADS)) == 9
 
 
 def test_names_are_those_of_the_leaves_that_a_mask_lets_through():
@@ -215,7 +255,15 @@ def test_a_state_without_clips_has_no_metrics():
     assert telemetry.metrics(optax.adam(1e-3).init(GRADS)) == {}
 
 
-STEPLESS = {"size_before", "size_after", "limit", "scale", "clipped_share", "watched", "watched_limit"}
+STEPLESS = {
+    "size_before",
+    "size_after",
+    "limit",
+    "scale",
+    "clipped_share",
+    "watched",
+    "watched_limit",
+}
 
 
 def assert_nothing_is_told(found):
@@ -229,16 +277,31 @@ def assert_nothing_is_told(found):
 
 @pytest.mark.parametrize(
     "clip",
-    [CLIP, optaxclip.clip_by_norm(1.0), optaxclip.clip_by_value(1.0), telemetry.monitor(), optaxclip.skip_spikes(CLIP, 1e3)],
+    [
+        CLIP,
+        optaxclip.clip_by_norm(1.0),
+        optaxclip.clip_by_value(1.0),
+        telemetry.monitor(),
+        optaxclip.skip_spikes(CLIP, 1e3),
+    ],
 )
 def test_before_the_first_step_nothing_is_told_and_the_keys_are_the_same(clip):
     state, params = clip.init(GRADS), GRADS
     after = telemetry.metrics(stepped(clip), params)
-    for found in telemetry.metrics(state, params), jax.jit(lambda: telemetry.metrics(clip.init(GRADS), params))():
+    for found in (
+        telemetry.metrics(state, params),
+        jax.jit(lambda: telemetry.metrics(clip.init(GRADS), params))(),
+    ):
         assert_nothing_is_told(found)
         chex.assert_trees_all_equal_shapes_and_dtypes(found, after)
-    assert not any(np.isnan(value) for value in after.values()) and after.get("clip/largest", 0) >= 0
-    assert_nothing_is_told(telemetry.metrics(jax.vmap(lambda x: clip.init(jax.tree.map(lambda g: x * g, GRADS)))(jnp.ones(3))))
+    assert (
+        not any(np.isnan(value) for value in after.values()) and after.get("clip/largest", 0) >= 0
+    )
+    assert_nothing_is_told(
+        telemetry.metrics(
+            jax.vmap(lambda x: clip.init(jax.tree.map(lambda g: x * g, GRADS)))(jnp.ones(3))
+        )
+    )
 
 
 def test_multi_steps_tell_nothing_before_the_first_real_step_and_repeat_the_last_one_after_it():
@@ -248,10 +311,16 @@ def test_multi_steps_tell_nothing_before_the_first_real_step_and_repeat_the_last
         _, state = optimizer.update(jax.tree.map(lambda x: scale * x, GRADS), state, GRADS)
         return state, telemetry.metrics(state)
 
-    state, found = jax.jit(lambda scales: jax.lax.scan(step, optimizer.init(GRADS), scales))(jnp.arange(1.0, 9.0))
+    state, found = jax.jit(lambda scales: jax.lax.scan(step, optimizer.init(GRADS), scales))(
+        jnp.arange(1.0, 9.0)
+    )
     assert_nothing_is_told({key: value[:2] for key, value in found.items()})
-    np.testing.assert_allclose(found["clip/size_before"][2:], 13 * np.array([2, 2, 2, 5, 5, 5]), rtol=1e-6)
-    np.testing.assert_allclose(found["clip/watched"][2:], 13 * np.array([2, 2, 2, 5, 5, 5]), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["clip/size_before"][2:], 13 * np.array([2, 2, 2, 5, 5, 5]), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        found["clip/watched"][2:], 13 * np.array([2, 2, 2, 5, 5, 5]), rtol=1e-6
+    )
     np.testing.assert_array_equal(found["clip/steps"], [0, 0, 1, 1, 1, 2, 2, 2])
 
 
@@ -268,13 +337,19 @@ def test_empty_trees_and_zero_gradients_have_metrics_without_nan():
         for clip in CLIP, optaxclip.clip_by_norm(1.0), optaxclip.clip_by_value(1.0):
             state = clip.update(grads, clip.init(grads))[1]
             found = telemetry.metrics(state, grads)
-            assert found["clip/scale"] == 1 and not any(np.isnan(value).any() for value in found.values())
+            assert found["clip/scale"] == 1 and not any(
+                np.isnan(value).any() for value in found.values()
+            )
 
 
 def test_the_largest_group_is_the_one_that_is_not_a_number():
     grads = {"enc": {"w": jnp.array([[jnp.nan, 0.0], [0.0, 4.0]])}, "head": jnp.array([12.0])}
     found = telemetry.metrics(stepped(optaxclip.clip_by_norm(1.0), grads=grads))
-    assert found["clip/largest"] == 0 and np.isnan(found["clip/size_before"]) and found["clip/nonfinite_steps"] == 1
+    assert (
+        found["clip/largest"] == 0
+        and np.isnan(found["clip/size_before"])
+        and found["clip/nonfinite_steps"] == 1
+    )
 
 
 def test_metrics_run_inside_scan_and_over_seeds():
@@ -290,13 +365,18 @@ def test_metrics_run_inside_scan_and_over_seeds():
     np.testing.assert_allclose(found["clip/size_before"][1], [13, 26, 39], rtol=1e-6)
     np.testing.assert_array_equal(found["clip/clipped_steps"], [[0, 1, 1], [1, 2, 3]])
     np.testing.assert_array_equal(found["clip/nonfinite_steps"][:, -1], [1, 0])
-    np.testing.assert_array_equal(telemetry.metrics(states)["clip/steps"], [3, 3])  # of the vmapped state itself
+    # of the vmapped state itself
+    np.testing.assert_array_equal(telemetry.metrics(states)["clip/steps"], [3, 3])
 
 
-@pytest.mark.parametrize("scope", [scopes.tree(), BY_LAYER, scopes.leaf(), scopes.unit(), scopes.element()])
+@pytest.mark.parametrize(
+    "scope", [scopes.tree(), BY_LAYER, scopes.leaf(), scopes.unit(), scopes.element()]
+)
 def test_metrics_of_sharded_gradients_are_those_of_whole_ones(scope):
     mesh = jax.make_mesh((4,), ("data",))
-    clip = optax.chain(telemetry.monitor(scope=scope), optaxclip.clip(thresholds.ema(1.0), scope=scope))
+    clip = optax.chain(
+        telemetry.monitor(scope=scope), optaxclip.clip(thresholds.ema(1.0), scope=scope)
+    )
     whole = {"enc": {"w": jnp.arange(32.0).reshape(8, 4)}, "head": jnp.arange(4.0)}
 
     def run(grads):
@@ -305,7 +385,9 @@ def test_metrics_of_sharded_gradients_are_those_of_whole_ones(scope):
             _, state = clip.update(jax.tree.map(lambda x, scale=scale: x * scale, grads), state)
         return telemetry.metrics(state, grads)
 
-    sharded = jax.device_put(whole, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    sharded = jax.device_put(
+        whole, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    )
     found, want = jax.jit(run)(sharded), jax.jit(run)(whole)
     assert float(want["clip_1/size_before"]) > 30
     chex.assert_trees_all_close(found, want, rtol=1e-6)
@@ -335,7 +417,10 @@ def test_a_monitor_changes_nothing(scope):
 def test_a_monitor_remembers_the_last_sizes_of_each_group():
     monitor = optax.chain(optax.identity(), telemetry.monitor(scope=scopes.leaf(), history=3))
     state = monitor.init(GRADS)
-    assert {name: len(sizes) for name, sizes in telemetry.last_sizes(state).items()} == {"enc/w": 0, "head": 0}
+    assert {name: len(sizes) for name, sizes in telemetry.last_sizes(state).items()} == {
+        "enc/w": 0,
+        "head": 0,
+    }
     for scale in 1.0, 2.0, jnp.nan, 0.0, 3.0, 4.0:
         _, state = monitor.update(jax.tree.map(lambda x, scale=scale: x * scale, GRADS), state)
     found = telemetry.last_sizes(state)
@@ -354,17 +439,29 @@ def monitored(sizes, **options):
     def step(state, size):
         return monitor.update(jnp.full(1, size), state)[1], None
 
-    return jax.jit(lambda sizes: jax.lax.scan(step, monitor.init(jnp.zeros(1)), sizes)[0])(jnp.float32(sizes))
+    return jax.jit(lambda sizes: jax.lax.scan(step, monitor.init(jnp.zeros(1)), sizes)[0])(
+        jnp.float32(sizes)
+    )
 
 
 @pytest.mark.parametrize("steps, error", [(5, 1e-6), (1000, 1e-6), (5000, 0.0101)])
 def test_suggestions_are_quantiles_and_multiples_of_the_mean_of_all_sizes(steps, error):
-    sizes = np.exp(0.7 * np.random.default_rng(steps).normal(size=steps)).astype(np.float32).astype(float)
+    sizes = (
+        np.exp(0.7 * np.random.default_rng(steps).normal(size=steps))
+        .astype(np.float32)
+        .astype(float)
+    )
     lines = telemetry.suggest(monitored(sizes))
-    assert [line.threshold for line in lines] == sorted(line.threshold for line in lines) and len(lines) == 9
+    assert [line.threshold for line in lines] == sorted(line.threshold for line in lines) and len(
+        lines
+    ) == 9
     for line in lines:
-        kind, number = line.candidate.split()[::2] if "x" in line.candidate else line.candidate.split()
-        want = np.quantile(sizes, float(number)) if kind == "quantile" else float(kind) * sizes.mean()
+        kind, number = (
+            line.candidate.split()[::2] if "x" in line.candidate else line.candidate.split()
+        )
+        want = (
+            np.quantile(sizes, float(number)) if kind == "quantile" else float(kind) * sizes.mean()
+        )
         assert line.threshold == pytest.approx(want, rel=error)
         share = [np.mean(sizes > line.threshold * (1 + e)) for e in (-2 * error, 2 * error)]
         assert share[1] <= line.clipped_share <= share[0]
@@ -375,7 +472,10 @@ def test_suggestions_for_the_units_of_a_leaf_count_them_together():
     monitor = telemetry.monitor(scope=scopes.unit())
     _, state = monitor.update(GRADS, monitor.init(GRADS))
     found = {(line.group, line.candidate): line for line in telemetry.suggest(state)}
-    assert found["enc/w", "1 x mean"].threshold == 3.5 and found["enc/w", "1 x mean"].clipped_share == 0.5
+    assert (
+        found["enc/w", "1 x mean"].threshold == 3.5
+        and found["enc/w", "1 x mean"].clipped_share == 0.5
+    )
     assert telemetry.last_sizes(state)["enc/w"].shape == (1, 2)
 
 
@@ -389,24 +489,30 @@ def test_the_memories_of_several_runs_are_not_mixed(read):
     monitor = telemetry.monitor()
     states = jax.vmap(lambda x: monitor.update(x, monitor.init(x))[1])(jnp.ones((3, 2)))
     with pytest.raises(
-        ValueError, match=r"opt_state must be of one run, got one that is vmapped over \(3,\); pass one of them"
+        ValueError,
+        match=r"opt_state must be of one run, got one that is vmapped over \(3,\); pass one of them",
     ):
         read(states)
     assert read(jax.tree.map(lambda x: x[0], states))
 
 
 def test_a_memory_has_a_fixed_size():
-    before, after = telemetry.monitor(history=7).init(GRADS), stepped(telemetry.monitor(history=7), 3)
+    before, after = (
+        telemetry.monitor(history=7).init(GRADS),
+        stepped(telemetry.monitor(history=7), 3),
+    )
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(before.threshold)) == 4 * (7 + 1024 + 1 + 1024)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(before.threshold)) == 4 * (
+        7 + 1024 + 1 + 1024
+    )
 
 
 def test_a_memory_is_a_rule_without_a_limit():
-    clip = optaxclip.clip(thresholds.remember(3), scopes.tree())
+    clip = optaxclip.clip(ranks.remember(3), scopes.tree())
     updates, state = clip.update(GRADS, clip.init(GRADS))
     chex.assert_trees_all_equal(updates, GRADS)
     assert np.isinf(state.reading.limit).all()
     with pytest.raises(ValueError, match="window must be at least 1, got 0; pass a larger count"):
-        thresholds.remember(0)
+        ranks.remember(0)
     with pytest.raises(TypeError, match="window must be an integer, got 2.5"):
         telemetry.monitor(history=2.5)

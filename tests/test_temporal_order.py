@@ -22,7 +22,12 @@ CLASSES = {(0, 0): 0, (0, 1): 1, (1, 0): 2, (1, 1): 3}
 
 @pytest.mark.parametrize(
     ("length", "first", "second"),
-    [(10, {1}, {4}), (20, {2, 3}, {8, 9}), (25, {2, 3, 4}, {10, 11}), (30, {3, 4, 5}, {12, 13, 14})],
+    [
+        (10, {1}, {4}),
+        (20, {2, 3}, {8, 9}),
+        (25, {2, 3, 4}, {10, 11}),
+        (30, {3, 4, 5}, {12, 13, 14}),
+    ],
 )
 def test_two_marks_are_in_their_tenths_and_the_class_is_their_order(length, first, second):
     x, y = temporal_order.sequences(np.random.default_rng(0), (40, 100), length)
@@ -40,9 +45,13 @@ def test_all_classes_and_all_distractors_are_as_frequent():
     x, y = temporal_order.sequences(np.random.default_rng(1), (20_000,), 20)
     np.testing.assert_allclose(np.bincount(y) / len(y), [1 / 4] * 4, atol=0.02)
     for place in set(range(20)) - {2, 3, 8, 9}:
-        np.testing.assert_allclose(np.bincount(x[:, place], minlength=6) / len(x), [0, 0, *[1 / 4] * 4], atol=0.02)
+        np.testing.assert_allclose(
+            np.bincount(x[:, place], minlength=6) / len(x), [0, 0, *[1 / 4] * 4], atol=0.02
+        )
     for place in 2, 3, 8, 9:
-        np.testing.assert_allclose(np.bincount(x[:, place], minlength=6) / len(x), [1 / 4] * 2 + [1 / 8] * 4, atol=0.02)
+        np.testing.assert_allclose(
+            np.bincount(x[:, place], minlength=6) / len(x), [1 / 4] * 2 + [1 / 8] * 4, atol=0.02
+        )
 
 
 def test_a_mark_says_nothing_of_the_other_nor_of_the_distractors():
@@ -58,9 +67,15 @@ def sigmoid(x):
 def by_hand(name, model, x):
     """Logits in NumPy, from the formulas of the cells."""
     cell, hidden = model.rnn.cell, np.zeros((len(x), 32))
-    weights, bias, memory = np.asarray(cell.dense_i.kernel[...]), (cell.dense_i if name == "rnn" else cell.dense_h).bias, hidden
+    weights, bias, memory = (
+        np.asarray(cell.dense_i.kernel[...]),
+        (cell.dense_i if name == "rnn" else cell.dense_h).bias,
+        hidden,
+    )
     for symbol in x.T:
-        total = weights[symbol] + hidden @ np.asarray(cell.dense_h.kernel[...]) + np.asarray(bias[...])
+        total = (
+            weights[symbol] + hidden @ np.asarray(cell.dense_h.kernel[...]) + np.asarray(bias[...])
+        )
         if name == "rnn":
             hidden = np.tanh(total)
         else:
@@ -81,9 +96,19 @@ def test_the_network_is_the_cell_of_the_papers(name):
 
 def test_every_run_is_as_if_trained_alone(monkeypatch):
     monkeypatch.setattr(temporal_order, "CHUNK", 5)
-    rng, keys, rate = np.random.default_rng(4), jax.random.split(jax.random.key(5), 2), 0.5  # a few steps, before chaos
-    x, y, *test = *temporal_order.sequences(rng, (8, 2, 32), 10), *temporal_order.sequences(rng, (2, 500), 10)
-    rows = temporal_order.train("rnn", rate, keys, (x, y, *test), SimpleNamespace(update=lambda: None))
+    # a few steps, before chaos
+    rng, keys, rate = (
+        np.random.default_rng(4),
+        jax.random.split(jax.random.key(5), 2),
+        0.5,
+    )
+    x, y, *test = (
+        *temporal_order.sequences(rng, (8, 2, 32), 10),
+        *temporal_order.sequences(rng, (2, 500), 10),
+    )
+    rows = temporal_order.train(
+        "rnn", rate, keys, (x, y, *test), SimpleNamespace(update=lambda: None)
+    )
     graphdef, starts = nnx.split(temporal_order.Reader(nnx.SimpleCell, nnx.Rngs(keys[0])))
     starts = [starts, nnx.split(temporal_order.Reader(nnx.SimpleCell, nnx.Rngs(keys[1])))[1]]
 
@@ -97,15 +122,25 @@ def test_every_run_is_as_if_trained_alone(monkeypatch):
         for seed, params in enumerate(starts):
             for i in range(8):
                 grads = gradient(params, x[i, seed], y[i, seed])
-                norms[seed, i] = np.sqrt(sum(np.sum(np.asarray(leaf) ** 2) for leaf in jax.tree.leaves(grads)))
+                norms[seed, i] = np.sqrt(
+                    sum(np.sum(np.asarray(leaf) ** 2) for leaf in jax.tree.leaves(grads))
+                )
                 scale = rate * min(1, threshold / norms[seed, i])
                 params = jax.tree.map(lambda p, g, scale=scale: p - scale * g, params, grads)
-            guess = np.asarray(nnx.merge(graphdef, params)(jnp.asarray(test[0][seed]))).argmax(axis=-1)
-            assert rows[label]["accuracy"][seed] == pytest.approx(np.mean(guess == test[1][seed]), abs=0.02)
+            guess = np.asarray(nnx.merge(graphdef, params)(jnp.asarray(test[0][seed]))).argmax(
+                axis=-1
+            )
+            assert rows[label]["accuracy"][seed] == pytest.approx(
+                np.mean(guess == test[1][seed]), abs=0.02
+            )
         np.testing.assert_allclose(rows[label]["largest_norm"], norms.max(1), rtol=1e-3)
-        np.testing.assert_allclose(rows[label]["clipped_share"], (norms > threshold).mean(1), atol=1e-6)
+        np.testing.assert_allclose(
+            rows[label]["clipped_share"], (norms > threshold).mean(1), atol=1e-6
+        )
         low, median, high = rows[label]["quartiles_norm"]
-        np.testing.assert_allclose([low, median, high], [norms.min(0), norms.mean(0), norms.max(0)], rtol=1e-3)
+        np.testing.assert_allclose(
+            [low, median, high], [norms.min(0), norms.mean(0), norms.max(0)], rtol=1e-3
+        )
     assert 0 < rows["1"]["clipped_share"].mean() < 1
 
 
@@ -114,7 +149,16 @@ run = partial(as_script, "temporal_order")
 
 def test_help_names_every_option():
     text = run("--help")
-    assert set(re.findall(r"--([\w-]+)", text)) == {"help", "seeds", "seed", "steps", "out", "cell", "lengths", "learning-rate"}
+    assert set(re.findall(r"--([\w-]+)", text)) == {
+        "help",
+        "seeds",
+        "seed",
+        "steps",
+        "out",
+        "cell",
+        "lengths",
+        "learning-rate",
+    }
     assert "{rnn,lstm,both}" in text and "default: 800" in text and "default: 12" in text
 
 
@@ -122,7 +166,9 @@ def test_help_names_every_option():
 def both(tmp_path_factory):
     out = tmp_path_factory.mktemp("order") / "new" / "folder"
     stdout = run("--out", out, "--seeds", 5, "--lengths", 10, 20)
-    assert {path.name for path in out.iterdir()} == {"results.json", "success.png"} and str(out) in stdout
+    assert {path.name for path in out.iterdir()} == {"results.json", "success.png"} and str(
+        out
+    ) in stdout
     return stdout, json.loads((out / "results.json").read_text()), out
 
 
@@ -135,7 +181,15 @@ def rows_of(saved):
 
 def test_every_row_is_saved(both):
     _, saved, out = both
-    options = {"seeds": 5, "seed": 0, "steps": 800, "out": str(out), "cell": "both", "lengths": [10, 20], "learning_rate": None}
+    options = {
+        "seeds": 5,
+        "seed": 0,
+        "steps": 800,
+        "out": str(out),
+        "cell": "both",
+        "lengths": [10, 20],
+        "learning_rate": None,
+    }
     assert saved["options"] == options
     assert [place for place, _ in rows_of(saved)] == [
         (n, t, label) for n in LABELS for t in ("10", "20") for label in LABELS[n]
@@ -143,7 +197,9 @@ def test_every_row_is_saved(both):
     for _, row in rows_of(saved):
         assert set(row) == KEYS and all(len(row[key]) == 5 for key in KEYS - {"quartiles_norm"})
         assert row["solved"] == [accuracy > 0.95 for accuracy in row["accuracy"]]
-        assert np.shape(row["quartiles_norm"]) == (3, 800) and np.all(np.diff(row["quartiles_norm"], axis=0) >= 0)
+        assert np.shape(row["quartiles_norm"]) == (3, 800) and np.all(
+            np.diff(row["quartiles_norm"], axis=0) >= 0
+        )
         assert max(row["largest_norm"]) >= np.max(row["quartiles_norm"])
 
 
@@ -153,7 +209,9 @@ def test_the_table_is_what_is_saved(both):
         (line,) = [line for line in lines if line[:3] == [name, length, label]]
         assert line[3] == f"{sum(row['solved'])}/5" and line[5] == f"{sum(row['nonfinite'])}/5"
         assert float(line[4]) == pytest.approx(np.median(row["accuracy"]), abs=0.006)
-        assert float(line[6].rstrip("%")) == pytest.approx(100 * np.mean(row["clipped_share"]), abs=0.06)
+        assert float(line[6].rstrip("%")) == pytest.approx(
+            100 * np.mean(row["clipped_share"]), abs=0.06
+        )
         assert float(line[7]) == pytest.approx(np.median(row["largest_norm"]), rel=0.01)
 
 
@@ -179,7 +237,10 @@ def test_runs_start_equal_whatever_the_threshold(both):
         for rows in lengths.values():
             first = [np.array(row["quartiles_norm"])[:, 0] for row in rows.values()]
             np.testing.assert_array_equal(first, [first[0]] * 3)
-            assert rows["none"]["accuracy"] != next(iter(rows.values()))["accuracy"] or rows["none"]["solved"] == [True] * 5
+            assert (
+                rows["none"]["accuracy"] != next(iter(rows.values()))["accuracy"]
+                or rows["none"]["solved"] == [True] * 5
+            )
 
 
 def test_the_picture_has_every_line(both):
@@ -190,9 +251,26 @@ def test_the_picture_has_every_line(both):
 
 
 def test_one_cell_at_a_rate_that_breaks_it_is_counted_and_has_failed(tmp_path):
-    stdout = run("--out", tmp_path, "--cell", "rnn", "--lengths", 10, "--seeds", 2, "--steps", 3, "--learning-rate", 3e38)
+    stdout = run(
+        "--out",
+        tmp_path,
+        "--cell",
+        "rnn",
+        "--lengths",
+        10,
+        "--seeds",
+        2,
+        "--steps",
+        3,
+        "--learning-rate",
+        3e38,
+    )
     saved = json.loads((tmp_path / "results.json").read_text())
     assert list(saved["cells"]) == ["rnn"] and saved["options"]["learning_rate"] == 3e38
     row = saved["cells"]["rnn"]["10"]["none"]
-    assert row["nonfinite"] == [True] * 2 and row["solved"] == [False] * 2 and row["largest_norm"] == [None] * 2
+    assert (
+        row["nonfinite"] == [True] * 2
+        and row["solved"] == [False] * 2
+        and row["largest_norm"] == [None] * 2
+    )
     assert re.search(r"none\s+0 of 2 .* 2 of 2", stdout)

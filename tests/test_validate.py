@@ -16,22 +16,94 @@ from jax.experimental import sparse
 
 import optaxclip
 from optaxclip import _validate, norms, scopes, thresholds
+from optaxclip.thresholds import fixed
 
 GROWTH = thresholds.growth()
 CLIP_STATE = optaxclip.clip_by_global_norm(1.0).init(np.ones(1))
 RELATIVE = norms.relative_linf(0.1, 1e-7)
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
+    "boundaries": [
+        (
+            (2.0, [1]),
+            {},
+            TypeError,
+            "thresholds must be a list, got 2.0 (float); pass one such as [0.1, 1.0]",
+        ),
+        (
+            ([1.0, 2.0], 1),
+            {},
+            TypeError,
+            "boundaries must be a list, got 1 (int); pass one such as [1000]",
+        ),
+        (
+            ([1.0, 2.0], []),
+            {},
+            ValueError,
+            "boundaries must be one fewer than thresholds, got 0 for 2; "
+            "pass the step at which each threshold but the first begins",
+        ),
+        (
+            ([1.0, 2.0, 3.0], [2, 1]),
+            {},
+            ValueError,
+            "boundaries must be in ascending order, got [2, 1]; "
+            "sort them, and the thresholds with them",
+        ),
+    ],
+    "only_with": [
+        (
+            ("n", 2.0, 1.0, 'mode="a"', False),
+            {},
+            ValueError,
+            'n needs mode="a", got n=2.0 without it; leave it out',
+        )
+    ],
     "number": [
         (("c", -1.0), {}, ValueError, "c must be in [0, inf], got -1.0; pass a number inside"),
-        (("c", np.float32(-1)), {}, ValueError, "c must be in [0, inf], got -1.0; pass a number inside"),
-        (("c", jnp.array(-1.0)), {}, ValueError, "c must be in [0, inf], got -1.0; pass a number inside"),
+        (
+            ("c", np.float32(-1)),
+            {},
+            ValueError,
+            "c must be in [0, inf], got -1.0; pass a number inside",
+        ),
+        (
+            ("c", jnp.array(-1.0)),
+            {},
+            ValueError,
+            "c must be in [0, inf], got -1.0; pass a number inside",
+        ),
         (("c", math.nan), {}, ValueError, "c must be in [0, inf], got nan; pass a number inside"),
-        (("c", jnp.array(jnp.nan)), {}, ValueError, "c must be in [0, inf], got nan; pass a number inside"),
-        (("c", 1.5), {"high": 1.0}, ValueError, "c must be in [0, 1], got 1.5; pass a number inside"),
-        (("c", 0.0), {"high": 1.0, "exclusive": True}, ValueError, "c must be in (0, 1), got 0.0; pass a number inside"),
-        (("c", 1.0), {"high": 1.0, "exclusive": True}, ValueError, "c must be in (0, 1), got 1.0; pass a number inside"),
-        (("c", "1.0"), {}, TypeError, "c must be a real number, got '1.0' (str); pass a float such as 1.0"),
+        (
+            ("c", jnp.array(jnp.nan)),
+            {},
+            ValueError,
+            "c must be in [0, inf], got nan; pass a number inside",
+        ),
+        (
+            ("c", 1.5),
+            {"high": 1.0},
+            ValueError,
+            "c must be in [0, 1], got 1.5; pass a number inside",
+        ),
+        (
+            ("c", 0.0),
+            {"high": 1.0, "exclusive": True},
+            ValueError,
+            "c must be in (0, 1), got 0.0; pass a number inside",
+        ),
+        (
+            ("c", 1.0),
+            {"high": 1.0, "exclusive": True},
+            ValueError,
+            "c must be in (0, 1), got 1.0; pass a number inside",
+        ),
+        (
+            ("c", "1.0"),
+            {},
+            TypeError,
+            "c must be a real number, got '1.0' (str); pass a float such as 1.0",
+        ),
         (
             ("c", "1.0"),
             {"others": ", or a schedule"},
@@ -52,7 +124,12 @@ REFUSALS = {
             "c must be a real number, got None (NoneType); pass a float such as 1.0; "
             'float("-inf") as a threshold means no clipping',
         ),
-        (("c", None), {"low": 1.0}, TypeError, "c must be a real number, got None (NoneType); pass a float such as 1.0"),
+        (
+            ("c", None),
+            {"low": 1.0},
+            TypeError,
+            "c must be a real number, got None (NoneType); pass a float such as 1.0",
+        ),
         (
             ("c", jnp.bfloat16(0.999) * jnp.ones((), jnp.bfloat16)),
             {"high": 1.0, "exclusive": True},
@@ -60,17 +137,48 @@ REFUSALS = {
             "c must be in (0, 1), got 1.0; pass a number inside that bfloat16 has not rounded; "
             "with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32",
         ),
-        (("c", True), {}, TypeError, "c must be a real number, got True (bool); pass a float such as 1.0"),
-        (("c", np.True_), {}, TypeError, "c must be a real number, got np.True_ (bool); pass a float such as 1.0"),
-        (("c", np.array(True)), {}, TypeError, "c must be a real number, got array(True) (ndarray); pass a float such as 1.0"),
-        (("c", 1j), {}, TypeError, "c must be a real number, got 1j (complex); pass a float such as 1.0"),
-        (("c", np.array(1j)), {}, TypeError, "c must be a real number, got array(0.+1.j) (ndarray); pass a float such as 1.0"),
-        (("c", [1.0]), {}, TypeError, "c must be a real number, got [1.0] (list); pass a float such as 1.0"),
+        (
+            ("c", True),
+            {},
+            TypeError,
+            "c must be a real number, got True (bool); pass a float such as 1.0",
+        ),
+        (
+            ("c", np.True_),
+            {},
+            TypeError,
+            "c must be a real number, got np.True_ (bool); pass a float such as 1.0",
+        ),
+        (
+            ("c", np.array(True)),
+            {},
+            TypeError,
+            "c must be a real number, got array(True) (ndarray); pass a float such as 1.0",
+        ),
+        (
+            ("c", 1j),
+            {},
+            TypeError,
+            "c must be a real number, got 1j (complex); pass a float such as 1.0",
+        ),
+        (
+            ("c", np.array(1j)),
+            {},
+            TypeError,
+            "c must be a real number, got array(0.+1.j) (ndarray); pass a float such as 1.0",
+        ),
+        (
+            ("c", [1.0]),
+            {},
+            TypeError,
+            "c must be a real number, got [1.0] (list); pass a float such as 1.0",
+        ),
         (
             ("c", np.ones(2)),
             {},
             ValueError,
-            "c must be one number, got an array of shape (2,); give groups limits of their own with a dict and scopes.group, "
+            "c must be one number, got an array of shape (2,); give groups limits of their own "
+            "with a dict and scopes.group, "
             "or try several at once with jax.vmap",
         ),
     ],
@@ -80,20 +188,56 @@ REFUSALS = {
             {},
             TypeError,
             "schedule must return a number for each step, got 'a'; pass a schedule such as "
-            "optax.linear_schedule(1.0, 0.1, 1000), or a rule that was made, such as thresholds.ema(2.0)",
+            "optax.linear_schedule(1.0, 0.1, 1000), or a rule that was made, such as "
+            "thresholds.ema(2.0)",
         ),
     ],
     "count": [
-        (("n", 1.0), {}, TypeError, "n must be an integer, got 1.0 (float); pass a count such as 1"),
-        (("n", True), {}, TypeError, "n must be an integer, got True (bool); pass a count such as 1"),
-        (("n", None), {"low": 5}, TypeError, "n must be an integer, got None (NoneType); pass a count such as 5"),
+        (
+            ("n", 1.0),
+            {},
+            TypeError,
+            "n must be an integer, got 1.0 (float); pass a count such as 1",
+        ),
+        (
+            ("n", True),
+            {},
+            TypeError,
+            "n must be an integer, got True (bool); pass a count such as 1",
+        ),
+        (
+            ("n", None),
+            {"low": 5},
+            TypeError,
+            "n must be an integer, got None (NoneType); pass a count such as 5",
+        ),
         (("n", 0), {}, ValueError, "n must be at least 1, got 0; pass a larger count"),
-        (("n", np.int64(-1)), {"low": 0}, ValueError, "n must be at least 0, got -1; pass a larger count"),
+        (
+            ("n", np.int64(-1)),
+            {"low": 0},
+            ValueError,
+            "n must be at least 0, got -1; pass a larger count",
+        ),
         (("n", 6), {"high": 5}, ValueError, "n must be at most 5, got 6; pass a smaller count"),
-        (("n", np.int64(1)), {"low": 0, "high": 0}, ValueError, "n must be at most 0, got 1; pass a smaller count"),
+        (
+            ("n", np.int64(1)),
+            {"low": 0, "high": 0},
+            ValueError,
+            "n must be at most 0, got 1; pass a smaller count",
+        ),
         (("n", 0), {"high": 5}, ValueError, "n must be at least 1, got 0; pass a larger count"),
-        (("n", 2.0), {"high": 5}, TypeError, "n must be an integer, got 2.0 (float); pass a count such as 1"),
-        (("n", 2.0), {"traced": True}, TypeError, "n must be an integer, got 2.0 (float); pass a count such as 1"),
+        (
+            ("n", 2.0),
+            {"high": 5},
+            TypeError,
+            "n must be an integer, got 2.0 (float); pass a count such as 1",
+        ),
+        (
+            ("n", 2.0),
+            {"traced": True},
+            TypeError,
+            "n must be an integer, got 2.0 (float); pass a count such as 1",
+        ),
         (
             ("n", np.array(True)),
             {"traced": True},
@@ -112,12 +256,41 @@ REFUSALS = {
             ValueError,
             "n must be one count, got an array of shape (2,); try several at once with jax.vmap",
         ),
-        (("n", jnp.array(0.5)), {"traced": True}, ValueError, "n must be at least 1, got 0.5; pass a larger count"),
-        (("n", np.array(np.nan)), {"traced": True}, ValueError, "n must be at least 1, got nan; pass a larger count"),
-        (("n", jnp.array(6)), {"high": 5, "traced": True}, ValueError, "n must be at most 5, got 6; pass a smaller count"),
+        (
+            ("n", jnp.array(0.5)),
+            {"traced": True},
+            ValueError,
+            "n must be at least 1, got 0.5; pass a larger count",
+        ),
+        (
+            ("n", np.array(np.nan)),
+            {"traced": True},
+            ValueError,
+            "n must be at least 1, got nan; pass a larger count",
+        ),
+        (
+            ("n", jnp.array(6)),
+            {"high": 5, "traced": True},
+            ValueError,
+            "n must be at most 5, got 6; pass a smaller count",
+        ),
     ],
-    "option": [(("o", "c", ("a", "b")), {}, ValueError, "o must be one of 'a', 'b', got 'c'; choose one of these")],
-    "part": [(("p", 3, optaxclip.Norm, "norms.l2()"), {}, TypeError, "p must be a Norm, got 3; pass one such as norms.l2()")],
+    "option": [
+        (
+            ("o", "c", ("a", "b")),
+            {},
+            ValueError,
+            "o must be one of 'a', 'b', got 'c'; choose one of these",
+        )
+    ],
+    "part": [
+        (
+            ("p", 3, optaxclip.Norm, "norms.l2()"),
+            {},
+            TypeError,
+            "p must be a Norm, got 3; pass one such as norms.l2()",
+        )
+    ],
     "transform": [
         (
             ("inner", value),
@@ -146,13 +319,19 @@ REFUSALS = {
         ],
     ],
     "rule": [
-        (("rule", 3), {}, TypeError, "rule must be a Threshold, got 3; pass one such as thresholds.ema(2.0)"),
+        (
+            ("rule", 3),
+            {},
+            TypeError,
+            "rule must be a Threshold, got 3; pass one such as thresholds.ema(2.0)",
+        ),
         *[
             (
                 ("rule", GROWTH._replace(**{name: lambda sizes, state: sizes})),
                 {},
                 TypeError,
-                f"rule.{name} must take {many}, got a function of (sizes, state); pass one such as lambda {arguments}: ...",
+                f"rule.{name} must take {many}, got a function of (sizes, state); pass one such as "
+                f"lambda {arguments}: ...",
             )
             for name, many, arguments in [
                 ("init", "one argument", "sizes"),
@@ -181,7 +360,8 @@ REFUSALS = {
             (value, (2,)),
             {},
             TypeError,
-            f"response must return a gradient of the same shape, (2,), but got {found}; return one such as gradient * factor",
+            f"response must return a gradient of the same shape, (2,), but got {found}; return one "
+            f"such as gradient * factor",
         )
         for value, found in [(None, "None"), (np.ones(1), "shape (1,)"), ([1.0, 2.0], "[1.0, 2.0]")]
     ],
@@ -199,7 +379,8 @@ REFUSALS = {
                 (optax.ScaleByScheduleState(0), "ScaleByScheduleState"),
                 (np.ones(1), "ndarray"),
             ],
-            "restore with the state of init as the target, or start from init if the checkpoint has no such state "
+            "restore with the state of init as the target, or start from init if the checkpoint "
+            "has no such state "
             "(the order is update(updates, state, params))": [
                 ((), "tuple"),
                 (((), np.ones(1)), "tuple"),
@@ -230,7 +411,11 @@ REFUSALS = {
         for value, found, advice in [
             (thresholds.ema, "thresholds.ema", "thresholds.ema()"),
             (thresholds.quantile, "thresholds.quantile", "thresholds.quantile(...)"),
-            (functools.partial(thresholds.at_most, bound=1.0), "thresholds.at_most", "thresholds.at_most(...)"),
+            (
+                functools.partial(thresholds.at_most, bound=1.0),
+                "thresholds.at_most",
+                "thresholds.at_most(...)",
+            ),
             (optaxclip.per_example.quantile, "per_example.quantile", "per_example.quantile()"),
         ]
     ],
@@ -247,7 +432,8 @@ REFUSALS = {
             ("opt_state", value),
             {},
             TypeError,
-            f"opt_state must be a state, got the {found} that makes it; pass the state that init or update returned",
+            f"opt_state must be a state, got the {found} that makes it; pass the state that init "
+            f"or update returned",
         )
         for value, found in [
             (optax.sgd(1.0), "GradientTransformationExtraArgs"),
@@ -260,7 +446,8 @@ REFUSALS = {
             ("a/b", kind.fromdense(jnp.eye(2))),
             {},
             TypeError,
-            f"updates must be a tree of dense arrays, got a {kind.__name__} at 'a/b'; pass its todense(), "
+            f"updates must be a tree of dense arrays, got a {kind.__name__} at 'a/b'; pass its "
+            f"todense(), "
             "or clip the data of its sum_duplicates()",
         )
         for kind in (sparse.BCOO, sparse.BCSR, sparse.CSR, sparse.CSC, sparse.COO)
@@ -270,7 +457,8 @@ REFUSALS = {
             ("a/b", ["a"]),
             {},
             TypeError,
-            "name_of must return a name for 'a/b', got ['a']; return a string, or None to leave the leaf alone",
+            "name_of must return a name for 'a/b', got ['a']; return a string, or None to leave "
+            "the leaf alone",
         )
     ],
     "axes_of": [
@@ -278,7 +466,8 @@ REFUSALS = {
             ("axes", axes, "a/b"),
             {},
             TypeError,
-            f"axes must return axes for 'a/b', got {axes!r}; return an integer, several in a tuple, or None",
+            f"axes must return axes for 'a/b', got {axes!r}; return an integer, several in a "
+            f"tuple, or None",
         )
         for axes in ["0", 1.0, True, (0, "1"), {0}]
     ],
@@ -287,7 +476,8 @@ REFUSALS = {
             ("a/b", "text"),
             {},
             TypeError,
-            "updates must be a tree of arrays, got 'text' at 'a/b'; take it out, or hide it with optax.masked",
+            "updates must be a tree of arrays, got 'text' at 'a/b'; take it out, or hide it with "
+            "optax.masked",
         )
     ],
     "same_structure": [
@@ -295,7 +485,8 @@ REFUSALS = {
             ([1, 2], jax.tree.structure({"a": 1})),
             {},
             ValueError,
-            "params has another structure than updates, got ['[0]', '[1]'] in params alone and [\"['a']\"] in updates alone; "
+            "params has another structure than updates, got ['[0]', '[1]'] in params alone and "
+            "[\"['a']\"] in updates alone; "
             "pass the params that these are updates of",
         )
     ],
@@ -304,13 +495,15 @@ REFUSALS = {
             (["a", "b", "c"], ["a"]),
             {},
             ValueError,
-            "threshold has limits for ['b', 'c'], but the tree has only the groups ['a']; remove or rename them",
+            "threshold has limits for ['b', 'c'], but the tree has only the groups ['a']; remove "
+            "or rename them",
         ),
         (
             (["a"], ["a", "c", "b"]),
             {},
             ValueError,
-            "threshold has no limit for the groups ['b', 'c']; add one for each, float('inf') for no limit",
+            "threshold has no limit for the groups ['b', 'c']; add one for each, float('inf') for "
+            "no limit",
         ),
     ],
     "params_given": [
@@ -318,7 +511,8 @@ REFUSALS = {
             (None,),
             {},
             ValueError,
-            "this threshold is relative to the parameters, got params=None; call update(updates, state, params)",
+            "this threshold is relative to the parameters, got params=None; call update(updates, "
+            "state, params)",
         )
     ],
     "parameter": [
@@ -326,19 +520,22 @@ REFUSALS = {
             ("a/b", np.ones(3), (2,)),
             {},
             ValueError,
-            "params has shape (3,) at 'a/b', where updates has shape (2,); pass the params that these are updates of",
+            "params has shape (3,) at 'a/b', where updates has shape (2,); pass the params that "
+            "these are updates of",
         ),
         (
             ("a", None, ()),
             {},
             ValueError,
-            "params has nothing at 'a', where updates has shape (); pass the params that these are updates of",
+            "params has nothing at 'a', where updates has shape (); pass the params that these are "
+            "updates of",
         ),
         (
             ("a", optax.MaskedNode(), ()),
             {},
             ValueError,
-            "params has nothing at 'a', where updates has shape (); pass the params that these are updates of",
+            "params has nothing at 'a', where updates has shape (); pass the params that these are "
+            "updates of",
         ),
     ],
     "same_groups": [
@@ -346,15 +543,18 @@ REFUSALS = {
             (["a", "c"], ["a", "b", "d"]),
             {},
             ValueError,
-            "updates has 2 groups, but state was made for 3, got ['c'] only in updates and ['b', 'd'] only in state; "
-            "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
+            "updates has 2 groups, but state was made for 3, got ['c'] only in updates and ['b', "
+            "'d'] only in state; "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some "
+            "gradients are None",
         ),
         (
             (["a", "b"], ("b", "a")),
             {},
             ValueError,
             "updates has 2 groups, but state was made for 2, got the same ones in another order; "
-            "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
+            "call init on a tree with the same leaves, or update(updates, state, params) if some "
+            "gradients are None",
         ),
     ],
     "state_tree": [
@@ -362,8 +562,10 @@ REFUSALS = {
             (jax.tree.structure({"a": 1}), {"b": 1}),
             {},
             ValueError,
-            "updates has another structure than the tree that state was made for, got PyTreeDef({'a': *}); "
-            "call init on a tree with the same leaves, or update(updates, state, params) if some gradients are None",
+            "updates has another structure than the tree that state was made for, got "
+            "PyTreeDef({'a': *}); "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some "
+            "gradients are None",
         )
     ],
     "whole": [
@@ -371,8 +573,10 @@ REFUSALS = {
             ("sharded_over", (2, 3), ("x",)),
             {},
             ValueError,
-            "sharded_over must be given for a scope finer than a leaf, where a leaf of shape (2, 3) is split along ('x',), "
-            "got None; pass those mapped axes along which the numbers that share a size are split, () for none, "
+            "sharded_over must be given for a scope finer than a leaf, where a leaf of shape (2, "
+            "3) is split along ('x',), "
+            "got None; pass those mapped axes along which the numbers that share a size are split, "
+            "() for none, "
             "or a tree of such choices",
         )
     ],
@@ -381,13 +585,14 @@ REFUSALS = {
             ("a/b", ("x",)),
             {},
             ValueError,
-            "updates has at 'a/b' a matrix that is split along ('x',), of which no device knows the singular values; "
+            "updates has at 'a/b' a matrix that is split along ('x',), of which no device knows "
+            "the singular values; "
             "clip under jit, or gather it first with jax.lax.all_gather",
         )
     ],
     "not_relative": [
         (
-            ("threshold", thresholds.relative(0.1), "loss"),
+            ("threshold", thresholds.relative_to_params(0.1), "loss"),
             {},
             ValueError,
             'threshold is relative to the parameters, got it with watch="loss"; pass watch="norm" or another rule',
@@ -421,7 +626,8 @@ REFUSALS = {
             ("norm", RELATIVE),
             {},
             TypeError,
-            f"norm must not be relative to parameters, got {RELATIVE!r}; pass one such as norms.l2()",
+            f"norm must not be relative to parameters, got {RELATIVE!r}; pass one such as "
+            f"norms.l2()",
         )
     ],
     "mapped": [
@@ -429,14 +635,16 @@ REFUSALS = {
             ("sharded_over", ("y",), ("x", "z")),
             {},
             ValueError,
-            "sharded_over must name mapped axes, got ('y',) where ('x', 'z') are mapped; pass some of ('x', 'z'), "
+            "sharded_over must name mapped axes, got ('y',) where ('x', 'z') are mapped; pass some "
+            "of ('x', 'z'), "
             "or () if every device has the whole of each leaf",
         ),
         (
             ("sharded_over", ("y",), ()),
             {},
             ValueError,
-            "sharded_over must name mapped axes, got ('y',) where none are mapped; call this in shard_map, pmap or vmap "
+            "sharded_over must name mapped axes, got ('y',) where none are mapped; call this in "
+            "shard_map, pmap or vmap "
             "with this axis_name, or leave sharded_over out, which is right under jit",
         ),
     ],
@@ -445,8 +653,10 @@ REFUSALS = {
             ("sharded_over", None, ("x",)),
             {},
             ValueError,
-            "sharded_over must be given where JAX does not track what differs between devices (pmap, or shard_map with "
-            "check_vma=False), got None; pass those of ('x',) over which each leaf is sharded or, for gradients that "
+            "sharded_over must be given where JAX does not track what differs between devices "
+            "(pmap, or shard_map with "
+            "check_vma=False), got None; pass those of ('x',) over which each leaf is sharded or, "
+            "for gradients that "
             "pmean made equal on all devices, sharded_over=()",
         )
     ],
@@ -455,7 +665,8 @@ REFUSALS = {
             ("scope", ("x",)),
             {},
             ValueError,
-            "scope must not be finer than a leaf in a shard_map or pmap over ('x',), got one that is; "
+            "scope must not be finer than a leaf in a shard_map or pmap over ('x',), got one that "
+            "is; "
             "clip the examples under jit, or by leaves",
         )
     ],
@@ -473,21 +684,24 @@ REFUSALS = {
             ("value", ("x",)),
             {},
             ValueError,
-            "value must be the same on all devices, got one that varies along ('x',); pass jax.lax.pmean of it",
+            "value must be the same on all devices, got one that varies along ('x',); pass "
+            "jax.lax.pmean of it",
         )
     ],
     "memoryless": [
         (
-            ("threshold", thresholds.relative(0.1)),
+            ("threshold", thresholds.relative_to_params(0.1)),
             {},
             TypeError,
-            "threshold must be the same for all groups, got a rule that uses the parameters; pass a number or a schedule",
+            "threshold must be the same for all groups, got a rule that uses the parameters; pass "
+            "a number or a schedule",
         ),
         (
             ("threshold", thresholds.growth()),
             {},
             TypeError,
-            "threshold must be the same for all groups, got a rule that learns; pass a number or a schedule",
+            "threshold must be the same for all groups, got a rule that learns; pass a number or a "
+            "schedule",
         ),
     ],
     "without_memory": [
@@ -495,7 +709,8 @@ REFUSALS = {
             ("threshold", GROWTH),
             {},
             TypeError,
-            f"threshold must not learn from single sizes, got {GROWTH!r}; pass a number, a schedule, or a rule for batches "
+            f"threshold must not learn from single sizes, got {GROWTH!r}; pass a number, a "
+            f"schedule, or a rule for batches "
             "such as per_example.quantile(0.5)",
         )
     ],
@@ -504,7 +719,8 @@ REFUSALS = {
             ("batch", tree),
             {},
             ValueError,
-            f"batch must be arrays whose first axis is that of the examples, got shapes {shapes}; pass whole batches",
+            f"batch must be arrays whose first axis is that of the examples, got shapes {shapes}; "
+            f"pass whole batches",
         )
         for tree, shapes in [
             ({}, "{}"),
@@ -518,7 +734,8 @@ REFUSALS = {
             ("mask", value, 2),
             {},
             ValueError,
-            f"mask must be bool of shape (2,), got {found}; pass True for each example that is there",
+            f"mask must be bool of shape (2,), got {found}; pass True for each example that is "
+            f"there",
         )
         for value, found in [
             (np.ones(3, bool), "bool of shape (3,)"),
@@ -531,7 +748,8 @@ REFUSALS = {
             ("microbatch", 4, 6),
             {},
             ValueError,
-            "microbatch must divide the batch, got 4 for 6 examples; pass another, or pad and mask the batch",
+            "microbatch must divide the batch, got 4 for 6 examples; pass another, or pad and mask "
+            "the batch",
         )
     ],
     "not_both": [
@@ -565,13 +783,19 @@ REFUSALS = {
             ("clip", {"axis_name": "batch"}),
             {},
             TypeError,
-            "clip() got axis_name='batch'; the argument is sharded_over: the mapped axes over which each leaf is sharded, or "
+            "clip() got axis_name='batch'; the argument is sharded_over: the mapped axes over "
+            "which each leaf is sharded, or "
             "sharded_over=() for gradients that pmean made equal on all devices",
         )
     ],
 }
 ACCEPTED = {
-    "number": [(("c", x), {}) for x in (0, 1.0, math.inf, np.float32(1), np.int64(1), np.array(1), jnp.array(1.0))],
+    "boundaries": [(([1.0, 2.0], [3]), {}), (([1.0], []), {}), (([1.0] * 3, [2, 2]), {})],
+    "only_with": [(("n", 1.0, 1.0, "x", False), {}), (("n", 2.0, 1.0, "x", True), {})],
+    "number": [
+        (("c", x), {})
+        for x in (0, 1.0, math.inf, np.float32(1), np.int64(1), np.array(1), jnp.array(1.0))
+    ],
     "returned": [(("s", x), {}) for x in (1, 1.0, np.float32(1), np.ones(()), jnp.ones(()))],
     "count": [
         (("n", 1), {}),
@@ -579,27 +803,51 @@ ACCEPTED = {
         (("n", 0), {"low": 0}),
         (("n", 5), {"high": 5}),
         (("n", 1), {"high": 5}),
-        *[(("n", x), {"high": 5, "traced": True}) for x in (1, np.int32(1), np.array(1), jnp.array(2.5), np.array(5))],
+        *[
+            (("n", x), {"high": 5, "traced": True})
+            for x in (1, np.int32(1), np.array(1), jnp.array(2.5), np.array(5))
+        ],
     ],
     "option": [(("o", "a", ("a", "b")), {})],
     "part": [(("p", norms.l2(), optaxclip.Norm, ""), {})],
-    "transform": [(("inner", x), {}) for x in (optax.adam(1.0), optax.MultiSteps(optax.adam(1.0), 2))],
+    "transform": [
+        (("inner", x), {}) for x in (optax.adam(1.0), optax.MultiSteps(optax.adam(1.0), 2))
+    ],
     "function": [
         (("f", len, ""), {}),
-        *[(("f", function, ""), {"takes": 2}) for function in (lambda x, y: x, lambda x, y=1, z=2: x, lambda *xs: xs, min)],
+        *[
+            (("f", function, ""), {"takes": 2})
+            for function in (lambda x, y: x, lambda x, y=1, z=2: x, lambda *xs: xs, min)
+        ],
     ],
-    "rule": [(("rule", GROWTH), {}), (("rule", thresholds.constant(1.0)), {})],
-    "limits": [((x, (2, 3)), {}) for x in (1, 1.0, np.float32(1), np.ones(3), jnp.ones((1, 3)), jnp.ones((2, 3)))],
+    "rule": [(("rule", GROWTH), {}), (("rule", fixed.constant(1.0)), {})],
+    "limits": [
+        ((x, (2, 3)), {})
+        for x in (1, 1.0, np.float32(1), np.ones(3), jnp.ones((1, 3)), jnp.ones((2, 3)))
+    ],
     "response": [((np.ones(2), (2,)), {}), ((1.0, ()), {}), ((jnp.ones(()), ()), {})],
-    "state": [((optax.EmptyState(), optax.EmptyState), {}), ((CLIP_STATE, optaxclip.ClipState), {})],
+    "state": [
+        ((optax.EmptyState(), optax.EmptyState), {}),
+        ((CLIP_STATE, optaxclip.ClipState), {}),
+    ],
     "static": [(("axes", x), {}) for x in (0, None, (0, 1), len, np.int64(1))],
-    "called": [(("threshold", x), {}) for x in (1.0, None, GROWTH, optax.constant_schedule(1.0), lambda step: 1.0, len)],
+    "called": [
+        (("threshold", x), {})
+        for x in (1.0, None, GROWTH, optax.constant_schedule(1.0), lambda step: 1.0, len)
+    ],
     "keywords": [(("zclip", {"z": 1}, ["z", "decay"]), {}), (("zclip", {}, []), {})],
-    "not_a_transform": [(("opt_state", x), {}) for x in (CLIP_STATE, {}, None, {"tx": optax.sgd(1.0)})],
+    "not_a_transform": [
+        (("opt_state", x), {}) for x in (CLIP_STATE, {}, None, {"tx": optax.sgd(1.0)})
+    ],
     "sparse": [(("a", x), {}) for x in (1.0, None, np.ones(2), jnp.ones(2))],
     "group_name": [(("a/b", name), {}) for name in ("a", None, 3, ("a", 1))],
-    "axes_of": [(("axes", axes, "a/b"), {}) for axes in (0, -1, np.int64(1), (), (0, 1), [0], range(2))],
-    "leaf": [(("a", x), {}) for x in (1, 1.0, 1j, True, np.float32(1), jnp.ones(2), np.ones(2), jax.random.key(0))],
+    "axes_of": [
+        (("axes", axes, "a/b"), {}) for axes in (0, -1, np.int64(1), (), (0, 1), [0], range(2))
+    ],
+    "leaf": [
+        (("a", x), {})
+        for x in (1, 1.0, 1j, True, np.float32(1), jnp.ones(2), np.ones(2), jax.random.key(0))
+    ],
     "same_structure": [(({"a": [1, 2]}, jax.tree.structure({"a": 1})), {})],
     "names": [((["b", "a"], ["a", "b", "a"]), {}), (([], []), {})],
     "params_given": [((np.ones(2),), {}), (([],), {})],
@@ -608,7 +856,7 @@ ACCEPTED = {
     "state_tree": [((jax.tree.structure({"a": 1}), {"a": [1, 2]}), {})],
     "whole": [(("sharded_over", (2, 3), ()), {})],
     "not_split": [(("a", ()), {})],
-    "not_relative": [(("threshold", thresholds.constant(1.0), "loss"), {})],
+    "not_relative": [(("threshold", fixed.constant(1.0), "loss"), {})],
     "loss": [((1.0,), {}), ((np.float32(-1),), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
     "absolute": [(("norm", norms.l2()), {})],
@@ -617,8 +865,11 @@ ACCEPTED = {
     "not_mapped": [(("scope", ()), {})],
     "one_run": [(("opt_state", ()), {})],
     "same_on_all": [(("value", ()), {}), (("value", None), {})],
-    "memoryless": [(("threshold", thresholds.constant(1.0)), {})],
-    "without_memory": [(("threshold", thresholds.constant(1.0)), {}), (("threshold", thresholds.relative(0.1)), {})],
+    "memoryless": [(("threshold", fixed.constant(1.0)), {})],
+    "without_memory": [
+        (("threshold", fixed.constant(1.0)), {}),
+        (("threshold", thresholds.relative_to_params(0.1)), {}),
+    ],
     "batch": [(("batch", {"x": np.ones((4, 3)), "y": jnp.ones(4), "none": None}), {})],
     "mask": [(("mask", np.ones(2, bool), 2), {}), (("mask", jnp.zeros(0, bool), 0), {})],
     "divided": [(("microbatch", 3, 6), {})],
@@ -635,20 +886,27 @@ def exactly(words):
     return f"^{re.escape(words)}$"
 
 
-@pytest.mark.parametrize("name, args, options, error, words", [(name, *one) for name, all in REFUSALS.items() for one in all])
+@pytest.mark.parametrize(
+    "name, args, options, error, words",
+    [(name, *one) for name, all in REFUSALS.items() for one in all],
+)
 def test_refusals_say_what_it_was_and_what_to_do(name, args, options, error, words):
     with pytest.raises(error, match=exactly(words)):
         getattr(_validate, name)(*args, **options)
 
 
-@pytest.mark.parametrize("name, args, options", [(name, *one) for name, all in ACCEPTED.items() for one in all])
+@pytest.mark.parametrize(
+    "name, args, options", [(name, *one) for name, all in ACCEPTED.items() for one in all]
+)
 def test_what_is_right_is_accepted(name, args, options):
     assert getattr(_validate, name)(*args, **options) == RETURNED.get(name)
 
 
 def test_a_traced_number_passes_unless_its_type_or_shape_is_wrong():
     jax.jit(lambda x: _validate.number("c", x))(-1.0)
-    with pytest.raises(ValueError, match=r"^c must be one number, got an array of shape \(2,\); give groups"):
+    with pytest.raises(
+        ValueError, match=r"^c must be one number, got an array of shape \(2,\); give groups"
+    ):
         jax.jit(lambda x: _validate.number("c", x))(np.ones(2))
     for wrong in 1j, True:
         with pytest.raises(TypeError, match="^c must be a real number, got "):
@@ -670,13 +928,16 @@ KEYWORDS = {
 
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_axis_name_is_refused_by_every_function_that_has_sharded_over(name):
-    with pytest.raises(TypeError, match=r"\(\) got axis_name='batch'; the argument is sharded_over: "):
+    with pytest.raises(
+        TypeError, match=r"\(\) got axis_name='batch'; the argument is sharded_over: "
+    ):
         KEYWORDS[name](axis_name="batch")
 
 
 def test_a_scope_has_to_be_chosen():
     with pytest.raises(
-        TypeError, match=r"^clip\(\) needs a scope: scopes.tree\(\) for the global norm, scopes.element\(\) for"
+        TypeError,
+        match=r"^clip\(\) needs a scope: scopes.tree\(\) for the global norm, scopes.element\(\) for",
     ):
         optaxclip.clip(1.0)
 
@@ -686,24 +947,30 @@ def test_a_scope_has_to_be_chosen():
 THRESHOLDS = {
     "threshold": [
         lambda value: optaxclip.clip(value, scopes.tree()),
-        thresholds.constant,
-        thresholds.as_threshold,
-        thresholds.as_thresholds,
+        fixed.constant,
+        fixed.as_threshold,
+        fixed.as_thresholds,
         lambda value: thresholds.at_most(value, 1.0),
         lambda value: thresholds.at_least(value, 1.0),
     ],
-    "bound": [lambda value: thresholds.at_most(1.0, value), lambda value: thresholds.at_least(1.0, value)],
-    "before": [lambda value: thresholds.switch(1, value, 1.0)],
-    "after": [lambda value: thresholds.switch(1, 1.0, value)],
+    "bound": [
+        lambda value: thresholds.at_most(1.0, value),
+        lambda value: thresholds.at_least(1.0, value),
+    ],
+    "thresholds[0]": [lambda value: thresholds.join([value, 1.0], [1])],
+    "thresholds[1]": [lambda value: thresholds.join([1.0, value], [1])],
     "limit": [optaxclip.clip_by_value],
     "high": [lambda value: optaxclip.clip_by_value(low=-1.0, high=value)],
     "max_norm": [optaxclip.clip_by_norm, optaxclip.clip_by_global_norm],
     "max_rms": [optaxclip.clip_by_block_rms],
-    "ratio": [optaxclip.adaptive_grad_clip, thresholds.relative],
-    "floor": [lambda value: optaxclip.adaptive_grad_clip(floor=value), lambda value: thresholds.relative(0.1, floor=value)],
+    "ratio": [optaxclip.adaptive_grad_clip, thresholds.relative_to_params],
+    "floor": [
+        lambda value: optaxclip.adaptive_grad_clip(floor=value),
+        lambda value: thresholds.relative_to_params(0.1, floor=value),
+    ],
     "threshold['a']": [
         lambda value: optaxclip.clip({"a": value, "b": 1.0}, scopes.tree()),
-        lambda value: thresholds.as_thresholds({"a": value}),
+        lambda value: fixed.as_thresholds({"a": value}),
     ],
     "max_norm['a']": [
         lambda value: optaxclip.clip_by_norm({"a": value}),
@@ -716,16 +983,26 @@ BAD_NUMBERS = [
     (-0.5, ValueError, r"must be in \[0, inf\], got -0\.5; pass a number inside"),
     (-math.inf, ValueError, r"must be in \[0, inf\], got -inf; pass a number inside"),
     (math.nan, ValueError, r"must be in \[0, inf\], got nan; pass a number inside"),
-    (np.ones(2), ValueError, r"must be one number, got an array of shape \(2,\); give groups limits of their own with a dict"),
+    (
+        np.ones(2),
+        ValueError,
+        r"must be one number, got an array of shape \(2,\); give groups limits of their own with a dict",
+    ),
     ("1.0", TypeError, r"must be a real number, got '1\.0' \(str\); pass a float such as 1\.0"),
-    (None, TypeError, r"must be a real number, got None \(NoneType\); pass a float .*; float\(.inf.\) as a threshold means"),
+    (
+        None,
+        TypeError,
+        r"must be a real number, got None \(NoneType\); pass a float .*; float\(.inf.\) as a threshold means",
+    ),
     (True, TypeError, r"must be a real number, got True \(bool\); pass a float such as 1\.0"),
     (1j, TypeError, r"must be a real number, got 1j \(complex\); pass a float such as 1\.0"),
     ([1.0], TypeError, r"must be a real number, got \[1\.0\] \(list\); pass a float such as 1\.0"),
 ]
 
 
-@pytest.mark.parametrize("value, error, words", BAD_NUMBERS, ids=[str(value) for value, *_ in BAD_NUMBERS])
+@pytest.mark.parametrize(
+    "value, error, words", BAD_NUMBERS, ids=[str(value) for value, *_ in BAD_NUMBERS]
+)
 @pytest.mark.parametrize("name, makers", THRESHOLDS.items(), ids=list(THRESHOLDS))
 def test_every_limit_is_checked_when_it_is_made(name, makers, value, error, words):
     for make in makers:
@@ -735,8 +1012,14 @@ def test_every_limit_is_checked_when_it_is_made(name, makers, value, error, word
 
 def test_both_bounds_are_checked():
     for low, words in (0.5, "got 0.5"), (math.nan, "got nan"), (math.inf, "got inf"):
-        for make in (lambda low: optaxclip.clip_by_value(low, 1.0)), (lambda low: optaxclip.clip_by_value(low=low, high=1.0)):
-            with pytest.raises(ValueError, match=exactly(f"low must be in [-inf, 0], {words}; pass a number inside")):
+        for make in (
+            (lambda low: optaxclip.clip_by_value(low, 1.0)),
+            (lambda low: optaxclip.clip_by_value(low=low, high=1.0)),
+        ):
+            with pytest.raises(
+                ValueError,
+                match=exactly(f"low must be in [-inf, 0], {words}; pass a number inside"),
+            ):
                 make(low)
     with pytest.raises(TypeError, match="^low must be a real number, got '-1' "):
         optaxclip.clip_by_value("-1", 1.0)
@@ -748,11 +1031,13 @@ def test_both_bounds_are_checked():
         optaxclip.clip_by_value()
 
 
-@pytest.mark.parametrize("returned", ["a", None, [1.0], optaxclip.thresholds.constant(1.0)])
+@pytest.mark.parametrize("returned", ["a", None, [1.0], fixed.constant(1.0)])
 def test_a_schedule_returns_numbers(returned):
     clip = optaxclip.clip(lambda step: returned, scopes.tree())
     state = clip.init(jnp.ones(3))
-    words = f"schedule must return a number for each step, got {returned!r}; pass a schedule such as "
+    words = (
+        f"schedule must return a number for each step, got {returned!r}; pass a schedule such as "
+    )
     with pytest.raises(TypeError, match="^" + re.escape(words)):
         clip.update(jnp.ones(3), state)
     with pytest.raises(TypeError, match="^" + re.escape(words)):
@@ -769,14 +1054,17 @@ def test_three_bounds_are_one_too_many():
 
 
 def test_agc_takes_axes_or_a_scope():
-    with pytest.raises(TypeError, match="^axes and scope are both given, got 0 and Scope.*; pass scope=scopes.unit"):
+    with pytest.raises(
+        TypeError, match="^axes and scope are both given, got 0 and Scope.*; pass scope=scopes.unit"
+    ):
         optaxclip.adaptive_grad_clip(0.1, axes=0, scope=optaxclip.scopes.leaf())
 
 
 def test_bounds_that_differ_by_sign_refuse_complex_updates():
     for grads in jnp.array([1j]), {"a": jnp.ones(2), "b": jnp.array([1j])}:
         with pytest.raises(
-            TypeError, match="^bounds that differ by sign need real updates, got complex64; cut complex numbers"
+            TypeError,
+            match="^bounds that differ by sign need real updates, got complex64; cut complex numbers",
         ):
             optaxclip.clip_by_value(-1.0, 1.0).init(grads)
 
@@ -802,7 +1090,8 @@ def test_bounds_that_differ_by_sign_refuse_complex_updates():
         (
             lambda: optaxclip.clip(1.0, scopes.tree(), nonfinite="skip"),
             ValueError,
-            "nonfinite must be one of 'propagate', 'zero', 'raise', got 'skip'; choose one of these",
+            "nonfinite must be one of 'propagate', 'zero', 'raise', got 'skip'; choose one of "
+            "these",
         ),
         (
             lambda: optaxclip.clip(1.0, scopes.tree(), record="no"),
@@ -810,29 +1099,43 @@ def test_bounds_that_differ_by_sign_refuse_complex_updates():
             "record must be one of True, False, got 'no'; choose one of these",
         ),
         (lambda: norms.lp(0.5), ValueError, "p must be in [1, inf], got 0.5; pass a number inside"),
-        (lambda: norms.lp(math.nan), ValueError, "p must be in [1, inf], got nan; pass a number inside"),
-        (lambda: norms.lp("2"), TypeError, "p must be a real number, got '2' (str); pass a float such as 1.0"),
+        (
+            lambda: norms.lp(math.nan),
+            ValueError,
+            "p must be in [1, inf], got nan; pass a number inside",
+        ),
+        (
+            lambda: norms.lp("2"),
+            TypeError,
+            "p must be a real number, got '2' (str); pass a float such as 1.0",
+        ),
         (
             lambda: scopes.group("encoder"),
             TypeError,
-            "name_of must be a function, got 'encoder'; pass one such as lambda path: path.split(\"/\")[0]",
+            "name_of must be a function, got 'encoder'; pass one such as lambda path: "
+            'path.split("/")[0]',
         ),
         (
-            lambda: thresholds.scheduled(1.0),
+            lambda: fixed.scheduled(1.0),
             TypeError,
-            "schedule must be a function, got 1.0; pass one such as optax.linear_schedule(1.0, 0.1, 1000)",
+            "schedule must be a function, got 1.0; pass one such as optax.linear_schedule(1.0, "
+            "0.1, 1000)",
         ),
         (
-            lambda: thresholds.switch(1.5, 1.0, 1.0),
+            lambda: thresholds.join([1.0, 1.0], [1.5]),
             TypeError,
-            "steps must be an integer, got 1.5 (float); pass a count such as 1",
+            "boundaries[0] must be an integer, got 1.5 (float); pass a count such as 1",
         ),
         (
-            lambda: thresholds.switch(True, 1.0, 1.0),
+            lambda: thresholds.join([1.0, 1.0], [True]),
             TypeError,
-            "steps must be an integer, got True (bool); pass a count such as 1",
+            "boundaries[0] must be an integer, got True (bool); pass a count such as 1",
         ),
-        (lambda: thresholds.switch(-1, 1.0, 1.0), ValueError, "steps must be at least 0, got -1; pass a larger count"),
+        (
+            lambda: thresholds.join([1.0, 1.0], [-1]),
+            ValueError,
+            "boundaries[0] must be at least 0, got -1; pass a larger count",
+        ),
     ],
 )
 def test_every_other_argument_is_checked_when_it_is_made(make, error, words):
@@ -841,15 +1144,21 @@ def test_every_other_argument_is_checked_when_it_is_made(make, error, words):
 
 
 def test_parts_that_were_not_called_are_refused():
-    for name, part, example in ("scope", scopes.tree, "scopes.tree()"), ("norm", norms.l2, "norms.l2()"):
+    for name, part, example in (
+        ("scope", scopes.tree, "scopes.tree()"),
+        ("norm", norms.l2, "norms.l2()"),
+    ):
         with pytest.raises(
-            TypeError, match=rf"^{name} must be a {name.title()}, got <function .*>; pass one such as {re.escape(example)}$"
+            TypeError,
+            match=rf"^{name} must be a {name.title()}, got <function .*>; pass one such as {re.escape(example)}$",
         ):
             optaxclip.clip(1.0, **{"scope": scopes.tree(), name: part})
 
 
 @pytest.mark.parametrize("axes", ["0", 1.5, True, (0, 1.5), (True,), {0}])
-@pytest.mark.parametrize("name, make", [("axes", scopes.unit), ("batch_axes", scopes.unit), ("batch_axes", scopes.leaf)])
+@pytest.mark.parametrize(
+    "name, make", [("axes", scopes.unit), ("batch_axes", scopes.unit), ("batch_axes", scopes.leaf)]
+)
 def test_axes_are_checked_when_they_are_given(name, make, axes):
     words = f"{name} must be axes or a function (path, leaf) -> axes, got {axes!r}; pass one such as (0, 1)"
     with pytest.raises(TypeError, match=exactly(words)):
@@ -857,18 +1166,36 @@ def test_axes_are_checked_when_they_are_given(name, make, axes):
 
 
 def test_rows_check_the_keywords_of_clip():
-    makers = [optaxclip.clip_by_norm, optaxclip.clip_by_global_norm, optaxclip.clip_by_block_rms, optaxclip.adaptive_grad_clip]
-    for make in [*makers, optaxclip.clip_by_value, lambda c, **options: optaxclip.clip_by_value(-c, c, **options)]:
-        for option, value, error in ("nonfinite", "x", ValueError), ("response", 3, TypeError), ("scope", 3, TypeError):
+    makers = [
+        optaxclip.clip_by_norm,
+        optaxclip.clip_by_global_norm,
+        optaxclip.clip_by_block_rms,
+        optaxclip.adaptive_grad_clip,
+    ]
+    for make in [
+        *makers,
+        optaxclip.clip_by_value,
+        lambda c, **options: optaxclip.clip_by_value(-c, c, **options),
+    ]:
+        for option, value, error in (
+            ("nonfinite", "x", ValueError),
+            ("response", 3, TypeError),
+            ("scope", 3, TypeError),
+        ):
             with pytest.raises(error, match=f"^{option} must be .*got '?{value}'?; "):
                 make(1.0, **{option: value})
         with pytest.raises(TypeError, match="unexpected keyword argument 'treshold'"):
             make(1.0, treshold=2.0)
 
 
-@pytest.mark.parametrize("name", [name for name, value in vars(thresholds).items() if inspect.isfunction(value)])
+@pytest.mark.parametrize(
+    "name", [name for name, value in vars(thresholds).items() if inspect.isfunction(value)]
+)
 def test_a_rule_that_was_not_called_is_refused_at_once(name):
-    rule, words = getattr(thresholds, name), rf"thresholds\.{name} was not called; pass thresholds\.{name}\("
+    rule, words = (
+        getattr(thresholds, name),
+        rf"thresholds\.{name} was not called; pass thresholds\.{name}\(",
+    )
     for argument, make in [
         ("threshold", lambda: optaxclip.clip(rule, scopes.tree())),
         ("threshold['a']", lambda: optaxclip.clip({"a": rule}, scopes.tree())),
@@ -876,28 +1203,41 @@ def test_a_rule_that_was_not_called_is_refused_at_once(name):
         ("bound", lambda: thresholds.at_most(1.0, rule)),
         ("low", lambda: optaxclip.clip_by_value(rule, 1.0)),
         ("threshold", lambda: optaxclip.skip_spikes(optax.sgd(1.0), rule)),
-        ("schedule", lambda: thresholds.scheduled(rule)),
+        ("schedule", lambda: fixed.scheduled(rule)),
     ]:
-        with pytest.raises(TypeError, match=rf"^{re.escape(argument)} must be a threshold, got a function: {words}"):
+        with pytest.raises(
+            TypeError, match=rf"^{re.escape(argument)} must be a threshold, got a function: {words}"
+        ):
             make()
 
 
-ROWS = [name for name in dir(optaxclip) if getattr(getattr(optaxclip, name), "__module__", None) == "optaxclip.methods"]
+ROWS = [
+    name
+    for name in dir(optaxclip)
+    if getattr(getattr(optaxclip, name), "__module__", None) == "optaxclip.methods"
+]
 
 
 @pytest.mark.parametrize("name", ["clip", *ROWS])
 def test_none_as_a_threshold_is_told_how_to_switch_clipping_off(name):
     make = getattr(optaxclip, name)
     first = next(iter(inspect.signature(make).parameters))
-    with pytest.raises(TypeError, match=rf"^{first} must be .*, got None .*float\(\"inf\"\) as a threshold means no clipping$"):
+    with pytest.raises(
+        TypeError,
+        match=rf"^{first} must be .*, got None .*float\(\"inf\"\) as a threshold means no clipping$",
+    ):
         make(**{first: None} | ({"scope": scopes.tree()} if name == "clip" else {}))
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_wrong_keyword_is_refused_in_the_name_of_the_row(name):
     make = getattr(optaxclip, name)
-    given = {p.name: 1.0 for p in inspect.signature(make).parameters.values() if p.default is p.empty}
-    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'clipping'"):
+    given = {
+        p.name: 1.0 for p in inspect.signature(make).parameters.values() if p.default is p.empty
+    }
+    with pytest.raises(
+        TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'clipping'"
+    ):
         make(**given, clipping=0.1)
 
 
@@ -908,23 +1248,35 @@ GRADS = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
 
 @pytest.mark.parametrize(
     "make",
-    [optaxclip.adaptive_grad_clip, lambda: optaxclip.clip(thresholds.at_most(thresholds.relative(0.1), 1.0), scopes.tree())],
+    [
+        optaxclip.adaptive_grad_clip,
+        lambda: optaxclip.clip(
+            thresholds.at_most(thresholds.relative_to_params(0.1), 1.0), scopes.tree()
+        ),
+    ],
 )
 @pytest.mark.parametrize(
     "params, words",
     [
-        (None, "this threshold is relative to the parameters, got params=None; call update(updates, state, params)"),
+        (
+            None,
+            "this threshold is relative to the parameters, got params=None; call update(updates, "
+            "state, params)",
+        ),
         (
             {**GRADS, "b": None},
-            "params has nothing at 'b', where updates has shape (3,); pass the params that these are updates of",
+            "params has nothing at 'b', where updates has shape (3,); pass the params that these "
+            "are updates of",
         ),
         (
             {**GRADS, "b": optax.MaskedNode()},
-            "params has nothing at 'b', where updates has shape (3,); pass the params that these are updates of",
+            "params has nothing at 'b', where updates has shape (3,); pass the params that these "
+            "are updates of",
         ),
         (
             {**GRADS, "a": jnp.ones((3, 2))},
-            "params has shape (3, 2) at 'a', where updates has shape (2, 3); pass the params that these are updates of",
+            "params has shape (3, 2) at 'a', where updates has shape (2, 3); pass the params that "
+            "these are updates of",
         ),
     ],
 )
@@ -961,15 +1313,23 @@ def test_parameters_have_the_structure_of_the_updates(params, found):
             "response must return a gradient",
         ),
         (
-            lambda: optaxclip.clip(1.0, scopes.tree(), response=lambda gradient, size, limit: gradient[:1]),
+            lambda: optaxclip.clip(
+                1.0, scopes.tree(), response=lambda gradient, size, limit: gradient[:1]
+            ),
             "response must return a gradient",
         ),
-        (lambda: optaxclip.clip(lambda: 1.0, scopes.tree()), "schedule must take one argument, got"),
+        (
+            lambda: optaxclip.clip(lambda: 1.0, scopes.tree()),
+            "schedule must take one argument, got",
+        ),
         (
             lambda: optaxclip.clip(lambda step: jnp.ones(3), scopes.tree()),
             "limit must return numbers that broadcast against the sizes, (1,)",
         ),
-        (lambda: optaxclip.clip_by_value(lambda step: "a", 1.0), "schedule must return a number for each step, got 'a'"),
+        (
+            lambda: optaxclip.clip_by_value(lambda step: "a", 1.0),
+            "schedule must return a number for each step, got 'a'",
+        ),
         (
             lambda: optaxclip.clip(GROWTH._replace(init=lambda: 1.0), scopes.tree()),
             "threshold.init must take one argument, got",
@@ -983,16 +1343,27 @@ def test_parameters_have_the_structure_of_the_updates(params, found):
             "limit must return numbers that broadcast",
         ),
         (
-            lambda: optaxclip.clip({"tree": GROWTH._replace(limit=lambda *seen: None)}, scopes.tree()),
+            lambda: optaxclip.clip(
+                {"tree": GROWTH._replace(limit=lambda *seen: None)}, scopes.tree()
+            ),
             "limit must return numbers that broadcast",
         ),
-        (lambda: optaxclip.clip(1.0, scope=scopes.group(lambda path, leaf: path)), "name_of must take one argument, got"),
-        (lambda: optaxclip.clip(1.0, scope=scopes.group(lambda path: [path])), "name_of must return a name for 'a', got ['a']"),
+        (
+            lambda: optaxclip.clip(1.0, scope=scopes.group(lambda path, leaf: path)),
+            "name_of must take one argument, got",
+        ),
+        (
+            lambda: optaxclip.clip(1.0, scope=scopes.group(lambda path: [path])),
+            "name_of must return a name for 'a', got ['a']",
+        ),
         (
             lambda: optaxclip.clip(1.0, scope=scopes.unit(lambda path: 0)),
             "axes must take 2 arguments, got a function of (path)",
         ),
-        (lambda: optaxclip.clip(1.0, scope=scopes.unit(lambda path, leaf: "a")), "axes must return axes for 'a', got 'a'"),
+        (
+            lambda: optaxclip.clip(1.0, scope=scopes.unit(lambda path, leaf: "a")),
+            "axes must return axes for 'a', got 'a'",
+        ),
         (
             lambda: optaxclip.clip(1.0, scope=scopes.leaf(batch_axes=lambda path, leaf: 0.5)),
             "batch_axes must return axes for 'a', got 0.5",
@@ -1013,7 +1384,10 @@ def test_functions_take_and_return_what_they_should(make, words):
     "make, kind",
     [
         (lambda: optaxclip.clip(1.0, scopes.tree()), "ClipState"),
-        (lambda: optaxclip.carry(optaxclip.clip(1.0, scopes.tree())), "CarryState"),
+        (
+            lambda: optaxclip.error_feedback(optaxclip.clip(1.0, scopes.tree())),
+            "ErrorFeedbackState",
+        ),
         (lambda: optaxclip.skip_nonfinite(optax.sgd(1.0)), "GuardState"),
         (lambda: optaxclip.skip_spikes(optax.sgd(1.0), 1.0), "GuardState"),
         (lambda: optaxclip.scale_by_stable_adam(), "PreconditionedState"),
@@ -1026,29 +1400,52 @@ def test_a_state_of_another_transform_is_refused(make, kind):
     before = optax.clip_by_global_norm(1.0).init(GRADS)
     for state, found, advice in [
         (chained, "tuple", "pass the state of this very transform"),
-        (optax.scale_by_adam().init(GRADS), "ScaleByAdamState", "pass the state of this very transform"),
+        (
+            optax.scale_by_adam().init(GRADS),
+            "ScaleByAdamState",
+            "pass the state of this very transform",
+        ),
         (GRADS, "dict", "restore with the state of init as the target"),
         (restored, "dict", "restore with the state of init as the target"),
         (before, "EmptyState", "restore with the state of init as the target"),
-        (jax.tree.leaves(transform.init(GRADS)), "list", "restore with the state of init as the target"),
-        (tuple(jax.tree.leaves(transform.init(GRADS))), "tuple", "restore with the state of init as the target"),
+        (
+            jax.tree.leaves(transform.init(GRADS)),
+            "list",
+            "restore with the state of init as the target",
+        ),
+        (
+            tuple(jax.tree.leaves(transform.init(GRADS))),
+            "tuple",
+            "restore with the state of init as the target",
+        ),
     ]:
         for update in transform.update, jax.jit(transform.update):
-            with pytest.raises(TypeError, match=f"^state must be the {kind} that init returned, got {found}; {advice}"):
+            with pytest.raises(
+                TypeError,
+                match=f"^state must be the {kind} that init returned, got {found}; {advice}",
+            ):
                 update(GRADS, state, GRADS)
 
 
 def test_a_tree_is_of_arrays():
     clip = optaxclip.clip(1.0, scopes.tree())
     for tree in {"a": "text"}, {"a": object()}:
-        with pytest.raises(TypeError, match="^updates must be a tree of arrays, got .* at 'a'; take it out, or hide it"):
+        with pytest.raises(
+            TypeError,
+            match="^updates must be a tree of arrays, got .* at 'a'; take it out, or hide it",
+        ):
             clip.init(tree)
-        with pytest.raises(TypeError, match="^updates must be a tree of arrays, got .* at 'a'; take it out, or hide it"):
+        with pytest.raises(
+            TypeError,
+            match="^updates must be a tree of arrays, got .* at 'a'; take it out, or hide it",
+        ):
             clip.update(tree, clip.init(GRADS))
 
 
 SPARSE = {
-    "BCOO": sparse.BCOO((jnp.array([3.0, 4.0, 1.0]), jnp.array([[0], [0], [2]])), shape=(3,)),  # [7, 0, 1], of size 7.07
+    "BCOO": sparse.BCOO(
+        (jnp.array([3.0, 4.0, 1.0]), jnp.array([[0], [0], [2]])), shape=(3,)
+    ),  # [7, 0, 1], of size 7.07
     "BCSR": sparse.BCSR.fromdense(jnp.eye(3)),
     "CSR": sparse.CSR.fromdense(jnp.eye(3)),
     "CSC": sparse.CSC.fromdense(jnp.eye(3)),
@@ -1065,7 +1462,7 @@ SPARSE = {
         lambda: optaxclip.clip(1.0, scopes.tree()),
         lambda: optaxclip.clip_by_value(1.0),
         lambda: optaxclip.spectral_clip(1.0),
-        lambda: optaxclip.carry(optaxclip.clip_by_norm(1.0)),
+        lambda: optaxclip.error_feedback(optaxclip.clip_by_norm(1.0)),
         lambda: optaxclip.skip_nonfinite(optax.sgd(1.0)),
         lambda: optaxclip.skip_spikes(optax.sgd(1.0), 1.0),
         lambda: optaxclip.telemetry.monitor(),
@@ -1089,7 +1486,8 @@ def test_a_gradient_may_be_none_where_the_parameters_say_what_it_was():
     clip, grads = optaxclip.clip(1.0, scope=scopes.leaf()), {"a": GRADS["a"], "b": None}
     assert clip.update(grads, clip.init(GRADS), GRADS)[0]["b"] is None
     words = (
-        "updates has 1 groups, but state was made for 2, got [] only in updates and ['b'] only in state; "
+        "updates has 1 groups, but state was made for 2, got [] only in updates and ['b'] only in "
+        "state; "
         "call init on a tree with the same leaves, "
         "or update(updates, state, params) if some gradients are None"
     )
@@ -1101,32 +1499,51 @@ def test_a_gradient_may_be_none_where_the_parameters_say_what_it_was():
 
 
 def test_every_function_of_validate_is_in_the_tables_above():
-    functions = {name for name, value in vars(_validate).items() if inspect.isfunction(value) and not name.startswith("_")}
+    functions = {
+        name
+        for name, value in vars(_validate).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
     assert functions - {"checks_keywords", "is_sparse"} == set(REFUSALS) == set(ACCEPTED)
 
 
 def raises(path):
     """All refusals; to say that a law is broken, as `optaxclip.testing` does, is none."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise) and node.exc]
+    nodes = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) and node.exc
+    ]
     return [node for node in nodes if "AssertionError" not in ast.unparse(node)]
 
 
 def test_every_refusal_of_validate_has_a_case_above():
     tree = ast.parse((SOURCE / "_validate.py").read_text())
-    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in REFUSALS]:
+    for function in [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in REFUSALS
+    ]:
         expected = sum(isinstance(node, ast.Raise) for node in ast.walk(function))
-        kinds = {(error, words.split(" got ")[0].split(" has ")[-1][:15]) for _, _, error, words in REFUSALS[function.name]}
+        kinds = {
+            (error, words.split(" got ")[0].split(" has ")[-1][:15])
+            for _, _, error, words in REFUSALS[function.name]
+        }
         assert len(kinds) >= max(expected, 1), function.name
 
 
 def test_all_refusals_are_in_validate_but_those_of_axes_and_of_what_is_drawn():
-    elsewhere = [path.name for path in sorted(SOURCE.rglob("*.py")) if path.name != "_validate.py" for _ in raises(path)]
+    elsewhere = [
+        path.name
+        for path in sorted(SOURCE.rglob("*.py"))
+        if path.name != "_validate.py"
+        for _ in raises(path)
+    ]
     others = [name for name in elsewhere if name != "plots.py"]  # tested in `test_plots.py`
+    # tested above, in `test_sharding.py` and `test_scopes.py`
     assert others == [
         "_layout.py",
         "scopes.py",
         "scopes.py",
-    ]  # tested above, in `test_sharding.py` and `test_scopes.py`
+    ]
 
 
 def test_every_refusal_gives_the_value_and_advice():

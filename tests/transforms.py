@@ -53,7 +53,8 @@ class Case(NamedTuple):
     make: Callable[..., optax.GradientTransformationExtraArgs]  # (scale, **options)
     groups: Callable[[list[np.ndarray]], Iterator[Group]]
     norm: Callable[..., float] = l2  # (numbers of a group, its parameters)
-    limit: Callable[[np.ndarray], float] = lambda params: 1.0  # of a group with these parameters, at scale 1, at the first step
+    # of a group with these parameters, at scale 1, at the first step
+    limit: Callable[[np.ndarray], float] = lambda params: 1.0
     bounds: tuple[float, float] | None = None  # instead, for limits that differ by sign
     schedule: bool = True  # whether the scale may be a schedule
     remembers: bool = False  # whether a step depends on the steps before
@@ -63,14 +64,24 @@ CASES = [
     Case("clip", lambda s, **o: optaxclip.clip(s, optaxclip.scopes.tree(), **o), whole_tree, l2),
     Case(
         "clip",
-        lambda s, **o: optaxclip.clip(s, scope=optaxclip.scopes.leaf(), norm=optaxclip.norms.l1(), **o),
+        lambda s, **o: optaxclip.clip(
+            s, scope=optaxclip.scopes.leaf(), norm=optaxclip.norms.l1(), **o
+        ),
         each_leaf,
         lambda x, params=None: float(np.sum(np.abs(x))),
     ),
     Case("clip_by_value", lambda s, **o: optaxclip.clip_by_value(s, **o), each_element, l2),
-    Case("clip_by_value", lambda s, **o: optaxclip.clip_by_value(-2 * s, s, **o), each_element, l2, bounds=(-2.0, 1.0)),
+    Case(
+        "clip_by_value",
+        lambda s, **o: optaxclip.clip_by_value(-2 * s, s, **o),
+        each_element,
+        l2,
+        bounds=(-2.0, 1.0),
+    ),
     Case("clip_by_norm", lambda s, **o: optaxclip.clip_by_norm(s, **o), each_leaf, l2),
-    Case("clip_by_global_norm", lambda s, **o: optaxclip.clip_by_global_norm(s, **o), whole_tree, l2),
+    Case(
+        "clip_by_global_norm", lambda s, **o: optaxclip.clip_by_global_norm(s, **o), whole_tree, l2
+    ),
     Case(
         "clip_by_global_norm",
         lambda s, **o: optaxclip.clip_by_global_norm(s, norm=optaxclip.norms.lp(3), **o),
@@ -99,9 +110,23 @@ CASES = [
         lambda x, params: float(np.max(np.abs(x) / (0.1 * np.abs(params) + 1e-7), initial=0.0)),
         schedule=False,
     ),
-    Case("carry", lambda s, **o: optaxclip.carry(optaxclip.clip_by_value(s, **o)), each_element, remembers=True),
+    Case(
+        "error_feedback",
+        lambda s, **o: optaxclip.error_feedback(optaxclip.clip_by_value(s, **o)),
+        each_element,
+        remembers=True,
+    ),
     *[
-        Case(name, lambda s, name=name, **o: getattr(optaxclip, name)(**o), groups, l2, unlimited, None, False, True)
+        Case(
+            name,
+            lambda s, name=name, **o: getattr(optaxclip, name)(**o),
+            groups,
+            l2,
+            unlimited,
+            None,
+            False,
+            True,
+        )
         for name, groups in {
             "autoclip": whole_tree,
             "quantile_clip": whole_tree,
@@ -112,27 +137,38 @@ CASES = [
         }.items()
     ],
 ]
-# What does more than shrink: the parts of the contract that are not about limits hold for these as well.
+# What does more than shrink: the parts of the contract that are not about limits hold for these as
+# well.
 SCALERS = [
-    Case("stabilize_gradient", lambda s, **o: optaxclip.stabilize_gradient(**o), each_leaf),
+    Case("gradient_stabilizer", lambda s, **o: optaxclip.gradient_stabilizer(**o), each_leaf),
     Case("scale_by_stable_adam", lambda s, **o: optaxclip.scale_by_stable_adam(s, **o), each_leaf),
     Case("spectral_clip", lambda s, **o: optaxclip.spectral_clip(s, **o), each_leaf),
     Case(
         "spectral_clip",
-        lambda s, **o: optaxclip.spectral_clip(s, response=optaxclip.responses.smooth, iterations=10, **o),
+        lambda s, **o: optaxclip.spectral_clip(
+            s, response=optaxclip.responses.smooth, iterations=10, **o
+        ),
         each_leaf,
     ),
 ]
 
 
-def expected(case: Case, updates: list[np.ndarray], params: list[np.ndarray], scale: float = 1.0) -> list[np.ndarray]:
+def expected(
+    case: Case, updates: list[np.ndarray], params: list[np.ndarray], scale: float = 1.0
+) -> list[np.ndarray]:
     """The clipped leaves, in float64, group by group."""
-    wide = [np.asarray(leaf, np.result_type(leaf.dtype if leaf.dtype.kind == "c" else float, float)) for leaf in updates]
+    wide = [
+        np.asarray(leaf, np.result_type(leaf.dtype if leaf.dtype.kind == "c" else float, float))
+        for leaf in updates
+    ]
     if case.bounds is not None:
         return [np.clip(leaf, case.bounds[0] * scale, case.bounds[1] * scale) for leaf in wide]
     out = [leaf.copy() for leaf in wide]
     for group in case.groups(wide):
-        size, limit = group_size(case, group, wide, params), scale * case.limit(gather(group, params))
+        size, limit = (
+            group_size(case, group, wide, params),
+            scale * case.limit(gather(group, params)),
+        )
         for i, index in group:
             out[i][index] = wide[i][index] * (limit / size) if size > limit else wide[i][index]
     return out
@@ -144,8 +180,16 @@ def gather(group: Group, leaves: list[np.ndarray]) -> np.ndarray:
     )
 
 
-def group_size(case: Case, group: Group, leaves: list[np.ndarray], params: list[np.ndarray]) -> float:
+def group_size(
+    case: Case, group: Group, leaves: list[np.ndarray], params: list[np.ndarray]
+) -> float:
     """The size of a group in float64, scaled so that nothing overflows."""
     numbers = gather(group, leaves)
     top = np.max(np.abs(numbers), initial=0.0)
-    return top * case.norm(numbers / top, gather(group, params)) if 0 < top < np.inf else 0.0 if top == 0 else np.nan
+    return (
+        top * case.norm(numbers / top, gather(group, params))
+        if 0 < top < np.inf
+        else 0.0
+        if top == 0
+        else np.nan
+    )

@@ -8,7 +8,9 @@ from absl import app, flags, logging
 from configs.default import get_config
 from ml_collections import config_flags
 
-WORKDIR = flags.DEFINE_string("workdir", "results/char_lm", "Folder of the run; if there is one in it, goes on with it.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "results/char_lm", "Folder of the run; if there is one in it, goes on with it."
+)
 flags.DEFINE_alias("out", "workdir")
 SEED = flags.DEFINE_integer("seed", None, "Instead of config.seed.")
 STEPS = flags.DEFINE_integer("steps", None, "Instead of config.steps.")
@@ -21,7 +23,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # at INFO a checkpoint takes twenty lines
     config = CONFIG.value
-    config.update({name: flag.value for name, flag in (("seed", SEED), ("steps", STEPS)) if flag.value is not None})
+    config.update(
+        {
+            name: flag.value
+            for name, flag in (("seed", SEED), ("steps", STEPS))
+            if flag.value is not None
+        }
+    )
     train.train(config, WORKDIR.value)
 
 

@@ -26,7 +26,9 @@ class CharLSTM(nnx.Module):
         return zeros, zeros
 
     def __call__(self, tokens: Array, carry: Carry) -> tuple[Carry, Array]:
-        """Reads `[count, length]`; returns the state after it, and logits `[count, length, vocabulary]`."""
+        """Reads `[count, length]`; returns the state after it, and logits `[count, length,
+        vocabulary]`.
+        """
         carry, hidden = jax.lax.scan(self.lstm, carry, self.embedding(tokens.T))
         return carry, self.output(hidden).swapaxes(0, 1)
 
@@ -50,7 +52,9 @@ def loss(params: nnx.State, config: Any, tokens: Array) -> Array:
 
 
 def sample(config: Any, params: nnx.State, key: Array, length: int, temperature: float) -> str:
-    """Writes text after a line feed; below temperature 1 it prefers the likely, above it the unlikely."""
+    """Writes text after a line feed; below temperature 1 it prefers the likely, above it the
+    unlikely.
+    """
     model = model_of(config, params)
 
     def write(state: tuple[Array, Carry], key: Array) -> tuple[tuple[Array, Carry], Array]:

@@ -20,17 +20,21 @@ def layer(path: str) -> str:
 
 
 def clip_layers(limits: dict[str, float]) -> Transform:
-    """Cuts each element of a layer's gradient at the limit of that layer, and leaves layers without one alone.
+    """Cuts each element of a layer's gradient at the limit of that layer, and leaves layers without
+    one alone.
 
-    Clipping by value, told as the `clamp` of the largest element: so the state records the largest element of each
-    layer. The numbers of Graves (2013), 10 for LSTM layers and 100 for the output, are for other derivatives, those
-    by activations, cut on their way back through the network; here they limit the gradient of the weights.
+    Clipping by value, told as the `clamp` of the largest element: so the state records the largest
+    element of each layer. The numbers of Graves (2013), 10 for LSTM layers and 100 for the output,
+    are for other derivatives, those by activations, cut on their way back through the network; here
+    they limit the gradient of the weights.
     """
     scope = scopes.group(lambda path: layer(path) if layer(path) in limits else None)
     return optaxclip.clip(limits, scope=scope, norm=norms.linf(), response=responses.clamp)
 
 
-CLIPS: dict[str, Callable[..., Any]] = {  # threshold -> transform; without a threshold, the method's default
+CLIPS: dict[
+    str, Callable[..., Any]
+] = {  # threshold -> transform; without a threshold, the method's default
     "none": lambda threshold=None: telemetry.monitor(),  # measures all the same
     "value": lambda threshold=0.01: optaxclip.clip_by_value(threshold),
     "norm": lambda threshold=0.25: optaxclip.clip_by_norm(threshold),

@@ -1,4 +1,5 @@
-"""The table of the README: validation loss of SGD and Adam, clean and with corrupted batches, under several clips.
+"""The table of the README: validation loss of SGD and Adam, clean and with corrupted batches, under
+several clips.
 
 The seeds of a cell are one vmapped program. The table is saved, and printed, after every row.
 """
@@ -35,13 +36,18 @@ CLIPS = {
     "ZClip 2.5": {"clip": "zclip", "threshold": 2.5},
     "AGC 0.05": {"clip": "agc", "threshold": 0.05},
     "layers 10/100": {"clip": "layers"},
-    "layers 10/768, 100/768": {"clip": "layers", "layers": {"lstm": 10 / 768, "output": 100 / 768}},  # characters in a batch
+    "layers 10/768, 100/768": {
+        "clip": "layers",
+        "layers": {"lstm": 10 / 768, "output": 100 / 768},
+    },  # characters in a batch
 }
 SEED = flags.DEFINE_integer("seed", 0, "The first of the seeds.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs in each cell.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Of each run.")
 OUT = flags.DEFINE_string("out", "results/char_lm_sweep", "Folder of results.json.")
-CHOSEN = flags.DEFINE_multi_enum("row", list(ROWS), list(ROWS), "Which rows; may be given several times.")
+CHOSEN = flags.DEFINE_multi_enum(
+    "row", list(ROWS), list(ROWS), "Which rows; may be given several times."
+)
 
 
 def measure(config: FrozenConfigDict, steps: int, seeds: Array) -> dict[str, Any]:
@@ -52,17 +58,24 @@ def measure(config: FrozenConfigDict, steps: int, seeds: Array) -> dict[str, Any
         metrics = telemetry.metrics(state.opt_state)
         return validate(config, state.params), metrics["clip/clipped_steps"] / metrics["clip/steps"]
 
-    # One after the other: under vmap the decompositions of two orthogonal initializers can wait for each other for ever on CPU.
+    # One after the other: under vmap the decompositions of two orthogonal initializers can wait for
+    # each other for ever on CPU.
     states = jax.jit(partial(jax.lax.map, partial(start, config)))(seeds)
     losses, shares = jax.jit(jax.vmap(run))(seeds, states)
-    return {"loss": np.where(np.isfinite(losses), losses, np.array(None)).tolist(), "clipped_share": shares.tolist()}
+    return {
+        "loss": np.where(np.isfinite(losses), losses, np.array(None)).tolist(),
+        "clipped_share": shares.tolist(),
+    }
 
 
 def table(rows: dict[str, Any]) -> str:
     """The losses in Markdown."""
     lines = [["optimizer", *CLIPS], ["---"] * (1 + len(CLIPS))]
     for name, cells in rows.items():
-        told = (["NaN" if x is None else f"{x:.2f}" if x < 10 else f"{x:.3g}" for x in cell["loss"]] for cell in cells.values())
+        told = (
+            ["NaN" if x is None else f"{x:.2f}" if x < 10 else f"{x:.3g}" for x in cell["loss"]]
+            for cell in cells.values()
+        )
         lines.append([name, *map(", ".join, told)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -80,7 +93,9 @@ def main(argv: list[str]) -> None:
             config.update(ROWS[row] | clip)
             rows[row][name] = measure(FrozenConfigDict(config), STEPS.value, seeds)
             bar.update()
-        file.write_text(json.dumps({"seed": SEED.value, "steps": STEPS.value, "rows": rows}, allow_nan=False))
+        file.write_text(
+            json.dumps({"seed": SEED.value, "steps": STEPS.value, "rows": rows}, allow_nan=False)
+        )
     bar.close()
     print(table(rows))
 

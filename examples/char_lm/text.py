@@ -30,7 +30,9 @@ TRAIN, VALIDATION = jnp.split(encode(TEXT), [len(TEXT) * 9 // 10])
 
 
 def batch(key: Array, count: int, length: int) -> Array:
-    """Tokens from random places of the training text, `[count, length + 1]`: inputs, and one later the targets."""
+    """Tokens from random places of the training text, `[count, length + 1]`: inputs, and one later
+    the targets.
+    """
     starts = jax.random.randint(key, (count, 1), 0, len(TRAIN) - length)
     return TRAIN[starts + jnp.arange(length + 1)]
 

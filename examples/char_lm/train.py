@@ -1,7 +1,8 @@
-"""Training that can be killed at any time: started again, it goes on bit for bit as if nothing had been.
+"""Training that can be killed at any time: started again, it goes on bit for bit as if nothing had
+been.
 
-All that a step draws at random is a function of the seed and the number of the step, so weights, the state of the
-optimizer (clips included) and that number are the whole state of a run.
+All that a step draws at random is a function of the seed and the number of the step, so weights,
+the state of the optimizer (clips included) and that number are the whole state of a run.
 """
 
 import json
@@ -72,20 +73,25 @@ def keep_settings(settings: dict[str, Any], folder: Path) -> None:
     """Writes the settings to `config.json`, and compares them with what is there already.
 
     Raises:
-        ValueError: the folder has a run with other settings, or with the text of another version of Python.
+        ValueError: the folder has a run with other settings, or with the text of another version of
+            Python.
     """
     settings = settings | {"text": len(TEXT)}
     file = folder / "config.json"
     before = json.loads(file.read_text()) if file.exists() else settings
     if before != settings:
         differ = ", ".join(name for name in settings if settings[name] != before.get(name))
-        raise ValueError(f"{folder} has a run with another {differ}; use the same, or another folder")
+        raise ValueError(
+            f"{folder} has a run with another {differ}; use the same, or another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2))
 
 
 def log(writer: SummaryWriter, state: State, **losses: float) -> None:
-    """Writes the losses, and what the clips did last, for TensorBoard, which has no use for infinite limits and NaN."""
+    """Writes the losses, and what the clips did last, for TensorBoard, which has no use for
+    infinite limits and NaN.
+    """
     numbers = losses | telemetry.metrics(state.opt_state, state.params)
     for name, value in numbers.items():
         if np.isfinite(value):
@@ -93,19 +99,33 @@ def log(writer: SummaryWriter, state: State, **losses: float) -> None:
 
 
 def train(config: Any, workdir: str) -> State:
-    """Trains, or goes on with the run that is in the folder; returns its last state, after some text that it wrote."""
+    """Trains, or goes on with the run that is in the folder; returns its last state, after some
+    text that it wrote.
+    """
     folder, seed = Path(workdir).resolve(), config.seed
-    settings = FrozenConfigDict({name: value for name, value in config.to_dict().items() if name not in FREE})
+    settings = FrozenConfigDict(
+        {name: value for name, value in config.to_dict().items() if name not in FREE}
+    )
     keep_settings(settings.to_dict(), folder)
     state = start(settings, seed)
-    with ocp.CheckpointManager(folder / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as checkpoints:
+    with ocp.CheckpointManager(
+        folder / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    ) as checkpoints:
         if (last := checkpoints.latest_step()) is not None:
             state = checkpoints.restore(last, args=ocp.args.StandardRestore(state))
         done = int(state.step)
-        with SummaryWriter(str(folder), purge_step=done + 1) as writer, tqdm(total=config.steps, initial=done) as bar:
+        with (
+            SummaryWriter(str(folder), purge_step=done + 1) as writer,
+            tqdm(total=config.steps, initial=done) as bar,
+        ):
             while (done := int(state.step)) < config.steps:
-                state, losses = advance(settings, min(config.every, config.steps - done), seed, state)
-                numbers = {"loss": float(losses.mean()), "validation_loss": float(validate(settings, state.params))}
+                state, losses = advance(
+                    settings, min(config.every, config.steps - done), seed, state
+                )
+                numbers = {
+                    "loss": float(losses.mean()),
+                    "validation_loss": float(validate(settings, state.params)),
+                }
                 log(writer, state, **numbers)
                 checkpoints.save(int(state.step), args=ocp.args.StandardSave(state))
                 bar.set_postfix(numbers)

@@ -25,7 +25,8 @@ from optimizer import CLIPS, clip_layers, corrupt, layer, make_clip, make_optimi
 
 from optaxclip import norms, scopes, telemetry
 
-event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")  # its names are made on import
+# its names are made on import
+event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
 LIMITS = {"lstm": 1e-3, "output": 1e-2}
 TINY = {"embed": 4, "units": 8, "batch": 4, "length": 8, "steps": 6, "every": 3, "characters": 20}
 
@@ -59,7 +60,11 @@ def test_every_step_of_every_seed_has_a_batch_of_its_own():
 
 CONFIG = FrozenConfigDict(tiny())
 START = model.init(CONFIG, jax.random.key(0))
-LOSS = jax.jit(jax.value_and_grad(lambda params: model.loss(params, CONFIG, text.batch(jax.random.key(1), 4, 8))))
+LOSS = jax.jit(
+    jax.value_and_grad(
+        lambda params: model.loss(params, CONFIG, text.batch(jax.random.key(1), 4, 8))
+    )
+)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -78,7 +83,8 @@ def test_every_clip_trains_and_says_what_it_did(clip):
 
 
 @pytest.mark.parametrize(
-    ("option", "names"), [("clip", "none, value, norm, global_norm, layers, agc"), ("optimizer", "sgd, adam")]
+    ("option", "names"),
+    [("clip", "none, value, norm, global_norm, layers, agc"), ("optimizer", "sgd, adam")],
 )
 def test_an_unknown_name_is_told_the_known_ones(option, names):
     with pytest.raises(ValueError, match=rf"config.{option} is 'nothing'; choose one of {names}"):
@@ -105,7 +111,9 @@ def test_a_threshold_is_the_limit():
 def test_no_layer_is_above_its_limit():
     limits = np.array([*LIMITS.values()], np.float32)
     monitor = telemetry.monitor(scope=scopes.group(layer), norm=norms.linf())
-    clipped, state = applied(optax.chain(make_clip(tiny(clip="layers", layers=LIMITS)), monitor), GRADIENTS)
+    clipped, state = applied(
+        optax.chain(make_clip(tiny(clip="layers", layers=LIMITS)), monitor), GRADIENTS
+    )
     before, after = telemetry.readings(state)
     assert telemetry.group_names(before) == ["lstm", "output"]
     assert telemetry.group_names(after) == ["embedding", "lstm", "output"]
@@ -117,7 +125,9 @@ def test_no_layer_is_above_its_limit():
 def test_layers_are_cut_by_value():
     clipped, _ = applied(clip_layers(LIMITS), GRADIENTS)
     for name, limit in LIMITS.items():
-        assert_same(clipped[name], jax.tree.map(lambda g, c=limit: jnp.clip(g, -c, c), GRADIENTS[name]))
+        assert_same(
+            clipped[name], jax.tree.map(lambda g, c=limit: jnp.clip(g, -c, c), GRADIENTS[name])
+        )
 
 
 def test_graves_limits_are_the_default():
@@ -125,14 +135,21 @@ def test_graves_limits_are_the_default():
 
 
 def test_clipping_rescues_a_rate_that_is_too_high():
-    wild, tame = (advanced(60, units=32, learning_rate=30.0, clip=clip)[1][-20:].mean() for clip in ("none", "global_norm"))
+    wild, tame = (
+        advanced(60, units=32, learning_rate=30.0, clip=clip)[1][-20:].mean()
+        for clip in ("none", "global_norm")
+    )
     assert tame < 4.5
     assert not wild < 2 * tame  # NaN is not, either
 
 
 def corruption(key, steps=300):
     transform: Any = corrupt(0.2, key)
-    _, factors = jax.lax.scan(lambda state, g: transform.update(g, state)[::-1], transform.init(jnp.ones(())), jnp.ones(steps))
+    _, factors = jax.lax.scan(
+        lambda state, g: transform.update(g, state)[::-1],
+        transform.init(jnp.ones(())),
+        jnp.ones(steps),
+    )
     return np.asarray(factors)
 
 
@@ -151,14 +168,22 @@ def test_corruption_is_in_front_of_the_clip():
 
 def test_a_gradient_that_is_not_finite_is_skipped_if_asked_for():
     bad = jax.tree.map(lambda g: g * jnp.nan, GRADIENTS)
-    updates, state = applied(make_optimizer(tiny(skip_nonfinite=True, corrupt=0.5), jax.random.key(0)), bad)
+    updates, state = applied(
+        make_optimizer(tiny(skip_nonfinite=True, corrupt=0.5), jax.random.key(0)), bad
+    )
     assert not any(np.any(update) for update in jax.tree.leaves(updates))
     assert telemetry.metrics(state)["clip/skipped_steps"] == 1
     updates, _ = applied(make_optimizer(tiny(), jax.random.key(0)), bad)
     assert all(np.all(np.isnan(update)) for update in jax.tree.leaves(updates))
 
 
-SETTINGS = {"optimizer": "adam", "learning_rate": 0.01, "clip": "autoclip", "corrupt": 0.5, "skip_nonfinite": True}
+SETTINGS = {
+    "optimizer": "adam",
+    "learning_rate": 0.01,
+    "clip": "autoclip",
+    "corrupt": 0.5,
+    "skip_nonfinite": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +227,10 @@ def test_a_finished_run_is_left_as_it_is(whole):
 
 
 def test_a_folder_has_one_run(whole):
-    with pytest.raises(ValueError, match="has a run with another learning_rate, seed; use the same, or another folder"):
+    with pytest.raises(
+        ValueError,
+        match="has a run with another learning_rate, seed; use the same, or another folder",
+    ):
         train.train(tiny(**SETTINGS | {"learning_rate": 1.0, "seed": 1}), str(whole[1]))
 
 
@@ -218,12 +246,18 @@ def events(folder):
 
 def test_tensorboard_gets_losses_and_telemetry(halves):
     _, state, folder = halves
-    logged = {(value.tag, event.step): value.simple_value for event in events(folder) for value in event.summary.value}
+    logged = {
+        (value.tag, event.step): value.simple_value
+        for event in events(folder)
+        for value in event.summary.value
+    }
     metrics = telemetry.metrics(state.opt_state, state.params)
     assert {tag for tag, _ in logged} == {"loss", "validation_loss", *metrics}
     assert {step for _, step in logged} == {3, 6}
     assert all(logged[name, 6] == pytest.approx(float(value)) for name, value in metrics.items())
-    assert logged["validation_loss", 6] == pytest.approx(float(train.validate(FrozenConfigDict(tiny()), state.params)))
+    assert logged["validation_loss", 6] == pytest.approx(
+        float(train.validate(FrozenConfigDict(tiny()), state.params))
+    )
 
 
 def test_text_is_split_in_training_and_validation():
@@ -236,7 +270,11 @@ def test_text_is_split_in_training_and_validation():
 
 def test_batches_reach_both_ends_of_the_text(monkeypatch):
     monkeypatch.setattr(text, "TRAIN", jnp.arange(6))
-    assert {tuple(map(int, row)) for row in text.batch(jax.random.key(0), 50, 3)} == {(0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5)}
+    assert {tuple(map(int, row)) for row in text.batch(jax.random.key(0), 50, 3)} == {
+        (0, 1, 2, 3),
+        (1, 2, 3, 4),
+        (2, 3, 4, 5),
+    }
 
 
 def test_reading_in_two_parts_is_reading_at_once():
@@ -252,7 +290,10 @@ def test_reading_in_two_parts_is_reading_at_once():
 def test_sampled_text_has_the_temperature():
     config = tiny()
     params = model.init(config, jax.random.key(0))
-    cold, also_cold, warm = (model.sample(config, params, jax.random.key(i), 30, t) for i, t in enumerate((1e-6, 1e-6, 1.0)))
+    cold, also_cold, warm = (
+        model.sample(config, params, jax.random.key(i), 30, t)
+        for i, t in enumerate((1e-6, 1e-6, 1.0))
+    )
     assert len(warm) == 30 and set(warm) <= set(text.VOCABULARY)
     assert cold == also_cold != warm
 
@@ -261,8 +302,14 @@ def test_sweep_makes_a_table_of_losses(monkeypatch):
     monkeypatch.setattr(sweep, "CLIPS", {"none": {}, "AGC": {}})
     cell = sweep.measure(FrozenConfigDict(tiny(clip="agc", corrupt=1.0)), 2, jnp.arange(2))
     assert np.all(np.array(cell["loss"]) > 0) and cell["clipped_share"] == [1, 1]
-    lines = sweep.table({"SGD": {"none": {"loss": [None, 1.234]}, "AGC": {"loss": [56.78, 2.0]}}}).splitlines()
-    assert lines == ["| optimizer | none | AGC |", "| --- | --- | --- |", "| SGD | NaN, 1.23 | 56.8, 2.00 |"]
+    lines = sweep.table(
+        {"SGD": {"none": {"loss": [None, 1.234]}, "AGC": {"loss": [56.78, 2.0]}}}
+    ).splitlines()
+    assert lines == [
+        "| optimizer | none | AGC |",
+        "| --- | --- | --- |",
+        "| SGD | NaN, 1.23 | 56.8, 2.00 |",
+    ]
 
 
 def test_every_cell_of_the_sweep_has_settings_that_there_are():
@@ -273,12 +320,16 @@ def test_every_cell_of_the_sweep_has_settings_that_there_are():
 
 def run(name, *arguments, code=0):
     command = [sys.executable, Path(__file__).with_name(name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "error"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "error"}
+    )
     assert done.returncode == code, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize(("name", "options"), [("main.py", ["workdir", "config"]), ("sweep.py", ["seeds", "row"])])
+@pytest.mark.parametrize(
+    ("name", "options"), [("main.py", ["workdir", "config"]), ("sweep.py", ["seeds", "row"])]
+)
 def test_help_names_every_option(name, options):
     stdout = run(name, "--help", code=1)  # absl's
     assert all(f"--{option}:" in stdout for option in ["seed", "steps", "out", *options])
@@ -287,9 +338,19 @@ def test_help_names_every_option(name, options):
 def test_main_overrides_settings_and_prints_text(tmp_path):
     flags = [f"--config.{name}={value}" for name, value in TINY.items()]
     stdout = run(
-        "main.py", *flags, "--config.clip=layers", "--config.layers.lstm=2", "--seed=7", "--steps=2", f"--out={tmp_path}"
+        "main.py",
+        *flags,
+        "--config.clip=layers",
+        "--config.layers.lstm=2",
+        "--seed=7",
+        "--steps=2",
+        f"--out={tmp_path}",
     )
     assert len(stdout) == 21 and set(stdout) <= set(text.VOCABULARY)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["seed"] == 7 and saved["clip"] == "layers" and saved["layers"] == {"lstm": 2, "output": 100}
+    assert (
+        saved["seed"] == 7
+        and saved["clip"] == "layers"
+        and saved["layers"] == {"lstm": 2, "output": 100}
+    )
     assert (tmp_path / "checkpoints" / "2").is_dir()

@@ -59,15 +59,15 @@ def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
     return _memoryless(limit)
 
 
-def relative(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
+def relative_to_params(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
     r"""A share of the parameters' own size, :math:`\lambda \max(\|w\|, \epsilon)`.
 
     The parameters are measured by the scope and norm of the clip; `update` needs them.
 
     Args:
         ratio: the share :math:`\lambda`, anything that `as_threshold` takes.
-        floor: :math:`\epsilon`, below which a parameter counts as that large: without it, what starts
-            at zero could never move.
+        floor: :math:`\epsilon`, below which a parameter counts as that large: without it, what
+            starts at zero could never move.
 
     Raises:
         TypeError: `floor` is not a number.
@@ -77,7 +77,9 @@ def relative(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
     share = as_threshold(ratio, name="ratio")
 
     def limit(sizes: Array, state: Any, context: Context) -> Array:
-        return share.limit(sizes, state, context) * jnp.maximum(context.param_sizes, floor).astype(sizes.dtype)
+        return share.limit(sizes, state, context) * jnp.maximum(context.param_sizes, floor).astype(
+            sizes.dtype
+        )
 
     return share._replace(limit=limit, uses_params=True)
 
@@ -112,7 +114,9 @@ def as_thresholds(threshold: Any, *, name: str = "threshold") -> Threshold | dic
         ValueError: one of them is a negative number, NaN, or more than one number.
     """
     if isinstance(threshold, Mapping):
-        return {group: as_threshold(one, name=f"{name}[{group!r}]") for group, one in threshold.items()}
+        return {
+            group: as_threshold(one, name=f"{name}[{group!r}]") for group, one in threshold.items()
+        }
     return as_threshold(threshold, name=name)
 
 
@@ -126,7 +130,9 @@ def negated(bound: Any, *, name: str) -> Threshold:
     if isinstance(bound, Callable):
         _validate.called(name, bound)
         below = scheduled(bound)
-        return below._replace(limit=lambda sizes, state, context: -below.limit(sizes, state, context))
+        return below._replace(
+            limit=lambda sizes, state, context: -below.limit(sizes, state, context)
+        )
     _validate.number(name, bound, low=-math.inf, high=0.0)
     return constant(-bound)
 

@@ -10,13 +10,14 @@ from jax import Array
 from optaxclip import _validate
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds import _blocks
-from optaxclip.thresholds.combine import plausible
+from optaxclip.thresholds.combine import ignore_outliers
 
 
 def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshold:
     r"""Learns the raw size: a quantile of the last ones, :math:`c = Q_q(s_{t-w+1}, \dots, s_t)`.
 
-    As `numpy.quantile`, with linear interpolation. The current size is among them, so the first is never clipped.
+    As `numpy.quantile`, with linear interpolation. The current size is among them, so the first is
+    never clipped.
 
     Args:
         q: share of the sizes that are smaller, between 0 and 1.
@@ -46,7 +47,9 @@ def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshol
     def init(sizes: Array) -> tuple[Array, Array]:
         return _blocks.count(sizes), jnp.full((window, *sizes.shape), jnp.inf, sizes.dtype)
 
-    def learn(sizes: Array, clipped_sizes: Array, state: tuple[Array, Array], context: Context) -> tuple[Array, Array]:
+    def learn(
+        sizes: Array, clipped_sizes: Array, state: tuple[Array, Array], context: Context
+    ) -> tuple[Array, Array]:
         count, last = state
         return jnp.minimum(count + 1, window), _blocks.pushed(sizes, last)
 
@@ -56,7 +59,7 @@ def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshol
         found = _interpolated(lambda rank: _take(ordered, rank), q, count)
         return jnp.where(count < window, jnp.inf, found) if lagged else found
 
-    return plausible(Threshold(init, limit, learn))
+    return ignore_outliers(Threshold(init, limit, learn))
 
 
 class Sketch(NamedTuple):
@@ -85,10 +88,11 @@ def middle(origin: Any, number: Any) -> Any:
 def quantile_sketch(q: float | Array) -> Threshold:
     r"""Learns the raw size: a quantile of the whole history, :math:`c = Q_q(s_1, \dots, s_t)`.
 
-    Exact (as `numpy.quantile`) for the first 1024 sizes, later within 1 % of the two sizes that it is
-    interpolated from, if they are within a factor of 26 000 of the middle of the bins. That starts as the first
-    size and follows the quantile; what is further off counts in the last bin. 8 KiB for each group: 1024 floats
-    and 1024 logarithmic bins of integers, which are halved before they overflow, first after :math:`2^{30}` sizes.
+    Exact (as `numpy.quantile`) for the first 1024 sizes, later within 1 % of the two sizes that it
+    is interpolated from, if they are within a factor of 26 000 of the middle of the bins. That
+    starts as the first size and follows the quantile; what is further off counts in the last bin. 8
+    KiB for each group: 1024 floats and 1024 logarithmic bins of integers, which are halved before
+    they overflow, first after :math:`2^{30}` sizes.
 
     Args:
         q: share of the sizes that are smaller, between 0 and 1.
@@ -114,19 +118,24 @@ def quantile_sketch(q: float | Array) -> Threshold:
 
         return jnp.where(counts[-1] <= FIRST, exact, _interpolated(rounded, q, counts[-1]))
 
-    return plausible(Threshold(_empty, limit, learn))
+    return ignore_outliers(Threshold(_empty, limit, learn))
 
 
-def quantile_tracker(q: float | Array = 0.9, rate: float | Array = 0.2, *, initial: float | Array | None = None) -> Threshold:
-    r"""Learns whether the raw size was within the limit: it moves until a share :math:`q` of them are.
+def quantile_tracker(
+    q: float | Array = 0.9, rate: float | Array = 0.2, *, initial: float | Array | None = None
+) -> Threshold:
+    r"""Learns whether the raw size was within the limit: it moves until a share :math:`q` of them
+    are.
 
     .. math:: c \leftarrow c \exp(-\eta (1[s \le c] - q))
 
-    One float for each group. The current size is not known to the limit, but for the first, which it starts from.
+    One float for each group. The current size is not known to the limit, but for the first, which
+    it starts from.
 
     Args:
         q: share of the sizes that are to be within, between 0 and 1.
-        rate: :math:`\eta`; the limit rises by :math:`e^{\eta q}` or falls by :math:`e^{\eta (1 - q)}` a step.
+        rate: :math:`\eta`; the limit rises by :math:`e^{\eta q}` or falls by :math:`e^{\eta (1 -
+            q)}` a step.
         initial: where the limit starts instead of at the first size.
 
     Raises:
@@ -149,7 +158,7 @@ def quantile_tracker(q: float | Array = 0.9, rate: float | Array = 0.2, *, initi
         level = limit(sizes, level, context)
         return level * jnp.exp(-rate * ((sizes <= level) - q))
 
-    return plausible(Threshold(jnp.zeros_like, limit, learn))
+    return ignore_outliers(Threshold(jnp.zeros_like, limit, learn))
 
 
 class History(NamedTuple):
@@ -165,7 +174,8 @@ class History(NamedTuple):
 
 
 def remember(window: int) -> Threshold:
-    r"""Learns the raw size, sets no limit, :math:`c = \infty`: the last sizes, and a sketch of all as in `quantile_sketch`.
+    r"""Learns the raw size, sets no limit, :math:`c = \infty`: the last sizes, and a sketch of all
+    as in `quantile_sketch`.
 
     Args:
         window: how many of the last sizes are remembered, each a float per group.
@@ -196,14 +206,18 @@ def _with(sketch: Sketch, sizes: Array) -> Sketch:
     first, origin, counts = sketch
     logarithm = _blocks.logarithm(sizes)
     origin = jnp.where(counts[-1] == 0, logarithm, origin)
-    bin_of = jnp.clip(jnp.floor((logarithm - origin) / WIDTH) + BINS // 2, 0, BINS - 1).astype(jnp.int32)
+    bin_of = jnp.clip(jnp.floor((logarithm - origin) / WIDTH) + BINS // 2, 0, BINS - 1).astype(
+        jnp.int32
+    )
     counts = jnp.where(counts[-1] < 2**30, counts, counts // 2) + (bin_of <= _rows(counts))
     below = jnp.concatenate([jnp.zeros_like(first[:1]), first[:-1]])
     return Sketch(jnp.maximum(below, jnp.minimum(first, sizes)), origin, counts)
 
 
 def _centred(sketch: Sketch, q: float | Array) -> Sketch:
-    """Moves the bins by one if the quantile has left their middle half; at the ends two bins become one."""
+    """Moves the bins by one if the quantile has left their middle half; at the ends two bins become
+    one.
+    """
     first, origin, counts = sketch
     lean = _bin(counts, jnp.asarray(q * (counts[-1] - 1), jnp.int32)) - BINS // 2
     up = jnp.concatenate([counts[1:], counts[-1:]])

@@ -1,4 +1,6 @@
-"""What a step is on a CPU, by the compiler: small leaves that are equal are measured, limited and recorded together."""
+"""What a step is on a CPU, by the compiler: small leaves that are equal are measured, limited and
+recorded together.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,10 @@ import optaxclip
 
 CLIPS = {
     "global norm": (optaxclip.clip_by_global_norm(1.0), 1),
-    "leaf norm": (optaxclip.clip_by_norm(1.0), 2),  # and one that takes its own factors from those of all
+    "leaf norm": (
+        optaxclip.clip_by_norm(1.0),
+        2,
+    ),  # and one that takes its own factors from those of all
     "by unit": (optaxclip.adaptive_grad_clip(0.1), 2),
     "value": (optaxclip.clip_by_value(0.1), 1),
 }
@@ -16,7 +21,12 @@ CLIPS = {
 
 def program(clip, leaves):
     grads = {str(k): jax.ShapeDtypeStruct((8, 4), jnp.float32) for k in range(leaves)}
-    text = jax.jit(clip.update).lower(grads, jax.eval_shape(clip.init, grads), grads).compile().as_text()
+    text = (
+        jax.jit(clip.update)
+        .lower(grads, jax.eval_shape(clip.init, grads), grads)
+        .compile()
+        .as_text()
+    )
     return text[text.index("\nENTRY ") :].split("\n}")[0]
 
 

@@ -1,4 +1,6 @@
-"""What a step costs on an NVIDIA GPU, by the compiler: no more bytes than Optax's clipping, and a fraction of the kernels."""
+"""What a step costs on an NVIDIA GPU, by the compiler: no more bytes than Optax's clipping, and a
+fraction of the kernels.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,10 @@ def test_kernels_of_the_peer_grow_with_leaves():
 
 def test_a_guard_adds_a_handful_of_kernels():
     chain = optax.chain(CLIPS["global norm"], optax.adam(1e-3))
-    plain, guarded = cost(chain, gpt2(), "h100"), cost(optaxclip.skip_nonfinite(chain), gpt2(), "h100")
+    plain, guarded = (
+        cost(chain, gpt2(), "h100"),
+        cost(optaxclip.skip_nonfinite(chain), gpt2(), "h100"),
+    )
     assert guarded.kernels <= plain.kernels + 8
     assert guarded.units <= 1.001 * plain.units
 

@@ -1,4 +1,6 @@
-"""What a step costs on TPU v5e, by the compiler: no more than Optax's clipping, and nothing for what is recorded."""
+"""What a step costs on TPU v5e, by the compiler: no more than Optax's clipping, and nothing for
+what is recorded.
+"""
 
 import optax
 import pytest
@@ -33,14 +35,25 @@ def test_global_norm_costs_what_it_costs_in_optax(optax_global_norm, record):
     assert ours.temporary <= 0.1
 
 
-@pytest.mark.parametrize("clip", [optaxclip.clip_by_norm(1.0), optaxclip.clip_by_block_rms(1.0)], ids=["norm", "rms"])
+@pytest.mark.parametrize(
+    "clip", [optaxclip.clip_by_norm(1.0), optaxclip.clip_by_block_rms(1.0)], ids=["norm", "rms"]
+)
 def test_a_norm_per_leaf_costs_no_more_than_a_global_one(optax_global_norm, clip):
     ours = with_adam(clip)
     assert ours.units <= 1.01 * optax_global_norm.units
     assert ours.temporary <= 0.1
 
 
-ADAPTIVE = ["autoclip", "quantile_clip", "zclip", "adagc", "history_clip", "log_norm_clip", "growth_clip", "stabilize_gradient"]
+ADAPTIVE = [
+    "autoclip",
+    "quantile_clip",
+    "zclip",
+    "adagc",
+    "history_clip",
+    "log_norm_clip",
+    "growth_clip",
+    "gradient_stabilizer",
+]
 
 
 @pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf()], ids=["tree", "leaf"])
@@ -61,7 +74,10 @@ def test_by_value_costs_nothing():
 
 
 def test_adaptive_grad_clip_reads_gradients_and_parameters_once_more_in_no_more_kernels_than_in_optax():
-    ours, peer = with_adam(optaxclip.adaptive_grad_clip(0.01)), with_adam(optax.adaptive_grad_clip(0.01))
+    ours, peer = (
+        with_adam(optaxclip.adaptive_grad_clip(0.01)),
+        with_adam(optax.adaptive_grad_clip(0.01)),
+    )
     assert ours.units <= min(9, peer.units)
     assert ours.kernels <= peer.kernels
 

@@ -1,4 +1,6 @@
-"""What a step costs each of 16 TPU chips that share the parameters, by the compiler: one message, one read of the gradients."""
+"""What a step costs each of 16 TPU chips that share the parameters, by the compiler: one message,
+one read of the gradients.
+"""
 
 import functools
 
@@ -17,8 +19,16 @@ from optaxclip import norms, responses, scopes, skip_nonfinite, skip_spikes, thr
 TOPOLOGIES = ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"]
 MODEL = gpt2(2, 2048, vocabulary=50304)  # a vocabulary that 16 chips can share
 # One layer of a model of 70 billion parameters: two matrices of 1 GiB and their biases.
-LAYER = {name: leaf for name, leaf in gpt2(1, 8192)["block0"].items() if name.startswith(("up", "down"))}
-FAN_IN = {"down": "chips", "down_bias": (), "up": (), "up_bias": ()}  # along which the numbers of a unit are split
+LAYER = {
+    name: leaf for name, leaf in gpt2(1, 8192)["block0"].items() if name.startswith(("up", "down"))
+}
+# along which the numbers of a unit are split
+FAN_IN = {
+    "down": "chips",
+    "down_bias": (),
+    "up": (),
+    "up_bias": (),
+}
 GLOBAL_NORM = optaxclip.clip_by_global_norm(1.0)
 
 
@@ -36,18 +46,21 @@ def with_adam(*clips):
 
 
 def on_layer(optimizer, where, topology="v5e:4x4"):
-    return cost_on_mesh(optimizer, LAYER, chips(topology), matrices_split, mapped=where == "shard_map")
+    return cost_on_mesh(
+        optimizer, LAYER, chips(topology), matrices_split, mapped=where == "shard_map"
+    )
 
 
 # Every transform
 
 
-TRANSFORMS = {case.name: case for case in reversed(CASES + SCALERS) if case.name != "spectral_clip"}  # has a test of its own
+# has a test of its own
+TRANSFORMS = {case.name: case for case in reversed(CASES + SCALERS) if case.name != "spectral_clip"}
 # Limits other than one message, and one read of the gradients on top of Adam's 7 units.
 MESSAGES = {
     "clip_by_value": 2,  # measures nothing, but records the largest size and the share of what was clipped
     "spam_clip": 2,
-    "carry": 2,
+    "error_feedback": 2,
     "adaptive_grad_clip": 3,  # of gradients and parameters, in one; and those two
 }
 UNITS = {
@@ -56,9 +69,9 @@ UNITS = {
     "clippy": 9,
     "spam_clip": 9,  # reads and writes a mean for each element
     "scale_by_stable_adam": 9,  # is Adam itself, and measures gradients over the root of its second moment
-    "carry": 13,  # reads and writes what it carries, and stores the sum
+    "error_feedback": 13,  # reads and writes what it carries, and stores the sum
 }
-TEMPORARY = {"carry": 1.01}
+TEMPORARY = {"error_feedback": 1.01}
 
 
 def training(name, **options):
@@ -95,13 +108,17 @@ def test_what_is_neither_measured_nor_recorded_sends_nothing(where):
     assert on_layer(with_adam(optaxclip.clip_by_value(1.0, record=False)), where).messages == 0
 
 
-SCOPES = {"tree": scopes.tree(), "group": scopes.group(lambda path: path.split("_")[0]), "leaf": scopes.leaf()}
+SCOPES = {
+    "tree": scopes.tree(),
+    "group": scopes.group(lambda path: path.split("_")[0]),
+    "leaf": scopes.leaf(),
+}
 
 
 @pytest.mark.parametrize("where", ["jit", "shard_map"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_any_scope_down_to_leaves_takes_exactly_one_message(scope, where):
-    rule = thresholds.patient(thresholds.window_zscore(3.0), 50)
+    rule = thresholds.reset_after(thresholds.window_zscore(3.0), 50)
     ours = on_layer(skip_nonfinite(with_adam(optaxclip.clip(rule, scope=SCOPES[scope]))), where)
     assert ours.messages == 1
     assert ours.units <= 8.005
@@ -152,14 +169,18 @@ def test_on_16_chips_a_step_moves_as_many_bytes_as_with_optax(name, topology):
 
 @pytest.mark.parametrize("kind", ["v5p", "v6e"])
 def test_on_one_chip_of_other_kinds(kind):
-    ours, theirs = (cost(with_adam(clip), MODEL, kind) for clip in (GLOBAL_NORM, optax.clip_by_global_norm(1.0)))
+    ours, theirs = (
+        cost(with_adam(clip), MODEL, kind) for clip in (GLOBAL_NORM, optax.clip_by_global_norm(1.0))
+    )
     assert ours.units <= 1.01 * theirs.units
     assert ours.temporary <= 0.01
 
 
 def test_in_shard_map_optax_sends_nothing_since_each_part_is_clipped_alone():
     for clip, messages in (GLOBAL_NORM, 1), (optax.clip_by_global_norm(1.0), 0):
-        assert cost_on_mesh(with_adam(clip), LAYER, chips("v5e:4x4"), mapped=True).messages == messages
+        assert (
+            cost_on_mesh(with_adam(clip), LAYER, chips("v5e:4x4"), mapped=True).messages == messages
+        )
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

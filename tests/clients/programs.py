@@ -1,4 +1,6 @@
-"""What the training programs in this folder share: batches with a NaN and a spike, an optimizer, and what a run must show."""
+"""What the training programs in this folder share: batches with a NaN and a spike, an optimizer,
+and what a run must show.
+"""
 
 import functools
 
@@ -33,7 +35,9 @@ def layer(path):
 @functools.cache  # so that runs with one rule are compiled once
 def optimizer(rule):
     """A guard around a clip by layer and Adam."""
-    return optaxclip.skip_nonfinite(optax.chain(RULES[rule](scope=scopes.group(layer)), optax.adam(0.01)))
+    return optaxclip.skip_nonfinite(
+        optax.chain(RULES[rule](scope=scopes.group(layer)), optax.adam(0.01))
+    )
 
 
 def mse(prediction, y):
@@ -60,7 +64,9 @@ def assert_row_names(row, names):
 
 
 def assert_clipped_and_guarded(rows, names):
-    """What must hold of the metrics of each step of a run on `batches`, with `norms_by_hand` beside them."""
+    """What must hold of the metrics of each step of a run on `batches`, with `norms_by_hand` beside
+    them.
+    """
     assert len(rows) == STEPS and len(names) > 1
     rows = [{name: float(value) for name, value in row.items()} for row in rows]
     assert [row["clip/skipped_steps"] for row in rows] == [0] * BAD + [1] * (STEPS - BAD)
@@ -69,9 +75,14 @@ def assert_clipped_and_guarded(rows, names):
     for step, row in enumerate(rows):
         assert_row_names(row, names)
         for name in names:
-            before, after, limit = (row[f"clip/{key}/{name}"] for key in ("size_before", "size_after", "limit"))
-            seen = rows[step - 1] if step == BAD else row  # a skipped step is not seen by the clip inside
+            before, after, limit = (
+                row[f"clip/{key}/{name}"] for key in ("size_before", "size_after", "limit")
+            )
+            # a skipped step is not seen by the clip inside
+            seen = rows[step - 1] if step == BAD else row
             np.testing.assert_allclose(before, seen[f"norm/{name}"], rtol=1e-6)
             np.testing.assert_allclose(after, min(before, limit), rtol=1e-6)
     for name in names:
-        assert rows[SPIKE][f"clip/size_after/{name}"] < 0.5 * rows[SPIKE][f"clip/size_before/{name}"]
+        assert (
+            rows[SPIKE][f"clip/size_after/{name}"] < 0.5 * rows[SPIKE][f"clip/size_before/{name}"]
+        )

@@ -101,7 +101,9 @@ def test_an_integer_array_changes_nothing_whether_it_is_filtered_out_or_not(rule
     model = Counted(eqx.nn.Linear(4, 1, key=jax.random.key(1)), jnp.zeros((), jnp.int32))
     clip = RULES[rule](scope=scopes.leaf())
     xs, ys = batches()
-    _, grads = eqx.filter_value_and_grad(lambda model: mse(jax.vmap(model.linear)(xs[0]), ys[0]))(model)
+    _, grads = eqx.filter_value_and_grad(lambda model: mse(jax.vmap(model.linear)(xs[0]), ys[0]))(
+        model
+    )
     assert grads.calls is None
     rows = []
     for kept in eqx.is_array, eqx.is_inexact_array:

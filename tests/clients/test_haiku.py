@@ -37,7 +37,9 @@ class Head(hk.Module):
         return self.linear(x)
 
 
-model = hk.without_apply_rng(hk.transform(lambda x: Head()(hk.nets.MLP([8, 8], activation=jnp.tanh)(x))))
+model = hk.without_apply_rng(
+    hk.transform(lambda x: Head()(hk.nets.MLP([8, 8], activation=jnp.tanh)(x)))
+)
 
 
 def create(rule):
@@ -82,9 +84,13 @@ def test_a_restart_from_a_pickle_is_the_same_run(rule):
 
 
 def test_a_state_of_modules_stays_out_of_the_clip():
-    """Batch statistics are in a tree of their own, which the guard does not see: the program keeps the old ones."""
+    """Batch statistics are in a tree of their own, which the guard does not see: the program keeps
+    the old ones.
+    """
     net = hk.without_apply_rng(
-        hk.transform_with_state(lambda x: hk.Linear(1)(hk.BatchNorm(True, True, 0.9)(x, is_training=True)))
+        hk.transform_with_state(
+            lambda x: hk.Linear(1)(hk.BatchNorm(True, True, 0.9)(x, is_training=True))
+        )
     )
     xs, ys = batches()
     params, statistics = net.init(jax.random.key(1), xs[0])
@@ -99,7 +105,9 @@ def test_a_state_of_modules_stays_out_of_the_clip():
         grads, new = jax.grad(loss_fn, has_aux=True)(params, statistics, xs[step], ys[step])
         updates, opt_state = tx.update(grads, opt_state, params)
         now = telemetry.metrics(opt_state)["clip/skipped_steps"]
-        statistics = jax.tree.map(lambda new, old, taken=now == skipped: jnp.where(taken, new, old), new, statistics)
+        statistics = jax.tree.map(
+            lambda new, old, taken=now == skipped: jnp.where(taken, new, old), new, statistics
+        )
         params, skipped = optax.apply_updates(params, updates), now
     assert skipped == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, statistics)))

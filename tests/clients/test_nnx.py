@@ -29,7 +29,8 @@ LAYERS = ("layers/0", "layers/1", "head")
 class MLP(nnx.Module):
     def __init__(self, rngs):
         self.layers = nnx.List([nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)])
-        self.norm = nnx.BatchNorm(8, use_bias=False, use_scale=False, rngs=rngs)  # statistics are no parameters
+        # statistics are no parameters
+        self.norm = nnx.BatchNorm(8, use_bias=False, use_scale=False, rngs=rngs)
         self.head = nnx.Linear(8, 1, rngs=rngs)
 
     def __call__(self, x):
@@ -48,7 +49,9 @@ def loss_fn(model, x, y):
 
 
 def by_hand(grads):
-    return norms_by_hand({"layers/0": grads["layers"][0], "layers/1": grads["layers"][1], "head": grads["head"]})
+    return norms_by_hand(
+        {"layers/0": grads["layers"][0], "layers/1": grads["layers"][1], "head": grads["head"]}
+    )
 
 
 @nnx.jit
@@ -94,7 +97,9 @@ def test_split_states_give_the_same_run(rule):
 
 
 def unboxed(state):
-    return jax.tree.map(lambda box: box[...], state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return jax.tree.map(
+        lambda box: box[...], state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
 
 
 @pytest.mark.parametrize("init", [True, False])
@@ -103,7 +108,9 @@ def unboxed(state):
 def test_names_do_not_depend_on_the_boxes_of_a_split_state(rule, init, update):
     graphdef, params, rest = nnx.split(MLP(nnx.Rngs(1)), nnx.Param, ...)
     xs, ys = batches()
-    grads = jax.grad(lambda params: loss_fn(nnx.merge(graphdef, params, rest), xs[0], ys[0]))(params)
+    grads = jax.grad(lambda params: loss_fn(nnx.merge(graphdef, params, rest), xs[0], ys[0]))(
+        params
+    )
     clip = RULES[rule](scope=scopes.group(layer))
     state = clip.init(params if init else unboxed(params))
     updates, state = clip.update(grads if update else unboxed(grads), state)
@@ -111,7 +118,9 @@ def test_names_do_not_depend_on_the_boxes_of_a_split_state(rule, init, update):
     row = telemetry.metrics(state, params)
     assert_row_names(row, LAYERS)
     for name, norm in by_hand(grads).items():
-        np.testing.assert_allclose(row[f"clip/size_before/{name.removeprefix('norm/')}"], norm, rtol=1e-6)
+        np.testing.assert_allclose(
+            row[f"clip/size_before/{name.removeprefix('norm/')}"], norm, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("rule", RULES)

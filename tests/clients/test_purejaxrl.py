@@ -1,4 +1,6 @@
-"""PureJaxRL: a whole actor-critic run as one `jax.jit(jax.vmap(train))(rngs)`, in which one seed meets a NaN."""
+"""PureJaxRL: a whole actor-critic run as one `jax.jit(jax.vmap(train))(rngs)`, in which one seed
+meets a NaN.
+"""
 
 import functools
 import pickle
@@ -81,7 +83,9 @@ def train(runner, updates, bad):
             rng, act, move = jax.random.split(rng, 3)
             logits, value = state.apply_fn({"params": state.params}, obs)
             action = jax.random.categorical(act, logits)
-            log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], -1)[..., 0]
+            log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], -1)[
+                ..., 0
+            ]
             new, reward = jax.vmap(env_step)(obs, action, jax.random.split(move, ENVS))
             reward = jnp.where(number == bad, jnp.nan, reward)
             return (state, new, rng), Transition(obs, action, log_prob, value, reward)
@@ -89,15 +93,24 @@ def train(runner, updates, bad):
         def epoch(carry, _):
             state, rng = carry
             rng, key = jax.random.split(rng)
-            batch = jax.tree.map(lambda x: x.reshape(LENGTH * ENVS, *x.shape[2:]), (rollout, rollout.reward))
+            batch = jax.tree.map(
+                lambda x: x.reshape(LENGTH * ENVS, *x.shape[2:]), (rollout, rollout.reward)
+            )
             order = jax.random.permutation(key, LENGTH * ENVS)
-            shuffled = jax.tree.map(lambda x: x[order].reshape(MINIBATCHES, -1, *x.shape[1:]), batch)
+            shuffled = jax.tree.map(
+                lambda x: x[order].reshape(MINIBATCHES, -1, *x.shape[1:]), batch
+            )
 
             def minibatch(state, data):
                 batch, targets = data
-                loss, grads = jax.value_and_grad(loss_fn)(state.params, state.apply_fn, batch, targets - batch.value, targets)
+                loss, grads = jax.value_and_grad(loss_fn)(
+                    state.params, state.apply_fn, batch, targets - batch.value, targets
+                )
                 state = state.apply_gradients(grads=grads)
-                return state, {"loss": loss, "norm": optax.tree.norm(grads["critic"])} | telemetry.metrics(state, state.params)
+                return state, {
+                    "loss": loss,
+                    "norm": optax.tree.norm(grads["critic"]),
+                } | telemetry.metrics(state, state.params)
 
             state, metrics = jax.lax.scan(minibatch, state, shuffled)
             return (state, rng), metrics
@@ -142,7 +155,9 @@ def test_only_the_seed_with_a_nan_skips_its_steps(rule):
     assert_row_names(rows, LAYERS)
     finite = np.isfinite(rows["norm"])
     assert (~finite).sum() == per_update and (~finite)[BAD_SEED, BAD_UPDATE].all()
-    np.testing.assert_allclose(rows["clip/size_before/critic/Dense_0"][finite], rows["norm"][finite], rtol=1e-5)
+    np.testing.assert_allclose(
+        rows["clip/size_before/critic/Dense_0"][finite], rows["norm"][finite], rtol=1e-5
+    )
     assert (rows["clip/clipped_steps"][:, -1, -1, -1] > 0).all()
 
 
@@ -161,7 +176,8 @@ def test_all_seeds_restart_in_the_middle(rule, kind):
     if kind == "msgpack":
         half = flax.serialization.from_bytes(seeds(rule), flax.serialization.to_bytes(half))
     else:
-        leaves, treedef = jax.tree.flatten(half)  # a TrainState itself holds functions, which do not pickle
+        # a TrainState itself holds functions, which do not pickle
+        leaves, treedef = jax.tree.flatten(half)
         half = jax.tree.unflatten(treedef, pickle.loads(pickle.dumps(jax.device_get(leaves))))
     again, second = train_seeds(half, jnp.arange(BREAK, UPDATES), bad(BAD_SEED))
     assert_same_bits(again, runner)
@@ -170,7 +186,10 @@ def test_all_seeds_restart_in_the_middle(rule, kind):
 
 def test_thresholds_are_swept_in_one_program():
     """One seed for each limit, as hyperparameters are searched."""
-    grads = {"critic": {"Dense_0": {"kernel": jnp.array([3.0, 4.0])}}, "actor": {"Dense_0": {"kernel": jnp.array([0.6, 0.8])}}}
+    grads = {
+        "critic": {"Dense_0": {"kernel": jnp.array([3.0, 4.0])}},
+        "actor": {"Dense_0": {"kernel": jnp.array([0.6, 0.8])}},
+    }
 
     def after(limit):
         tx = optax.chain(optaxclip.clip(limit, scopes.group(layer)), optax.sgd(1.0))

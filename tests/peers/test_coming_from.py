@@ -1,7 +1,9 @@
-"""Every line of the tables in docs/coming_from.md: what it says to write there and here is run, on the same numbers.
+"""Every line of the tables in docs/coming_from.md: what it says to write there and here is run, on
+the same numbers.
 
-A check is keyed by the very text of its line, and gets the code of the first two cells. A line without a check fails, and so
-does a check without a line. Caffe does not install today: there its rule is transcribed from `SGDSolver::ApplyUpdate`.
+A check is keyed by the very text of its line, and gets the code of the first two cells. A line
+without a check fails, and so does a check without a line. Caffe does not install today: there its
+rule is transcribed from `SGDSolver::ApplyUpdate`.
 """
 
 import os
@@ -28,17 +30,26 @@ from jax_privacy import clipping
 import optaxclip
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text()
-pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # jax_privacy 2.0 calls it
+# jax_privacy 2.0 calls it
+pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
 TABLES = [line for line in PAGE.splitlines() if line.startswith("| `")]
 CHECKS = {}
 
-LARGE = [np.array([[3.0, -4.0], [0.5, 12.0]], np.float32), np.array([0.25, -0.5], np.float32)]  # norms 13.01 and 0.56
+# norms 13.01 and 0.56
+LARGE = [
+    np.array([[3.0, -4.0], [0.5, 12.0]], np.float32),
+    np.array([0.25, -0.5], np.float32),
+]
 SMALL = [0.01 * g for g in LARGE]
 TOO_LARGE = [np.array([1e20, 1e20], np.float32), np.ones(1, np.float32)]  # the squares overflow
 INFINITE = [np.array([np.inf, 1.0], np.float32), np.ones(1, np.float32)]
 MISSING = [np.array([np.nan, 3.0], np.float32), np.array([4.0], np.float32)]
 HALF = [np.array([300.0, 1.0], np.float16)]
-EXAMPLES = [np.array([[3.0, 4.0], [0.1, 0.2]], np.float32), np.array([[12.0], [0.2]], np.float32)]  # norms 13 and 0.3
+# norms 13 and 0.3
+EXAMPLES = [
+    np.array([[3.0, 4.0], [0.1, 0.2]], np.float32),
+    np.array([[12.0], [0.2]], np.float32),
+]
 ZEROS = [np.zeros(2, np.float32)]
 
 
@@ -54,7 +65,9 @@ def line(there, here, differs):
     return register
 
 
-@pytest.mark.parametrize("text", TABLES, ids=lambda text: CHECKS[text].__name__ if text in CHECKS else None)
+@pytest.mark.parametrize(
+    "text", TABLES, ids=lambda text: CHECKS[text].__name__ if text in CHECKS else None
+)
 def test_what_a_line_says_is_so(text):
     there, here, _ = (cell.strip() for cell in text.strip("|").split(" | "))
     CHECKS[text](there.strip("`"), here.strip("`"))
@@ -63,9 +76,15 @@ def test_what_a_line_says_is_so(text):
 def test_every_check_has_its_line_and_every_section_its_table():
     assert set(CHECKS) == set(TABLES) and len(TABLES) == len(CHECKS)
     sections = PAGE.split("\n## ")[1:]
+    # fmt: skip
     assert [section.split("\n")[0] for section in sections if "| `" in section] == [
-        "PyTorch", "Keras", "TensorFlow", "Caffe", "Optax", "jax_privacy"
-    ]  # fmt: skip
+        "PyTorch",
+        "Keras",
+        "TensorFlow",
+        "Caffe",
+        "Optax",
+        "jax_privacy",
+    ]
 
 
 def same(found, expected, rtol=1e-6):
@@ -82,7 +101,17 @@ def norm(tree):
 
 
 def evaluate(code, **names):
-    return eval(code, {"jax": jax, "jnp": jnp, "optax": optax, "optaxclip": optaxclip, **vars(optaxclip), **names})
+    return eval(
+        code,
+        {
+            "jax": jax,
+            "jnp": jnp,
+            "optax": optax,
+            "optaxclip": optaxclip,
+            **vars(optaxclip),
+            **names,
+        },
+    )
 
 
 def ours(code, *batches, params=None, **options):
@@ -90,7 +119,11 @@ def ours(code, *batches, params=None, **options):
     transform = evaluate(code)
     batches = [list(map(jnp.asarray, grads)) for grads in batches]
     params = batches[0] if params is None else list(map(jnp.asarray, params))
-    state, total, update = transform.init(params), jax.tree.map(jnp.zeros_like, batches[0]), jax.jit(transform.update)
+    state, total, update = (
+        transform.init(params),
+        jax.tree.map(jnp.zeros_like, batches[0]),
+        jax.jit(transform.update),
+    )
     for grads in batches:
         updates, state = update(grads, state, params, **options)
         total = jax.tree.map(jnp.add, total, updates)
@@ -126,7 +159,8 @@ def in_torch(code, grads, dtype=torch.float32):
 @line(
     "`clip_grad_norm_(params, 1.0)`",
     "`clip_by_global_norm(1.0)`",
-    "Same. But torch adds 1e-6 to the norm: a gradient of 9e-7 becomes 4.7e-7 at the limit 1e-6, and [3, 4] is not quite "
+    "Same. But torch adds 1e-6 to the norm: a gradient of 9e-7 becomes 4.7e-7 at the limit 1e-6, "
+    "and [3, 4] is not quite "
     "itself at 5. Where squares overflow (float32 1e20) torch returns zeros, here the norm is 1",
 )
 def torch_global_norm(there, here):
@@ -143,19 +177,26 @@ def torch_global_norm(there, here):
 @line(
     "`clip_grad_norm_(params, 1.0).item()`",
     '`telemetry.metrics(opt_state)["clip/size_before"]`',
-    "Same: the norm *before* the clip. Float16 gradients: torch returns it in float16 (infinite above 65504), here it is "
+    "Same: the norm *before* the clip. Float16 gradients: torch returns it in float16 (infinite "
+    "above 65504), here it is "
     "float32. The norm after the clip is `clip/size_after`",
 )
 def torch_returns_the_norm(there, here):
     def read(grads):
         return float(evaluate(here, opt_state=ours("clip_by_global_norm(1.0)", grads)[1]))
 
-    assert read(LARGE) == pytest.approx(in_torch(there, LARGE)[1], rel=1e-6) == pytest.approx(norm(LARGE), rel=1e-6)
+    assert (
+        read(LARGE)
+        == pytest.approx(in_torch(there, LARGE)[1], rel=1e-6)
+        == pytest.approx(norm(LARGE), rel=1e-6)
+    )
     half = [np.array([60000], np.float16)] * 2
     assert in_torch(there, half, torch.float16)[1] == np.inf
     assert read(half) == pytest.approx(60000 * 2**0.5, rel=1e-6)
     after = here.replace("size_before", "size_after")
-    assert float(evaluate(after, opt_state=ours("clip_by_global_norm(1.0)", LARGE)[1])) == pytest.approx(1)
+    assert float(
+        evaluate(after, opt_state=ours("clip_by_global_norm(1.0)", LARGE)[1])
+    ) == pytest.approx(1)
 
 
 @line(
@@ -166,7 +207,10 @@ def torch_returns_the_norm(there, here):
 def torch_norm_type(there, here):
     same(ours(here, LARGE)[0], in_torch(there, LARGE)[0])
     for p in "1", "3":
-        same(ours(here.replace("linf()", f"lp({p})"), LARGE)[0], in_torch(there.replace('float("inf")', p), LARGE)[0])
+        same(
+            ours(here.replace("linf()", f"lp({p})"), LARGE)[0],
+            in_torch(there.replace('float("inf")', p), LARGE)[0],
+        )
     assert np.isfinite(in_torch(there.replace('float("inf")', "0.5"), LARGE)[0][0]).all()
     refused(here.replace("linf()", "lp(0.5)"), "p must be")
 
@@ -174,19 +218,26 @@ def torch_norm_type(there, here):
 @line(
     "`clip_grad_norm_(params, 1.0, error_if_nonfinite=True)`",
     '`clip_by_global_norm(1.0, nonfinite="raise")`',
-    "Both raise; here through `checkify`, under `jit` as well. Without it, torch makes one infinity NaN and all else zero, "
+    "Both raise; here through `checkify`, under `jit` as well. Without it, torch makes one "
+    "infinity NaN and all else zero, "
     "and here all is NaN",
 )
 def torch_error_if_nonfinite(there, here):
     with pytest.raises(RuntimeError, match="non-finite"):
         in_torch(there, INFINITE)
     transform = evaluate(here)
-    checked = jax.jit(checkify.checkify(lambda grads: transform.update(grads, transform.init(grads))))
+    checked = jax.jit(
+        checkify.checkify(lambda grads: transform.update(grads, transform.init(grads)))
+    )
     with pytest.raises(checkify.JaxRuntimeError, match="the size of 'tree' is not finite"):
         checked(list(map(jnp.asarray, INFINITE)))[0].throw()
     checked(list(map(jnp.asarray, LARGE)))[0].throw()
-    np.testing.assert_array_equal(np.concatenate(in_torch(there.replace("True", "False"), INFINITE)[0]), [np.nan, 0, 0])
-    assert np.isnan(np.concatenate(ours('clip_by_global_norm(1.0, nonfinite="propagate")', INFINITE)[0])).all()
+    np.testing.assert_array_equal(
+        np.concatenate(in_torch(there.replace("True", "False"), INFINITE)[0]), [np.nan, 0, 0]
+    )
+    assert np.isnan(
+        np.concatenate(ours('clip_by_global_norm(1.0, nonfinite="propagate")', INFINITE)[0])
+    ).all()
 
 
 @line(
@@ -202,12 +253,15 @@ def torch_foreach(there, here):
 @line(
     "`clip_grad_norm_(params, -1.0)`",
     "`clip_by_global_norm(-1.0)`",
-    "Torch turns the gradient round and ascends; here it is a `ValueError`, or a zero update if the limit is traced",
+    "Torch turns the gradient round and ascends; here it is a `ValueError`, or a zero update if "
+    "the limit is traced",
 )
 def torch_negative(there, here):
     assert (np.sign(in_torch(there, LARGE)[0][0]) == -np.sign(LARGE[0])).all()
     refused(here, "max_norm must be in")
-    traced = jax.jit(lambda limit: clip_leaves(evaluate(here.replace("-1.0", "limit"), limit=limit)))
+    traced = jax.jit(
+        lambda limit: clip_leaves(evaluate(here.replace("-1.0", "limit"), limit=limit))
+    )
     np.testing.assert_array_equal(np.concatenate(traced(-1.0)), 0)
 
 
@@ -219,7 +273,8 @@ def clip_leaves(transform):
 @line(
     "`get_total_norm([p.grad for p in params])`",
     "`telemetry.monitor()`",
-    "Same number, in `clip/size_before`, and nothing is changed. Where squares overflow torch says infinity, here it is the "
+    "Same number, in `clip/size_before`, and nothing is changed. Where squares overflow torch says "
+    "infinity, here it is the "
     "norm",
 )
 def torch_total_norm(there, here):
@@ -234,8 +289,10 @@ def torch_total_norm(there, here):
 @line(
     "`clip_grads_with_norm_(params, 1.0, torch.tensor(20.0))`",
     "`clip_by_global_norm(1.0)`",
-    "Torch takes a norm that was measured elsewhere; here the clip is told what to measure: `update(grads, state, "
-    "measured=other)`. For parameters on many devices neither is needed: the norm is that of the whole",
+    "Torch takes a norm that was measured elsewhere; here the clip is told what to measure: "
+    "`update(grads, state, "
+    "measured=other)`. For parameters on many devices neither is needed: the norm is that of the "
+    "whole",
 )
 def torch_with_norm(there, here):
     other = [jnp.array([[12.0, 16.0], [0.0, 0.0]]), jnp.zeros(2)]  # norm 20
@@ -245,14 +302,17 @@ def torch_with_norm(there, here):
 @line(
     "`clip_grad_value_(params, 0.5)`",
     "`clip_by_value(0.5)`",
-    "Same. An infinite element becomes 0.5 in torch, and NaN here; a negative limit sets all elements to it in torch, and is "
+    "Same. An infinite element becomes 0.5 in torch, and NaN here; a negative limit sets all "
+    "elements to it in torch, and is "
     "an error here",
 )
 def torch_value(there, here):
     same(ours(here, LARGE)[0], in_torch(there, LARGE)[0])
     np.testing.assert_array_equal(in_torch(there, INFINITE)[0][0], [0.5, 0.5])
     np.testing.assert_array_equal(ours(here, INFINITE)[0][0], [np.nan, 0.5])
-    np.testing.assert_array_equal(in_torch(there.replace("0.5", "-0.5"), LARGE)[0][0], np.full((2, 2), -0.5))
+    np.testing.assert_array_equal(
+        in_torch(there.replace("0.5", "-0.5"), LARGE)[0][0], np.full((2, 2), -0.5)
+    )
     refused(here.replace("0.5", "-0.5"), "limit must be in")
 
 
@@ -268,30 +328,43 @@ def torch_by_parameter(there, here):
 @line(
     "`[clip_grad_norm_(group, 1.0) for group in (params[:2], params[2:])]`",
     '`clip(1.0, scope=scopes.group(lambda path: "a" if path in ("0", "1") else "b"))`',
-    "Same: one norm for each group of parameters (`optimizer.param_groups` there, names of paths here). With limits of their "
+    "Same: one norm for each group of parameters (`optimizer.param_groups` there, names of paths "
+    "here). With limits of their "
     'own: `clip({"a": 1.0, "b": 0.1}, ...)`',
 )
 def torch_param_groups(there, here):
     grads = [*LARGE, 5 * LARGE[0], LARGE[1]]
     same(ours(here, grads)[0], in_torch(there, grads)[0])
     own = "[clip_grad_norm_(params[:2], 1.0), clip_grad_norm_(params[2:], 0.1)]"
-    same(ours(here.replace("1.0,", '{"a": 1.0, "b": 0.1},'), grads)[0], in_torch(own, grads)[0], rtol=1e-5)
+    same(
+        ours(here.replace("1.0,", '{"a": 1.0, "b": 0.1},'), grads)[0],
+        in_torch(own, grads)[0],
+        rtol=1e-5,
+    )
 
 
 @line(
     "`(scaler.unscale_(optimizer), clip_grad_norm_(params, 1.0), scaler.step(optimizer))`",
-    "`skip_nonfinite(optax.chain(optax.scale(1 / 1024), clip_by_global_norm(1.0), optax.sgd(1.0)))`",
-    "Same for a loss times 1024: unscale first in both, else the limit is 1024 times too small. Both leave out a step that is "
+    "`skip_nonfinite(optax.chain(optax.scale(1 / 1024), clip_by_global_norm(1.0), "
+    "optax.sgd(1.0)))`",
+    "Same for a loss times 1024: unscale first in both, else the limit is 1024 times too small. "
+    "Both leave out a step that is "
     "not finite; GradScaler halves its scale then, here the scale is yours to change",
 )
 def torch_grad_scaler(there, here):
     def step(grads):
         params = [torch.nn.Parameter(torch.zeros(g.shape)) for g in grads]
-        optimizer, scaler = torch.optim.SGD(params, lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimizer, scaler = (
+            torch.optim.SGD(params, lr=1.0),
+            torch.amp.GradScaler("cpu", init_scale=1024.0),
+        )
         scaler.scale(torch.zeros(()))  # where the scaler starts
         for p, g in zip(params, grads, strict=True):
             p.grad = torch.tensor(1024 * g)
-        eval(there, {**vars(torch.nn.utils), "scaler": scaler, "optimizer": optimizer, "params": params})
+        eval(
+            there,
+            {**vars(torch.nn.utils), "scaler": scaler, "optimizer": optimizer, "params": params},
+        )
         scaler.update()
         return [p.detach().numpy() for p in params], scaler.get_scale()
 
@@ -306,7 +379,8 @@ def torch_grad_scaler(there, here):
 @line(
     "`h.register_hook(lambda g: g.clamp(-1, 1))`",
     "`clip_cotangent(h, 1.0, scope=scopes.element(), response=responses.clamp)`",
-    "Same, in the backward pass. The hook changes `h` where it is; here, go on with what is returned",
+    "Same, in the backward pass. The hook changes `h` where it is; here, go on with what is "
+    "returned",
 )
 def torch_hook(there, here):
     w, x, c = np.float32([1.0, 2.0]), np.float32([3.0, 4.0]), np.float32([10.0, 0.5])
@@ -325,7 +399,8 @@ def torch_hook(there, here):
 def in_keras(code, *batches, dtype="float32", params=None):
     """The variables after a step for each batch of gradients; they start at zero."""
     variables = [
-        keras.Variable(np.zeros(g.shape) if params is None else params[i], dtype=dtype) for i, g in enumerate(batches[0])
+        keras.Variable(np.zeros(g.shape) if params is None else params[i], dtype=dtype)
+        for i, g in enumerate(batches[0])
     ]
     optimizer = eval(code, {**vars(keras.optimizers), "keras": keras})
     optimizer.build(variables)
@@ -338,7 +413,8 @@ def in_keras(code, *batches, dtype="float32", params=None):
 @line(
     "`SGD(1.0, clipnorm=1.0)`",
     "`optax.chain(clip_by_norm(1.0), optax.sgd(1.0))`",
-    "Same: `clipnorm` is for each variable by itself, not for all. Where squares overflow (float16 300, float32 1e20) Keras "
+    "Same: `clipnorm` is for each variable by itself, not for all. Where squares overflow (float16 "
+    "300, float32 1e20) Keras "
     "has zeros, here the norm is 1",
 )
 def keras_clipnorm(there, here):
@@ -352,14 +428,17 @@ def keras_clipnorm(there, here):
 @line(
     "`SGD(1.0, global_clipnorm=1.0)`",
     "`optax.chain(clip_by_global_norm(1.0), optax.sgd(1.0))`",
-    "Same, and where something is not finite all is NaN in both. But where squares overflow Keras has NaN as well, and here "
+    "Same, and where something is not finite all is NaN in both. But where squares overflow Keras "
+    "has NaN as well, and here "
     "the norm is 1",
 )
 def keras_global_clipnorm(there, here):
     for grads in LARGE, SMALL:
         same(ours(here, grads)[0], in_keras(there, grads))
     assert np.isnan(np.concatenate([*in_keras(there, INFINITE), *ours(here, INFINITE)[0]])).all()
-    assert np.isnan(np.concatenate([*in_keras(there, HALF, dtype="float16"), *in_keras(there, TOO_LARGE)])).all()
+    assert np.isnan(
+        np.concatenate([*in_keras(there, HALF, dtype="float16"), *in_keras(there, TOO_LARGE)])
+    ).all()
     assert norm(ours(here, HALF)[0]) == pytest.approx(1, rel=2e-3)
     assert norm(ours(here, TOO_LARGE)[0]) == pytest.approx(1, rel=1e-6)
 
@@ -378,7 +457,8 @@ def keras_clipvalue(there, here):
 @line(
     "`SGD(1.0, clipnorm=0.0)`",
     "`optax.chain(clip_by_norm(0.0), optax.sgd(1.0))`",
-    "Keras takes 0, and whatever is negative, for no clipping; here 0 lets nothing pass, and -1 is an error",
+    "Keras takes 0, and whatever is negative, for no clipping; here 0 lets nothing pass, and -1 is "
+    "an error",
 )
 def keras_zero(there, here):
     for limit in "0.0", "-1.0":
@@ -414,7 +494,8 @@ def keras_accumulation(there, here):
 @line(
     "`LossScaleOptimizer(SGD(1.0, clipnorm=1.0), initial_scale=1024.0)`",
     "`skip_nonfinite(optax.chain(optax.scale(1 / 1024), clip_by_norm(1.0), optax.sgd(1.0)))`",
-    "Same for a loss times 1024: both unscale, then clip, and leave out what is not finite; Keras halves its scale then, here "
+    "Same for a loss times 1024: both unscale, then clip, and leave out what is not finite; Keras "
+    "halves its scale then, here "
     "it is yours to change",
 )
 def keras_loss_scale(there, here):
@@ -423,25 +504,35 @@ def keras_loss_scale(there, here):
     assert norm(ours(here, INFINITE)[0]) == norm(in_keras(there, INFINITE)) == 0
     optimizer, variable = evaluate(there, **vars(keras.optimizers)), keras.Variable(np.zeros(2))
     optimizer.build([variable])
-    _, own = optimizer.stateless_apply([v.value for v in optimizer.variables], INFINITE[:1], [variable.value])
-    assert dict(zip([v.name for v in optimizer.variables], own, strict=True))["dynamic_scale"] == 512
+    _, own = optimizer.stateless_apply(
+        [v.value for v in optimizer.variables], INFINITE[:1], [variable.value]
+    )
+    assert (
+        dict(zip([v.name for v in optimizer.variables], own, strict=True))["dynamic_scale"] == 512
+    )
 
 
 @line(
     "`AdamW(0.1, weight_decay=0.5, clipnorm=1.0)`",
     "`optax.chain(clip_by_norm(1.0), optax.adamw(0.1, weight_decay=0.5, eps=1e-7))`",
-    "Same: what decays is not clipped, in either. Keras' default epsilon is 1e-7, that of Optax 1e-8",
+    "Same: what decays is not clipped, in either. Keras' default epsilon is 1e-7, that of Optax "
+    "1e-8",
 )
 def keras_weight_decay(there, here):
     params = [np.full(g.shape, 2.0, np.float32) for g in LARGE]
     updates = ours(here, LARGE, params=params)[0]
-    same([p + u for p, u in zip(params, updates, strict=True)], in_keras(there, LARGE, params=params), rtol=1e-5)
+    same(
+        [p + u for p, u in zip(params, updates, strict=True)],
+        in_keras(there, LARGE, params=params),
+        rtol=1e-5,
+    )
 
 
 @line(
     "`keras.constraints.MaxNorm(2.0)(grads[0])`",
     "`clip_by_norm(2.0, scope=scopes.unit()).update(grads[0], None)[0]`",
-    "Same for the weights of a dense layer (axis 0), except that Keras adds 1e-7 to the norm. A clip takes any tree, weights "
+    "Same for the weights of a dense layer (axis 0), except that Keras adds 1e-7 to the norm. A "
+    "clip takes any tree, weights "
     "as well: apply it after the step",
 )
 def keras_max_norm(there, here):
@@ -461,7 +552,8 @@ def in_tensorflow(code, grads):
 @line(
     "`[tf.clip_by_norm(g, 1.0) for g in grads]`",
     "`clip_by_norm(1.0)`",
-    "Same. Where squares overflow TensorFlow has zeros, here the norm is 1. Zeros at limit 0 are NaN there, zeros here; a "
+    "Same. Where squares overflow TensorFlow has zeros, here the norm is 1. Zeros at limit 0 are "
+    "NaN there, zeros here; a "
     "negative limit counts as 0 there, and is an error here",
 )
 def tensorflow_norm(there, here):
@@ -487,7 +579,8 @@ def tensorflow_axes(there, here):
 @line(
     "`[tf.clip_by_value(g, -0.5, 1.0) for g in grads]`",
     "`clip_by_value(-0.5, 1.0)`",
-    "Same, for bounds on both sides of 0; others are an error here. An infinite element becomes 1 there, and NaN here",
+    "Same, for bounds on both sides of 0; others are an error here. An infinite element becomes 1 "
+    "there, and NaN here",
 )
 def tensorflow_value(there, here):
     same(ours(here, LARGE)[0], in_tensorflow(there, LARGE))
@@ -499,13 +592,16 @@ def tensorflow_value(there, here):
 @line(
     "`tf.clip_by_global_norm(grads, 1.0)[0]`",
     "`clip_by_global_norm(1.0)`",
-    "Same, and one infinity makes all NaN in both. But where squares overflow all is NaN there, and the norm is 1 here. A "
+    "Same, and one infinity makes all NaN in both. But where squares overflow all is NaN there, "
+    "and the norm is 1 here. A "
     "negative limit does nothing there, and is an error here; zeros at limit 0 are NaN there",
 )
 def tensorflow_global_norm(there, here):
     for grads in LARGE, SMALL:
         same(ours(here, grads)[0], in_tensorflow(there, grads))
-    assert np.isnan(np.concatenate([*in_tensorflow(there, INFINITE), *ours(here, INFINITE)[0]])).all()
+    assert np.isnan(
+        np.concatenate([*in_tensorflow(there, INFINITE), *ours(here, INFINITE)[0]])
+    ).all()
     assert np.isnan(np.concatenate(in_tensorflow(there, TOO_LARGE))).all()
     assert norm(ours(here, TOO_LARGE)[0]) == pytest.approx(1, rel=1e-6)
     same(in_tensorflow(there.replace("1.0", "-1.0"), LARGE), LARGE)
@@ -520,7 +616,9 @@ def tensorflow_global_norm(there, here):
     "Same number, in `clip/size_before`",
 )
 def tensorflow_measures(there, here):
-    assert size_before(ours(here, LARGE)[1]) == pytest.approx(float(in_tensorflow(there, LARGE)), rel=1e-6)
+    assert size_before(ours(here, LARGE)[1]) == pytest.approx(
+        float(in_tensorflow(there, LARGE)), rel=1e-6
+    )
 
 
 @line(
@@ -536,7 +634,8 @@ def tensorflow_use_norm(there, here):
 @line(
     "`[tf.compat.v1.clip_by_average_norm(g, 0.5) for g in grads]`",
     '`clip({"0": 4 * 0.5, "1": 2 * 0.5}, scope=scopes.group(lambda path: path))`',
-    "Same: the average norm is the norm over the *number* of elements, here 4 and 2, so each leaf has a limit of its own. "
+    "Same: the average norm is the norm over the *number* of elements, here 4 and 2, so each leaf "
+    "has a limit of its own. "
     "What most want is the root mean square: `clip_by_block_rms`",
 )
 def tensorflow_average_norm(there, here):
@@ -548,7 +647,8 @@ def tensorflow_average_norm(there, here):
 @line(
     "`tf.clip_by_global_norm([tf.IndexedSlices(grads[0], [0, 0])], 1.0)[0]`",
     "`clip_by_global_norm(1.0)`",
-    "TensorFlow measures the rows before those of one index are added up, so a word that occurs twice counts for less. "
+    "TensorFlow measures the rows before those of one index are added up, so a word that occurs "
+    "twice counts for less. "
     "Gradients of JAX are dense",
 )
 def tensorflow_indexed_slices(there, here):
@@ -562,14 +662,21 @@ def tensorflow_indexed_slices(there, here):
 
 
 def in_caffe(code, *passes, weights):
-    """The step that a solver with these settings takes: clip the sum over the passes, divide, add the decay, times the rate."""
+    """The step that a solver with these settings takes: clip the sum over the passes, divide, add
+    the decay, times the rate.
+    """
     settings = {name: float(value) for name, value in re.findall(r"(\w+): (\S+)", code)}
-    total, limit = [np.sum(parts, axis=0, dtype=np.float64) for parts in zip(*passes, strict=True)], settings["clip_gradients"]
+    total, limit = (
+        [np.sum(parts, axis=0, dtype=np.float64) for parts in zip(*passes, strict=True)],
+        settings["clip_gradients"],
+    )
     with np.errstate(invalid="ignore"):  # infinity times zero
         if limit >= 0 and norm(total) > limit:
             total = [g * (limit / norm(total)) for g in total]
     mean = [g / settings.get("iter_size", 1) for g in total]
-    return [-0.1 * (g + settings.get("weight_decay", 0) * w) for g, w in zip(mean, weights, strict=True)]
+    return [
+        -0.1 * (g + settings.get("weight_decay", 0) * w) for g, w in zip(mean, weights, strict=True)
+    ]
 
 
 WEIGHTS = [np.full(g.shape, 2.0, np.float32) for g in LARGE]
@@ -578,20 +685,24 @@ WEIGHTS = [np.full(g.shape, 2.0, np.float32) for g in LARGE]
 @line(
     "`clip_gradients: 1.0`",
     "`optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))`",
-    "Same. A NaN is not larger than anything, so Caffe does not clip then, and the other elements are as they were; here all "
+    "Same. A NaN is not larger than anything, so Caffe does not clip then, and the other elements "
+    "are as they were; here all "
     "is NaN",
 )
 def caffe_clip(there, here):
     for grads in LARGE, SMALL:
         same(ours(here, grads)[0], in_caffe(there, grads, weights=WEIGHTS))
-    np.testing.assert_allclose(np.concatenate(in_caffe(there, MISSING, weights=[0, 0])), [np.nan, -0.3, -0.4], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate(in_caffe(there, MISSING, weights=[0, 0])), [np.nan, -0.3, -0.4], rtol=1e-6
+    )
     assert np.isnan(np.concatenate(ours(here, MISSING)[0])).all()
 
 
 @line(
     "`clip_gradients: 1.0 iter_size: 4`",
     "`optax.MultiSteps(optax.chain(clip_by_global_norm(1.0 / 4), optax.sgd(0.1)), 4)`",
-    "Same. Caffe clips the *sum* over the passes and then divides by their number, so its limit for the mean is a quarter; "
+    "Same. Caffe clips the *sum* over the passes and then divides by their number, so its limit "
+    "for the mean is a quarter; "
     "`MultiSteps` takes the mean, then clips",
 )
 def caffe_iter_size(there, here):
@@ -612,7 +723,8 @@ def caffe_weight_decay(there, here):
 @line(
     "`clip_gradients: -1`",
     "`optax.chain(clip_by_global_norm(jnp.inf), optax.sgd(0.1))`",
-    "Same: Caffe's default, no clipping; here -1 is an error, and infinity the limit that clips nothing",
+    "Same: Caffe's default, no clipping; here -1 is an error, and infinity the limit that clips "
+    "nothing",
 )
 def caffe_off(there, here):
     same(ours(here, LARGE)[0], in_caffe(there, LARGE, weights=WEIGHTS))
@@ -625,7 +737,8 @@ def caffe_off(there, here):
 @line(
     "`optax.clip(0.5)`",
     "`clip_by_value(0.5)`",
-    "Same. An infinite element becomes 0.5 there, and NaN here; complex numbers are clipped by magnitude here, and refused "
+    "Same. An infinite element becomes 0.5 there, and NaN here; complex numbers are clipped by "
+    "magnitude here, and refused "
     "there",
 )
 def optax_clip(there, here):
@@ -640,7 +753,8 @@ def optax_clip(there, here):
 @line(
     "`optax.clip_by_global_norm(1.0)`",
     "`clip_by_global_norm(1.0)`",
-    "Same. Where squares overflow (float16 300, float32 1e20) Optax returns zeros, here the norm is 1; one infinity makes one "
+    "Same. Where squares overflow (float16 300, float32 1e20) Optax returns zeros, here the norm "
+    "is 1; one infinity makes one "
     "NaN and zeros there, and all NaN here; zeros at limit 0 are NaN there",
 )
 def optax_global_norm(there, here):
@@ -665,15 +779,22 @@ def optax_block_rms(there, here):
         same(ours(here, grads)[0], ours(there, grads)[0])
     narrow, limit = [np.asarray(g, jnp.bfloat16) for g in LARGE], "jnp.float32(1.0)"
     transform = evaluate(there.replace("1.0", limit))
-    assert transform.update(list(map(jnp.asarray, narrow)), transform.init(narrow))[0][0].dtype == jnp.float32
+    assert (
+        transform.update(list(map(jnp.asarray, narrow)), transform.init(narrow))[0][0].dtype
+        == jnp.float32
+    )
     transform = evaluate(here.replace("1.0", limit))
-    assert transform.update(list(map(jnp.asarray, narrow)), transform.init(narrow))[0][0].dtype == jnp.bfloat16
+    assert (
+        transform.update(list(map(jnp.asarray, narrow)), transform.init(narrow))[0][0].dtype
+        == jnp.bfloat16
+    )
 
 
 @line(
     "`optax.adaptive_grad_clip(0.01)`",
     "`adaptive_grad_clip(0.01)`",
-    "Same, with the same axes. Rank 6 is an error there. A gradient below 1e-6 that is over its limit is shrunk below it "
+    "Same, with the same axes. Rank 6 is an error there. A gradient below 1e-6 that is over its "
+    "limit is shrunk below it "
     "there (`div_eps`), to it here",
 )
 def optax_agc(there, here):
@@ -683,27 +804,43 @@ def optax_agc(there, here):
         params[0, ..., 0] *= 1e-5  # the floor
         same(ours(here, grads, params=params)[0], ours(there, grads, params=params)[0], rtol=1e-5)
     with pytest.raises(ValueError, match="Expected parameter"):
-        ours(there, [np.ones((1,) * 5 + (2,), np.float32)], params=[np.ones((1, 2, 1, 2, 1, 2), np.float32)])
-    ours(here, [np.ones((1, 2, 1, 2, 1, 2), np.float32)], params=[np.ones((1, 2, 1, 2, 1, 2), np.float32)])
+        ours(
+            there,
+            [np.ones((1,) * 5 + (2,), np.float32)],
+            params=[np.ones((1, 2, 1, 2, 1, 2), np.float32)],
+        )
+    ours(
+        here,
+        [np.ones((1, 2, 1, 2, 1, 2), np.float32)],
+        params=[np.ones((1, 2, 1, 2, 1, 2), np.float32)],
+    )
     tiny, weights = [np.float32([1e-7])], [np.float32([1e-9])]
-    assert ours(there.replace("0.01", "1e-5"), tiny, params=weights)[0][0] == pytest.approx(1e-9, rel=1e-5)
-    assert ours(here.replace("0.01", "1e-5"), tiny, params=weights)[0][0] == pytest.approx(1e-8, rel=1e-5)
+    assert ours(there.replace("0.01", "1e-5"), tiny, params=weights)[0][0] == pytest.approx(
+        1e-9, rel=1e-5
+    )
+    assert ours(here.replace("0.01", "1e-5"), tiny, params=weights)[0][0] == pytest.approx(
+        1e-8, rel=1e-5
+    )
 
 
 @line(
-    "`optax.transforms.unitwise_clip(optax.transforms.unitwise_norm(grads[0]), jnp.full((2, 2), 5.0), grads[0])`",
+    "`optax.transforms.unitwise_clip(optax.transforms.unitwise_norm(grads[0]), jnp.full((2, 2), "
+    "5.0), grads[0])`",
     "`clip_by_norm(5.0, scope=scopes.unit()).update(grads[0], None)[0]`",
     "Same: a limit for each unit",
 )
 def optax_unitwise_clip(there, here):
     same([applied(here, LARGE)], [applied(there, LARGE)])
-    assert (applied(here, LARGE)[:, 0] == LARGE[0][:, 0]).all() and (applied(here, LARGE)[:, 1] != LARGE[0][:, 1]).all()
+    assert (applied(here, LARGE)[:, 0] == LARGE[0][:, 0]).all() and (
+        applied(here, LARGE)[:, 1] != LARGE[0][:, 1]
+    ).all()
 
 
 @line(
     "`optax.transforms.unitwise_norm(grads[0])`",
     "`telemetry.monitor(scope=scopes.unit())`",
-    "Same norms: `telemetry.last_sizes(state)` has one number for each unit, Optax repeats it for each element. Units are as "
+    "Same norms: `telemetry.last_sizes(state)` has one number for each unit, Optax repeats it for "
+    "each element. Units are as "
     "for AGC",
 )
 def optax_unitwise_norm(there, here):
@@ -726,7 +863,8 @@ def optax_normalize(there, here):
 @line(
     "`optax.inject_hyperparams(optax.clip_by_global_norm)(max_norm=lambda step: 1.0 + step)`",
     "`clip_by_global_norm(lambda step: 1.0 + step)`",
-    "Same: a threshold may be a schedule. There the limit gets the dtype of the first leaf: a `TypeError` where float32 and "
+    "Same: a threshold may be a schedule. There the limit gets the dtype of the first leaf: a "
+    "`TypeError` where float32 and "
     "bfloat16 are mixed",
 )
 def optax_schedule(there, here):
@@ -742,7 +880,8 @@ def optax_schedule(there, here):
 @line(
     "`optax.apply_if_finite(optax.sgd(1.0), 2)`",
     "`skip_nonfinite(optax.sgd(1.0))`",
-    "Same, but after two such steps in a row Optax takes the third, NaN and all; here none is ever taken (`max_consecutive=` "
+    "Same, but after two such steps in a row Optax takes the third, NaN and all; here none is ever "
+    "taken (`max_consecutive=` "
     "makes it an error)",
 )
 def optax_apply_if_finite(there, here):
@@ -763,10 +902,12 @@ def optax_skip_not_finite(there, here):
 
 
 @line(
-    "`optax.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=functools.partial(optax.skip_large_updates, "
+    "`optax.MultiSteps(optax.sgd(1.0), 2, "
+    "should_skip_update_fn=functools.partial(optax.skip_large_updates, "
     "max_squared_norm=100.0))`",
     "`skip_spikes(optax.MultiSteps(optax.sgd(1.0), 2), 10.0)`",
-    "Same; there the limit is the *square* of the norm. Here it may be a rule that learns, and after ten in a row "
+    "Same; there the limit is the *square* of the norm. Here it may be a rule that learns, and "
+    "after ten in a row "
     "(`patience`) one is taken",
 )
 def optax_skip_large(there, here):
@@ -779,13 +920,15 @@ def optax_skip_large(there, here):
     same(ours(here, *batches)[0], updates)
     same(updates, [-(0.01 + 0.5) / 2 * g for g in LARGE])
     assert norm(ours(here, *[LARGE] * 10)[0]) == 0
-    assert norm(ours(here, *[LARGE] * 22)[0]) == pytest.approx(norm(LARGE), rel=1e-6)  # the mean of two that were taken
+    # the mean of two that were taken
+    assert norm(ours(here, *[LARGE] * 22)[0]) == pytest.approx(norm(LARGE), rel=1e-6)
 
 
 @line(
     "`optax.per_example_global_norm_clip(grads, 1.0)[0]`",
     '`per_example.aggregate(1.0, reduce="sum").update(grads, None)[0]`',
-    "Same. How many were clipped is what Optax returns second, and a share in `state.reading` here. One NaN makes the sum NaN "
+    "Same. How many were clipped is what Optax returns second, and a share in `state.reading` "
+    "here. One NaN makes the sum NaN "
     "there; here that example is zero",
 )
 def optax_per_example(there, here):
@@ -823,13 +966,16 @@ def optax_private(there, here):
 @line(
     "`optax.projections.projection_l2_ball(grads, 1.0)`",
     "`clip_by_global_norm(1.0).update(grads, None)[0]`",
-    "Same: a clip is a projection onto a ball, of any tree. Where squares overflow it is zero there; zeros on a ball of "
+    "Same: a clip is a projection onto a ball, of any tree. Where squares overflow it is zero "
+    "there; zeros on a ball of "
     "radius 0 are NaN there",
 )
 def optax_l2_ball(there, here):
     for grads in LARGE, SMALL:
         same(applied(here, grads), applied(there, grads))
-    assert norm(applied(there, TOO_LARGE)) == 0 and norm(applied(here, TOO_LARGE)) == pytest.approx(1, rel=1e-6)
+    assert norm(applied(there, TOO_LARGE)) == 0 and norm(applied(here, TOO_LARGE)) == pytest.approx(
+        1, rel=1e-6
+    )
     assert np.isnan(applied(there.replace("1.0", "0.0"), ZEROS)).all()
     same(applied(here.replace("1.0", "0.0"), ZEROS), ZEROS)
 
@@ -837,12 +983,17 @@ def optax_l2_ball(there, here):
 @line(
     "`optax.projections.projection_linf_ball(grads, 0.5)`",
     "`clip_by_value(0.5).update(grads, None)[0]`",
-    "Same. That of the l1 ball is none: it thresholds elements, and a clip with `norm=norms.l1()` shrinks all alike",
+    "Same. That of the l1 ball is none: it thresholds elements, and a clip with `norm=norms.l1()` "
+    "shrinks all alike",
 )
 def optax_linf_ball(there, here):
     same(applied(here, LARGE), applied(there, LARGE))
-    projected = applied("optax.projections.projection_l1_ball(grads, 1.0)", [np.float32([3.0, 0.1])])
-    clipped = applied("clip(1.0, scopes.tree(), norm=norms.l1()).update(grads, None)[0]", [np.float32([3.0, 0.1])])
+    projected = applied(
+        "optax.projections.projection_l1_ball(grads, 1.0)", [np.float32([3.0, 0.1])]
+    )
+    clipped = applied(
+        "clip(1.0, scopes.tree(), norm=norms.l1()).update(grads, None)[0]", [np.float32([3.0, 0.1])]
+    )
     assert projected[0][1] == 0 < clipped[0][1]
 
 
@@ -869,7 +1020,9 @@ def privacy_clip(there, here):
     np.testing.assert_allclose(np.concatenate(privately(there, MISSING)), [0, 0.6, 0.8], rtol=1e-6)
     assert np.isnan(np.concatenate(applied(here, MISSING))).all()
     assert norm(applied(here.replace("(1.0", '(1.0, nonfinite="zero"'), MISSING)) == 0
-    assert norm(privately(there, TOO_LARGE)) == 0 and norm(applied(here, TOO_LARGE)) == pytest.approx(1, rel=1e-6)
+    assert norm(privately(there, TOO_LARGE)) == 0 and norm(
+        applied(here, TOO_LARGE)
+    ) == pytest.approx(1, rel=1e-6)
 
 
 @line(
@@ -878,7 +1031,9 @@ def privacy_clip(there, here):
     "Same number, in `clip/size_before`. Of 400 bfloat16 leaves of 1 it is 16 there, and 20 here",
 )
 def privacy_norm(there, here):
-    assert size_before(ours(here, LARGE)[1]) == pytest.approx(float(privately(there, LARGE)), rel=1e-6)
+    assert size_before(ours(here, LARGE)[1]) == pytest.approx(
+        float(privately(there, LARGE)), rel=1e-6
+    )
     many = [np.ones((), jnp.bfloat16)] * 400
     assert float(privately(there, many)) == 16
     assert size_before(ours(here, many)[1]) == pytest.approx(20, rel=1e-6)
@@ -912,7 +1067,10 @@ def batch_loss(params, x, y):
 
 def both(there, here, **arrays):
     """What two expressions about the losses, `params`, `x`, `y` and other arrays give, compiled."""
-    losses, arrays = {"loss": loss, "batch_loss": batch_loss}, {"params": PARAMS, "x": X, "y": Y, **arrays}
+    losses, arrays = (
+        {"loss": loss, "batch_loss": batch_loss},
+        {"params": PARAMS, "x": X, "y": Y, **arrays},
+    )
     found = jax.jit(lambda arrays: in_privacy(there, **losses, **arrays))(arrays)
     return found, jax.jit(lambda arrays: evaluate(here, **losses, **arrays))(arrays)
 
@@ -923,9 +1081,11 @@ def same_tree(found, expected):
 
 
 @line(
-    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), keep_batch_dim=False)(params, x, y)`",
+    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), "
+    "keep_batch_dim=False)(params, x, y)`",
     '`per_example.clipped_grad(loss, 0.5, reduce="sum")(params, x, y)[1]`',
-    "Same: the sum over the examples. jax_privacy makes a NaN zero and keeps the rest of that example; here the example is "
+    "Same: the sum over the examples. jax_privacy makes a NaN zero and keeps the rest of that "
+    "example; here the example is "
     "zero",
 )
 def privacy_clipped_grad(there, here):
@@ -936,12 +1096,18 @@ def privacy_clipped_grad(there, here):
     same_tree(expected, others)
     same_tree(found, others)  # here all of that example's gradient is NaN
     partly = "(lambda p, x, y: p['w'] @ x)"  # one element of its gradient is NaN
-    found, expected = both(there.replace("loss,", f"{partly},"), here.replace("loss,", f"{partly},"), x=broken[:1], y=Y[:1])
+    found, expected = both(
+        there.replace("loss,", f"{partly},"),
+        here.replace("loss,", f"{partly},"),
+        x=broken[:1],
+        y=Y[:1],
+    )
     assert norm(found) == pytest.approx(0.5, rel=1e-6) and norm(expected) == 0
 
 
 @line(
-    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), keep_batch_dim=False, normalize_by=4)(params, x, "
+    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), keep_batch_dim=False, "
+    "normalize_by=4)(params, x, "
     "y)`",
     "`per_example.clipped_grad(loss, 0.5)(params, x, y)[1]`",
     "Same: the mean, which is the default here. A fixed number to divide by is a factor on the sum",
@@ -952,7 +1118,8 @@ def privacy_clipped_grad(there, here):
     "Same: the loss gets batches of one. That is the default there, and not here",
 )
 @line(
-    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), keep_batch_dim=False, microbatch_size=2)(params, "
+    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), keep_batch_dim=False, "
+    "microbatch_size=2)(params, "
     "x, y)`",
     '`per_example.clipped_grad(loss, 0.5, reduce="sum", microbatch=2)(params, x, y)[1]`',
     "Same. It is seldom needed here, where no gradient of an example is stored for most layers",
@@ -965,7 +1132,8 @@ def privacy_the_same(there, here):
     "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), keep_batch_dim=False, "
     "return_grad_norms=True)(params, x, y)[1].grad_norms`",
     "`per_example.clipped_grad(loss, 0.5)(params, x, y)[0][1].sizes[:, 0]`",
-    "Same: the norm of each example. What is seen is always returned here, losses as well (`return_values`)",
+    "Same: the norm of each example. What is seen is always returned here, losses as well "
+    "(`return_values`)",
 )
 def privacy_norms(there, here):
     found, expected = both(there, here)
@@ -976,7 +1144,8 @@ def privacy_norms(there, here):
 
 
 @line(
-    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), keep_batch_dim=False)(params, x, y, "
+    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), "
+    "keep_batch_dim=False)(params, x, y, "
     "is_padding_example=~real)`",
     '`per_example.clipped_grad(loss, 0.5, reduce="sum")(params, x, y, mask=real)[1]`',
     "Same. There the examples that do not count are marked, and here those that do",
@@ -984,4 +1153,7 @@ def privacy_norms(there, here):
 def privacy_padding(there, here):
     found, expected = both(there, here, real=jnp.array([True, False, True, False]))
     same_tree(found, expected)
-    same_tree(expected, both(there, here.replace(", mask=real", ""), x=X[::2], y=Y[::2], real=jnp.ones(2, bool))[1])
+    same_tree(
+        expected,
+        both(there, here.replace(", mask=real", ""), x=X[::2], y=Y[::2], real=jnp.ones(2, bool))[1],
+    )

@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     config.learning_rate = 10.0
     config.clip = "global_norm"  # a name in `CLIPS` of optimizer.py
     config.threshold = config_dict.placeholder(float)  # of the clip; None: its default
-    config.layers = ConfigDict({"lstm": 10.0, "output": 100.0})  # the thresholds of clip "layers", instead
+    # the thresholds of clip "layers", instead
+    config.layers = ConfigDict({"lstm": 10.0, "output": 100.0})
     config.skip_nonfinite = False  # leave a step out if its gradient is not finite
     config.corrupt = 0.0  # share of the batches whose gradient is multiplied by 100
 
