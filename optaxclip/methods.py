@@ -830,10 +830,8 @@ def spectral_clip(
     if iterations is None:
         rules = limit.values() if isinstance(limit, dict) else [limit]
         values = clip(limit, scope=scopes.element(), response=response, **options)
-        return on_whole_matrices(
-            on_spectra(values, uses_params=any(rule.uses_params for rule in rules)), sharded_over
-        )
+        relative = any(rule.uses_params for rule in rules)
+        return on_whole_matrices(on_spectra(values, uses_params=relative), sharded_over)
     soft = newton_schulz(response, iterations)
-    return on_whole_matrices(
-        clip(limit, scope=scopes.unit(matrix_axes), response=soft, **options), sharded_over
-    )
+    by_matrix = clip(limit, scope=scopes.unit(matrix_axes), response=soft, **options)
+    return on_whole_matrices(by_matrix, sharded_over)
