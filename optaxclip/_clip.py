@@ -8,9 +8,7 @@ updates --> MEASURE --> sizes --> LIMIT --> limits --> RESPOND --> updates
                                       RECORD --> ClipState.reading
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +18,16 @@ from jax.experimental import checkify
 
 from optaxclip import _sharding, _validate, norms, responses
 from optaxclip._layout import Layout, lay_out
-from optaxclip._numerics import harmless
-from optaxclip._packing import Packing, packing_of
-from optaxclip._record import nothing_read, record_step, unread
-from optaxclip._states import is_placeholder, joined, placeholder_state, rules_of, separate
-from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope, Threshold
+from optaxclip._lowering import Blocks, traced_once, unstacked
+from optaxclip._measure import measure
+from optaxclip._numerics import cast_like, factors, harmless, multiply, widen
+from optaxclip._record import Recorder
+from optaxclip._rules import Rules, initial_state, is_placeholder, placeholder_state
+from optaxclip._types import ClipState, Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_thresholds
 
 POLICIES = ("propagate", "zero", "raise")
-# a single number becomes the smaller of itself and its limit
-CUTS = (
-    responses.rescale,
-    responses.clamp,
-)
+CUTS = (responses.rescale, responses.clamp)
 
 
 @_validate.checks_keywords
@@ -44,7 +39,7 @@ def clip(
     response: Response = responses.rescale,
     nonfinite: str = "propagate",
     sharded_over: Any = None,
-    record: bool = True,
+    record: bool | Literal["full"] = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limits how large the updates are: the one transform of which every method is a row.
 
@@ -89,7 +84,9 @@ def clip(
             `check_vma=True`, where the types of the leaves tell, but for scopes finer than a leaf.
             `jax.vmap` alone maps over whole trees, each clipped by itself. A single number is never
             split.
-        record: whether the state has a `Reading` of what was measured and done.
+        record: whether the state has a `Reading` of what the clip measured and did. Where every element
+            is a group, the reading says whether any element of a leaf was clipped; with `"full"` it has
+            the exact share, for one more pass over the gradient.
 
     Returns:
         A transform with state `ClipState`, for any place in an Optax chain. `update` needs `params`
@@ -127,226 +124,165 @@ def clip(
     _validate.part("norm", norm, Norm, "norms.l2()")
     _validate.function("response", response, "responses.rescale", takes=3)
     _validate.option("nonfinite", nonfinite, POLICIES)
-    _validate.option("record", record, (True, False))
+    _validate.option("record", record, (True, False, "full"))
 
-    every = threshold.values() if isinstance(threshold, dict) else [threshold]
-    relative = norm.uses_params or any(rule.uses_params for rule in every)
-
-    def measure_of(layout: Layout) -> Callable[..., list[Array]]:
-        return functools.partial(norms.measure, norm, axes=layout.axes, groups=layout.groups)
+    rules = threshold.values() if isinstance(threshold, dict) else [threshold]
+    relative = norm.uses_params or any(rule.uses_params for rule in rules)
+    cuts = response in CUTS  # the size after is the smaller of size and limit
+    recorder = Recorder(record, cuts and nonfinite != "zero")
 
     def init(params: Any) -> Any:
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
-            return ClipState(
-                step,
-                placeholder_state(threshold, scope, params),
-                unread() if record else optax.EmptyState(),
-            )
+            return ClipState(step, placeholder_state(threshold, scope, params), recorder.unread())
         layout = lay_out(scope, params, weights=relative)
         if isinstance(threshold, dict):
             _validate.names(threshold, layout.names)
-        # A state may be made before axes are mapped.
-        names = [_sharding.bound(own) for own in layout.names_of_axes(sharded_over)]
-        measure = functools.partial(measure_of(layout), axis_names=names)
-        shapes = jax.eval_shape(lambda leaves: measure(leaves, params=leaves), layout.gradients)
-        sizes = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
-        if layout.axes is not None:  # sizes of parts of leaves are where the leaves are
-            sizes = list(map(_sharding.zeros_beside, layout.gradients, shapes))
-        states = [
-            rule.init(size) for rule, size in zip(rules_of(threshold, layout), sizes, strict=True)
-        ]
-        if layout.axes is not None:
-            states = [
-                _sharding.placed(state, size) for state, size in zip(states, sizes, strict=True)
-            ]
-        reading = nothing_read(layout, sizes) if record else optax.EmptyState()
-        return ClipState(step, joined(threshold, layout, states), reading)
+        sizes = _no_sizes(norm, layout, sharded_over)
+        learned = initial_state(threshold, layout, sizes)
+        return ClipState(step, learned, recorder.first(layout, sizes))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        del extra_args
         if state is None:  # one step outside of any loop
             state = init(updates if params is None else params)
-        _validate.state(state, ClipState)
         layout = lay_out(scope, updates, params, weights=relative)
-        if isinstance(state.reading, Reading):
-            _validate.same_groups(layout.names, state.reading.names.known)
-        if isinstance(threshold, dict):
-            _validate.names(threshold, layout.names)
-        rules, states = rules_of(threshold, layout), separate(threshold, layout, state.threshold)
-        weights = layout.matching(params) if norm.uses_params else None
-        names = layout.names_of_axes(sharded_over)
-        measure = functools.partial(measure_of(layout), params=weights, axis_names=names)
+        _check(state, layout, threshold)
 
-        source = layout.gradients if measured is None else layout.matching(measured)
-        blocks = measure(source)
-        packing = packing_of(blocks, layout.gradients if layout.axes else ())
-        sizes = packing.pack(blocks)
-        context = Context(state.step, blocks=() if isinstance(threshold, dict) else tuple(sizes))
-        learned = states
-        if context.blocks and not jax.tree.leaves(
-            learned
-        ):  # a rule without memory that all share is one function of a size
-            contexts = _contexts(
-                rules, context, lambda: packing.pack(measure(layout.matching(params)))
-            )
-            limits = list(map(_limit, rules, sizes, states, contexts))
-        else:
-            (blocks,) = packing.unpack(sizes)  # by kernels that equal blocks share
-            states = list(map(_sharding.beside, states, blocks))
-            contexts = _contexts(rules, context, lambda: measure(layout.matching(params)))
-            limits = packing.pack(list(map(_limit, rules, blocks, states, contexts)))
-        # of these each has a limit of its own
-        several = 1 if layout.axes is None else packing.several
-        limits[:several] = map(_sharding.mapped_as, sizes[:several], limits[:several])
-        clipped, clipped_sizes = _respond(response, nonfinite, layout, packing, sizes, limits)
-        if jax.tree.leaves(learned):
-            kept = (
-                clipped_sizes
-                if response in CUTS
-                else list(map(_not_dropped, sizes, clipped_sizes, limits))
-            )
-            (after,) = packing.unpack(kept)
-            learned = list(
-                map(lambda rule, *seen: rule.learn(*seen), rules, blocks, after, states, contexts)
-            )
-        # Of numbers that are cut one by one, the largest tells all that is recorded but the share.
-        alone = (
-            layout.is_of_elements
-            and norm.magnitude is jnp.abs
-            and response in CUTS
-            and nonfinite != "zero"
-        )
-        numbers = source if alone else None
-        reading = optax.EmptyState()
-        if record:
-            before = (
-                state.reading
-                if isinstance(state.reading, Reading)
-                else nothing_read(layout, blocks)
-            )
-            reading = record_step(before, layout, packing, sizes, clipped_sizes, limits, numbers)
+        def sizes_of(leaves: list[Any]) -> Blocks:
+            return _measure(norm, layout, leaves, params, sharded_over)
+
+        rules = Rules(threshold, layout, state, extra, lambda: sizes_of(layout.matching(params)))
+
+        sizes = sizes_of(layout.gradients if measured is None else layout.matching(measured))
+        limits = rules.limits(sizes)
+        clipped, clipped_sizes = _respond(response, nonfinite, layout.gradients, sizes, limits)
+        learned = rules.learn(sizes, clipped_sizes if cuts else _kept(sizes, clipped_sizes, limits))
+        reading = recorder.next(state.reading, layout, sizes, clipped_sizes, limits)
+
         if nonfinite == "raise":
-            _check_finite(layout, blocks)
-        after = _sharding.split_as(
-            state.threshold, joined(threshold, layout, learned, state.threshold)
-        )
-        return layout.rebuild(clipped), ClipState(
-            jnp.asarray(optax.safe_increment(state.step)), after, reading
-        )
+            _check_finite(layout, sizes)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        return layout.rebuild(clipped), ClipState(step, learned, reading)
 
     return optax.GradientTransformationExtraArgs(init, _sharding.in_their_mesh(update))
 
 
-def _contexts(
-    rules: list[Threshold], context: Context, measure_params: Callable[[], list[Array]]
-) -> list[Context]:
-    """What each block's rule may know; the parameters are measured only if some rule asks for it."""
-    if not any(rule.uses_params for rule in rules):
-        return [context] * len(rules)
-    return [context._replace(param_sizes=param_sizes) for param_sizes in measure_params()]
-
-
-def _limit(rule: Threshold, sizes: Array, state: Any, context: Context) -> Array:
-    """LIMIT: what the sizes may be. A limit that is negative or NaN counts as 0, never as ascent."""
-    return _never_ascent(jnp.asarray(rule.limit(sizes, state, context), sizes.dtype))
-
-
-def _not_dropped(size: Array, clipped_size: Array, limit: Array) -> Array:
-    """The clipped size as a rule learns it: of what a response drops the limit, since after 0 it
-    might allow nothing more.
-    """
-    return jnp.where(clipped_size > 0, clipped_size, jnp.minimum(size, limit))
+def _measure(
+    norm: Norm, layout: Layout, leaves: list[Any], params: Any, sharded_over: Any
+) -> Blocks:
+    """MEASURE: how large each group of numbers is."""
+    weights = layout.matching(params) if norm.uses_params else None
+    names = layout.names_of_axes(sharded_over)
+    sizes = measure(norm, leaves, weights, layout.axes, layout.groups, names)
+    if layout.axes is None:
+        return Blocks.of(sizes, group_of=layout.group_of)
+    return Blocks.of(sizes, layout.gradients)
 
 
 def _respond(
-    response: Response,
-    nonfinite: str,
-    layout: Layout,
-    packing: Packing,
-    sizes: list[Array],
-    limits: list[Array],
-) -> tuple[list[Array], list[Array]]:
-    """RESPOND: the gradients clipped, in float32 or wider and returned in their own dtype; and the
-    sizes clipped.
+    response: Response, nonfinite: str, gradients: list[Any], sizes: Blocks, limits: Blocks
+) -> tuple[list[Array], Blocks]:
+    """RESPOND: the gradients clipped, and their sizes after it.
+
+    Gradients are multiplied in float32 or wider, and returned in their own dtype.
     """
-    target = getattr(response, "target", None)
+    target, zero = getattr(response, "target", None), nonfinite == "zero"
     if target is None:
+        return _respond_to_each(response, zero, gradients, sizes, limits)
 
-        def respond(gradient: Array, size: Array, limit: Array) -> Array:
-            finite = jnp.isfinite(size)
-            clipped = response(harmless(finite, gradient), harmless(finite, size), limit)
-            _validate.response(clipped, gradient.shape)
-            return _if_finite(nonfinite == "zero", size, clipped)
+    # The direction is kept: the scalar work for all groups at once, one multiplication a leaf.
+    def change(size: Array, limit: Array) -> tuple[Array, ...]:
+        return _change(zero, size, target(harmless(jnp.isfinite(size), size), limit))
 
-        # it need not be one function of single numbers
-        sizes, limits = packing.unpack(sizes, limits)
-        clipped_sizes = packing.pack(list(map(respond, sizes, sizes, limits)))
-        wide = map(norms.widen, layout.gradients)
-        clipped = map(respond, wide, *zip(*layout.per_leaf(sizes, limits), strict=True))
-        return [
-            norms.cast_like(x, gradient)
-            for x, gradient in zip(clipped, layout.gradients, strict=True)
-        ], clipped_sizes
-
-    # The direction is kept: factors for all groups at once, then each leaf is multiplied.
-    zero = nonfinite == "zero"
-    known = [harmless(jnp.isfinite(size), size) for size in sizes]
-    changes = [
-        _change(zero, size, target(own, limit))
-        for size, own, limit in zip(sizes, known, limits, strict=True)
-    ]
-    clipped_sizes, *factors = ([change[k] for change in changes] for k in range(3))
-    multiplied = functools.partial(_multiplied, zero)
-    return list(
-        map(multiplied, layout.gradients, layout.per_leaf(*packing.unpack(*factors)))
-    ), clipped_sizes
+    clipped_sizes, first, second = sizes.map(change, limits)
+    pairs = first.per_leaf(second)
+    return [_multiplied(zero, *pair) for pair in zip(gradients, pairs, strict=True)], clipped_sizes
 
 
-# Compiled, so that blocks and leaves that are equal are traced once.
+def _respond_to_each(
+    response: Response, zero: bool, gradients: list[Any], sizes: Blocks, limits: Blocks
+) -> tuple[list[Array], Blocks]:
+    """RESPOND, for a response that need not keep the direction: it sees one leaf at a time."""
+
+    def respond(gradient: Array, size: Array, limit: Array) -> Array:
+        finite = jnp.isfinite(size)
+        clipped = response(harmless(finite, gradient), harmless(finite, size), limit)
+        _validate.response(clipped, gradient.shape)
+        return _if_finite(zero, size, clipped)
+
+    each, limit_of_each = unstacked(sizes, limits)
+    clipped_sizes = sizes.like(map(respond, each, each, limit_of_each))
+    pairs = zip(gradients, sizes.per_leaf(limits), strict=True)
+    return [cast_like(respond(widen(g), *pair), g) for g, pair in pairs], clipped_sizes
 
 
-@jax.jit
-def _never_ascent(limits: Array) -> Array:
-    return jnp.where(limits >= 0, limits, 0)
+def _kept(sizes: Blocks, clipped_sizes: Blocks, limits: Blocks) -> Blocks:
+    """The clipped sizes for a rule to learn from; the limit where the response dropped a group.
+
+    A rule that learned 0 could never let anything through again.
+    """
+
+    def kept(size: Array, clipped: Array, limit: Array) -> Array:
+        return jnp.where(clipped > 0, clipped, jnp.minimum(size, limit))
+
+    return sizes.map(kept, clipped_sizes, limits)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@traced_once(static=0)
 def _if_finite(zero: bool, size: Array, clipped: Array) -> Array:
-    """What is clipped, NaN or `zero` where the size is not finite."""
+    """The clipped numbers; where the size is not finite NaN, or 0 if `zero`."""
     return jnp.where(jnp.isfinite(size), clipped, 0 if zero else jnp.nan)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@traced_once(static=0)
 def _change(zero: bool, size: Array, wanted: Array) -> tuple[Array, ...]:
-    """The size that there will be, NaN or `zero` where the size is not finite, and two factors that
-    make it so.
+    """The size after clipping, and the two factors to multiply the gradient by.
+
+    Where the size is not finite, the size after is NaN, or 0 if `zero`.
     """
     finite = jnp.isfinite(size)
     clipped_size = jnp.where(finite, wanted, 0 if zero else jnp.nan)
     size = jnp.where(finite, size, 1) if zero else size
-    return clipped_size, *responses.factors(size, clipped_size)
+    return clipped_size, *factors(size, clipped_size)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _multiplied(zero: bool, gradient: Array, factors: Any) -> Array:
-    """A leaf times both factors, in its own dtype; where the second is 0 it may be `zero` even from
-    infinity and NaN.
-    """
-    wide = norms.widen(gradient)
-    wide = jnp.where(factors[1] == 0, 0, wide) if zero else wide
-    return norms.cast_like(responses.multiply(wide, *factors), gradient)
+@traced_once(static=0)
+def _multiplied(zero: bool, gradient: Array, pair: tuple[Array, Array]) -> Array:
+    """A leaf times both factors, in its own dtype; with `zero`, 0 times infinity or NaN is 0."""
+    wide = widen(gradient)
+    wide = jnp.where(pair[1] == 0, 0, wide) if zero else wide
+    return cast_like(multiply(wide, *pair), gradient)
 
 
-def _check_finite(layout: Layout, sizes: list[Array]) -> None:
+def _no_sizes(norm: Norm, layout: Layout, sharded_over: Any) -> list[Array]:
+    """Zeros in place of sizes; those of parts of leaves are sharded as their leaves are."""
+    # A state may be made before axes are mapped.
+    names = [_sharding.bound(axes) for axes in layout.names_of_axes(sharded_over)]
+
+    def sizes_of(leaves: list[Any]) -> list[Array]:
+        return measure(norm, leaves, leaves, layout.axes, layout.groups, names)
+
+    shapes = jax.eval_shape(sizes_of, layout.gradients)
+    if layout.axes is None:
+        return [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+    return list(map(_sharding.zeros_beside, layout.gradients, shapes))
+
+
+def _check(state: Any, layout: Layout, threshold: Any) -> None:
+    """Refuses a state of something else, or of another tree."""
+    _validate.state(state, ClipState)
+    names = getattr(state.reading, "names", None)
+    if names is not None:
+        _validate.same_groups(layout.names, names.known)
+    if isinstance(threshold, dict):
+        _validate.names(threshold, layout.names)
+
+
+def _check_finite(layout: Layout, sizes: Blocks) -> None:
     """An error through checkify that names the first group whose size is not finite."""
-    by_name = sizes if layout.axes is not None else [sizes[0][i] for i in range(len(layout.names))]
+    by_name = sizes.each() if layout.axes is not None else list(sizes.stacks[0])
     for name, size in zip(layout.names, by_name, strict=True):
-        checkify.check(
-            jnp.isfinite(size).all(),
-            f"the size of {name!r} is not finite; look at what made this gradient".replace(
-                "{", "{{"
-            ).replace("}", "}}"),
-        )
+        message = f"the size of {name!r} is not finite; look at what made this gradient"
+        checkify.check(jnp.isfinite(size).all(), message.replace("{", "{{").replace("}", "}}"))

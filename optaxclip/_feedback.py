@@ -7,9 +7,10 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from optaxclip import _validate, norms, scopes
+from optaxclip import _validate, scopes
 from optaxclip._layout import lay_out
-from optaxclip._states import is_placeholder
+from optaxclip._numerics import cast_like, wide, widen
+from optaxclip._rules import is_placeholder
 
 MODES = ("residual", "estimate")
 
@@ -90,7 +91,7 @@ def error_feedback(
             return ErrorFeedbackState(params, inner.init(params))
         layout = lay_out(scopes.leaf(), params)
         nothing = layout.filled(
-            jnp.zeros_like(gradient, norms.wide(gradient)) for gradient in layout.gradients
+            jnp.zeros_like(gradient, wide(gradient)) for gradient in layout.gradients
         )
         return ErrorFeedbackState(nothing, inner.init(params))
 
@@ -103,17 +104,16 @@ def error_feedback(
         layout = lay_out(scopes.leaf(), updates, params)
         _validate.state_tree(layout.treedef, state.memory)
         memory = layout.of(state.memory)
-        sums = [norms.widen(g) + sign * m for g, m in zip(layout.gradients, memory, strict=True)]
+        sums = [widen(g) + sign * m for g, m in zip(layout.gradients, memory, strict=True)]
         # The sum with a zero is not always the same bits.
         parts = zip(layout.gradients, memory, sums, strict=True)
         narrow = [
-            norms.cast_like(jnp.where(m == 0, norms.widen(g), _within(total, g)), g)
-            for g, m, total in parts
+            cast_like(jnp.where(m == 0, widen(g), _within(total, g)), g) for g, m, total in parts
         ]
         clipped, clip_state = inner.update(layout.rebuild(narrow), state.clip, params, **extra_args)
 
         def remembered(kept: Array | None, total: Array, before: Array) -> Array:
-            step = jnp.zeros_like(total) if kept is None else norms.widen(kept)
+            step = jnp.zeros_like(total) if kept is None else widen(kept)
             after = decay * (total - step) if mode == "residual" else before + step
             return jnp.where(jnp.isfinite(after), after.astype(before.dtype), before)
 
@@ -132,7 +132,7 @@ def _estimate(step: Array | None, after: Array, gradient: Any) -> Array:
     """The estimate in the gradient's dtype; NaN where the clip let something through that is not
     finite.
     """
-    after = norms.cast_like(_within(after, gradient), gradient)
+    after = cast_like(_within(after, gradient), gradient)
     return (
         after
         if step is None

@@ -18,6 +18,8 @@ from jax.experimental import checkify
 
 from optaxclip import _jax, _programs, _sharding, _validate, norms, scopes
 from optaxclip._layout import lay_out
+from optaxclip._measure import measure
+from optaxclip._numerics import widen
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, reset_after
 from optaxclip.thresholds.fixed import as_threshold
@@ -273,7 +275,7 @@ def _norm(tree: Any, sharded_over: Any) -> Array:
     names = layout.names_of_axes(sharded_over)
     # which steps are skipped has no derivative
     gradients = [jax.lax.stop_gradient(g) for g in layout.gradients]
-    (norm,) = norms.measure(norms.l2(), gradients, groups=layout.groups, axis_names=names)
+    (norm,) = measure(norms.l2(), gradients, groups=layout.groups, sharded_over=names)
     return jnp.sum(norm)  # of no group, if nothing can be measured
 
 
@@ -281,7 +283,7 @@ def _loss(extra_args: dict[str, Any]) -> Array:
     loss = extra_args.get("loss", extra_args.get("value"))
     _validate.loss(loss)
     _validate.same_on_all("value", _sharding.varying(loss))
-    return jax.lax.stop_gradient(norms.widen(jnp.asarray(loss)))
+    return jax.lax.stop_gradient(widen(jnp.asarray(loss)))
 
 
 def _unless_skipped(

@@ -11,7 +11,6 @@ import optax
 from jax import Array
 
 from optaxclip import _validate
-from optaxclip._packing import columns, common
 from optaxclip._sharding import Names, is_names, names_of
 from optaxclip._types import Axes, Scope
 
@@ -57,19 +56,11 @@ class Layout(NamedTuple):
         rest = set(range(len(self.nodes))) - set(self.measured)
         return [value for i in sorted(rest) if hasattr(value := _inside(self.nodes[i]), "dtype")]
 
-    def per_leaf(self, *blocks: list[Array]) -> list[Any]:
-        """For each gradient its own entry of each of the blocks, together as they broadcast against
-        it.
-        """
-        if self.axes is not None:
-            return list(zip(*blocks, strict=True))
-        if len(self.groups) == 1:
-            return [list(common(jnp.concatenate([block[0] for block in blocks])))] * len(
-                self.gradients
-            )
+    @property
+    def group_of(self) -> list[int]:
+        """For each gradient its group, where leaves are measured whole."""
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
-        own = columns(jnp.stack([block[0] for block in blocks]))
-        return [own[group_of[k]] for k in range(len(self.gradients))]
+        return [group_of[k] for k in range(len(self.gradients))]
 
     def of(self, tree: Any) -> list[Any]:
         """The leaves of a tree of this structure that stand where the gradients do."""

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import optax
 
-from optaxclip import _validate, norms, scopes
+from optaxclip import _validate, scopes
 from optaxclip._layout import lay_out
-from optaxclip._states import is_placeholder
+from optaxclip._numerics import cast_like
+from optaxclip._rules import is_placeholder
 
 
 class PreconditionedState(NamedTuple):
@@ -47,7 +48,7 @@ def clip_after(
             steps, state.clip, params, measured=measured(gradients, inner_state)
         )
         parts = zip(layout.of(clipped), layout.gradients, strict=True)
-        out = [norms.cast_like(like if x is None else x, like) for x, like in parts]
+        out = [cast_like(like if x is None else x, like) for x, like in parts]
         return layout.rebuild(out), PreconditionedState(inner_state, clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,132 +1,82 @@
-"""RECORD, the last part of the engine: what a step measured and did, as a table with four numbers
-for each group or leaf.
-"""
+"""RECORD: what a step measured and did, as a table with four numbers for each group or leaf."""
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from jax import Array
 
-from optaxclip import _sharding, norms
+from optaxclip import _sharding
 from optaxclip._layout import Layout
-from optaxclip._packing import Packing, alike, places, stacked
+from optaxclip._lowering import Blocks, share_of, traced_once
 from optaxclip._types import Names, Reading
 
 
-def unread() -> Reading:
-    """The reading where nothing is known of the groups."""
-    return Reading(jnp.zeros((4, 0)), jnp.zeros(2, jnp.int32))
+class Recorder(NamedTuple):
+    """What a clip records.
 
-
-def nothing_read(layout: Layout, sizes: list[Array]) -> Reading:
-    """The reading before the first step, of sizes of this kind."""
-    dtype = jnp.result_type(*sizes) if sizes else jnp.float32
-    counted = jnp.zeros(2, jnp.int32)
-    return Reading(jnp.zeros((4, len(layout.names)), dtype), counted, Names.of(layout.names))
-
-
-def record_step(
-    reading: Reading,
-    layout: Layout,
-    packing: Packing,
-    sizes: list[Array],
-    clipped_sizes: list[Array],
-    limits: list[Array],
-    numbers: list[Any] | None = None,
-) -> Reading:
-    """What this step did; and what is counted over all steps, from the reading before.
-
-    Args:
-        reading: of the step before.
-        layout: of the updates.
-        packing: of the three that follow.
-        sizes: before clipping.
-        clipped_sizes: after it.
-        limits: what they may be.
-        numbers: of each leaf, where every number is a group and is cut at its limit.
-    """
-    blocks = list(zip(sizes, clipped_sizes, limits, strict=True))
-    several = 1 if layout.axes is None else packing.several
-    joined = [jax.vmap(_column, out_axes=1)(*block) for block in blocks[:several]]
-    own = (
-        [numbers[k] for (k,) in packing.own[several:]]
-        if numbers
-        else [None] * len(blocks[several:])
-    )
-    order = np.arange(len(layout.names)) if layout.axes is None else packing.order
-    measured = _read(joined, list(map(_source, blocks[several:], own)), order)
-    if layout.axes is not None:
-        measured = _sharding.everywhere(measured)
-    counted = jnp.stack([measured[3] > 0, ~jnp.isfinite(measured[0])]).any(1).astype(jnp.int32)
-    return Reading(
-        measured.astype(reading.measured.dtype), reading.counted + counted, Names.of(layout.names)
-    )
-
-
-def _source(block: tuple[Array, ...], numbers: Any) -> tuple[Array, ...]:
-    """What a block is read from: sizes before and after and limits; or, where there is one limit,
-    the numbers themselves.
-
-    XLA on CPU would store the magnitudes of the numbers, and those after clipping.
-    """
-    limit = block[-1]
-    if numbers is None or not jnp.size(numbers) or jnp.iscomplexobj(numbers) or limit.ndim:
-        return block
-    return norms.widen(numbers), limit
-
-
-def _read(joined: list[Array], sources: list[tuple[Array, ...]], order: np.ndarray) -> Array:
-    """A table `[4, blocks]`: columns that there are, and columns read from the sources, put in
-    order.
+    Attributes:
+        record: whether it does; `"full"` with the exact share of elements.
+        cuts: whether each element is cut at its limit, so that the largest one tells the rest.
     """
 
-    def one_by_one(joined: list[Array], sources: list[Any]) -> Array:
-        return _table(joined + [_column(*source)[:, None] for source in sources], order)
+    record: bool | Literal["full"]
+    cuts: bool
 
-    def by_stacks(joined: list[Array], sources: list[Any]) -> Array:
-        own = alike(sources)
-        first = len(order) - len(sources)
-        found = np.append(np.arange(first), first + places(own))
-        return _table(
-            joined + [jax.vmap(_column, out_axes=1)(*stack) for stack in stacked(sources, own)],
-            found[order],
-        )
+    def unread(self) -> Any:
+        """The reading where the groups are not known."""
+        if not self.record:
+            return optax.EmptyState()
+        return Reading(jnp.zeros((4, 0)), jnp.zeros(2, jnp.int32))
 
-    if not sources:
-        return _table(joined, order)
-    return jax.lax.platform_dependent(joined, sources, cpu=by_stacks, default=one_by_one)
+    def first(self, layout: Layout, sizes: list[Array]) -> Any:
+        """The reading before the first step, of sizes of this dtype."""
+        if not self.record:
+            return optax.EmptyState()
+        dtype = jnp.result_type(*sizes) if sizes else jnp.float32
+        nothing = jnp.zeros((4, len(layout.names)), dtype)
+        return Reading(nothing, jnp.zeros(2, jnp.int32), Names.of(layout.names))
+
+    def next(
+        self, before: Any, layout: Layout, sizes: Blocks, clipped_sizes: Blocks, limits: Blocks
+    ) -> Any:
+        """The reading of this step, with counts over all steps from the reading before."""
+        if not self.record:
+            return optax.EmptyState()
+        if not isinstance(before, Reading):  # from a clip that did not record
+            before = self.first(layout, sizes.stacks)
+        elements = layout.is_of_elements and self.record != "full"
+        column = partial(_largest, self.cuts) if elements else _column
+        table = sizes.table(column, clipped_sizes, limits)
+        if layout.axes is not None:
+            table = _sharding.everywhere(table)
+        happened = jnp.stack([table[3] > 0, ~jnp.isfinite(table[0])]).any(1)
+        counted = before.counted + happened.astype(jnp.int32)
+        return Reading(table.astype(before.measured.dtype), counted, Names.of(layout.names))
 
 
-def _table(columns: list[Array], order: np.ndarray) -> Array:
-    """`[4, columns]` from several tables, in this order."""
-    if not columns:
-        return jnp.zeros((4, 0))
-    table = jnp.concatenate(columns, axis=1)
-    return table if (order == np.arange(len(order))).all() else table[:, order]
+@traced_once()
+def _column(size: Array, clipped_size: Array, limit: Array) -> Array:
+    """The largest size before and after, the largest limit, and the share of sizes over it."""
+    largest = [jnp.max(block, initial=0) for block in (size, clipped_size, limit)]
+    largest[2] = _sharding.mapped_as(largest[0], largest[2])
+    return jnp.stack([*largest, share_of(_is_over(size, limit))])
 
 
-@jax.jit  # so that sources that are equal are traced once
-def _column(*source: Array) -> Array:
-    """Four numbers: the largest size before and after, the largest limit, and the share of what is
-    over it.
+@traced_once(static=0)
+def _largest(cuts: bool, size: Array, clipped_size: Array, limit: Array) -> Array:
+    """The same of a leaf of which each element is a group, with 1 for the share if any is over.
+
+    Where one limit cuts all elements, the largest of them tells all four: one reduction.
     """
-    if len(source) == 2:
-        numbers, limit = source
-        size = jnp.abs(numbers)
-        top = jnp.max(jnp.maximum(numbers, -numbers))
-        limit = _sharding.mapped_as(top, limit)
-        largest = [top, jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan), limit]
-    else:
-        size, clipped_size, limit = source
-        largest = [
-            jnp.max(block, initial=0)
-            for block in (size, clipped_size, _sharding.mapped_as(size, limit))
-        ]
-    # Through int8, because XLA adds converted booleans one by one on CPU.
-    share = _is_over(size, limit).astype(jnp.int8).sum(dtype=jnp.float32) / max(size.size, 1)
-    return jnp.stack([*largest, share])
+    if not cuts or limit.ndim:
+        *largest, _ = _column(size, clipped_size, limit)
+        return jnp.stack([*largest, jnp.max(_is_over(size, limit), initial=False)])
+    top = jnp.max(size, initial=0)
+    limit = _sharding.mapped_as(top, limit)
+    after = jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan)
+    return jnp.stack([top, after, limit, _is_over(top, limit).astype(top.dtype)])
 
 
 def _is_over(size: Array, limit: Array) -> Array:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from optaxclip import _sharding, _validate, norms, scopes
+from optaxclip import _sharding, _validate, scopes
 from optaxclip._layout import lay_out
-from optaxclip._numerics import share
+from optaxclip._numerics import cast_like, share, widen
 from optaxclip._types import Axes, Response
 from optaxclip.responses import smooth
 
@@ -55,7 +55,7 @@ def on_spectra(
         ]
         out = [_recompose(x, *part, s) for x, part, s in zip(matrices, parts, new, strict=True)]
         back = [
-            norms.cast_like(x.reshape(jnp.shape(like)), like)
+            cast_like(x.reshape(jnp.shape(like)), like)
             for x, like in zip(out, layout.gradients, strict=True)
         ]
         return layout.rebuild(back), state
@@ -145,7 +145,7 @@ def _frobenius(a: Array) -> Array:
 
 def _matrices(x: Any) -> Array:
     """`[..., rows, columns]`, in float32 or wider; a vector is one row."""
-    x = norms.widen(x)
+    x = widen(x)
     return x if x.ndim >= 2 else x.reshape(1, -1)
 
 

@@ -11,7 +11,7 @@ sizes: `[groups]` where groups are made of whole leaves, and one array per leaf,
 shaped to broadcast against it, where a leaf holds many groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -82,11 +82,13 @@ class Context(NamedTuple):
             `sizes`; None unless the rule says `uses_params`.
         blocks: all sizes of the tree, a block for each leaf if a leaf holds many groups; empty for
             a rule that only some of the groups have.
+        extra: the extra arguments of this `update`, by name: `update(..., value=loss)`.
     """
 
     step: Array
     param_sizes: Any = None
     blocks: tuple[Array, ...] = ()
+    extra: Mapping[str, Any] = {}
 
 
 class Threshold(NamedTuple):

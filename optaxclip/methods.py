@@ -21,12 +21,15 @@ import optax
 
 from optaxclip import _validate, norms, responses, scopes, thresholds
 from optaxclip._clip import clip
+from optaxclip._numerics import negative_part, positive_part, widen
 from optaxclip._precondition import clip_after
 from optaxclip._spectral import matrix_axes, newton_schulz, on_spectra, on_whole_matrices
 from optaxclip._types import Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_threshold, as_thresholds, negated
 
 Row = Callable[..., optax.GradientTransformationExtraArgs]
+ABOVE = norms.linf()._replace(magnitude=positive_part)  # one-sided norms, for two bounds
+BELOW = norms.linf()._replace(magnitude=negative_part)
 
 
 def _row(method: Row) -> Row:
@@ -100,8 +103,8 @@ def clip_by_value(
     if low is None and high is None:
         return clip(as_thresholds(limit, name="limit"), norm=norms.linf(), **options)
     _validate.not_both("limit", limit, "low", low, "pass clip_by_value(low, high), or one limit")
-    above = clip(as_threshold(high, name="high"), norm=norms.upper(), **options)
-    below = clip(negated(limit if low is None else low, name="low"), norm=norms.lower(), **options)
+    above = clip(as_threshold(high, name="high"), norm=ABOVE, **options)
+    below = clip(negated(limit if low is None else low, name="low"), norm=BELOW, **options)
     return optax.chain(above, below)
 
 
@@ -771,8 +774,8 @@ def scale_by_stable_adam(
 
     def relative_to_second_moment(gradients: Any, states: Any) -> Any:
         variance = optax.tree_utils.tree_bias_correction(states[0].nu, b2, states[0].count)
-        root = jax.tree.map(lambda v: jnp.sqrt(jnp.maximum(norms.widen(v), eps**2)), variance)
-        return jax.tree.map(lambda g, r: norms.widen(g) / r, gradients, root)
+        root = jax.tree.map(lambda v: jnp.sqrt(jnp.maximum(widen(v), eps**2)), variance)
+        return jax.tree.map(lambda g, r: widen(g) / r, gradients, root)
 
     decayed = optax.identity() if weight_decay is None else optax.add_decayed_weights(weight_decay)
     adam = optax.chain(optax.scale_by_adam(b1, b2, eps), decayed)

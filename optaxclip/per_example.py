@@ -34,6 +34,7 @@ from jax import Array
 from optaxclip import _factored, _sharding, _validate, norms, responses, scopes
 from optaxclip._clip import clip
 from optaxclip._layout import lay_out
+from optaxclip._numerics import widen
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope
 from optaxclip.thresholds.fixed import as_thresholds
 
@@ -318,7 +319,7 @@ class ClippedGrad:
             ]
             return list(map(jnp.add, totals, sums)), (losses, aux, reading, counted)
 
-        zeros = [jnp.zeros(jnp.shape(x), norms.widen(x).dtype) for x in floats]
+        zeros = [jnp.zeros(jnp.shape(x), widen(x).dtype) for x in floats]
         totals = _sharding.varying_as(batch, _sharding.resharded(zeros, splits))
         if count == 1:
             totals, seen = some(totals, (mask, batch))

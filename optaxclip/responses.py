@@ -13,9 +13,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from optaxclip._lowering import traced_once
+from optaxclip._numerics import factors, multiply
 
 
 class FromTarget:
@@ -77,7 +79,7 @@ def rescale(size: Array, limit: Array) -> Array:
     return jnp.minimum(size, limit)
 
 
-@jax.jit
+@traced_once()
 def clamp(gradient: Array, size: Array, limit: Array) -> Array:
     r"""Cuts each element at the limit where the size is above it, :math:`\mathrm{sign}(g) \min(|g|,
     c)`.
@@ -153,44 +155,3 @@ def _scaled(share: Array, size: Array, limit: Array) -> Array:
     """A share of the limit; the size where there is no limit."""
     finite = limit < jnp.inf
     return jnp.where(finite, share * jnp.where(finite, limit, 0), size)
-
-
-@jax.custom_jvp
-def factors(size: Array, target: Array) -> tuple[Array, Array]:
-    """Two factors whose product is `target / size`; the first is 0 where nothing is to change.
-
-    The quotient need not be a float where the result is one: 1e-40 is flushed to 0 on many
-    machines. Where it is far from 1 each factor is about its root; otherwise the first is 1.
-    """
-    first, divisor = _first_factor(size, target)
-    return first, target / divisor
-
-
-@factors.defjvp
-def _factors_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    # The rule of quotients with one division where the textbook has size^2, which leaves the float
-    # range.
-    first, divisor = _first_factor(*primals)
-    second = primals[1] / divisor
-    change = (tangents[1] - second * jnp.where(first > 0, first, 1) * tangents[0]) / divisor
-    return (first, second), (
-        jnp.zeros_like(first),
-        jnp.where(first > 0, change, 0).astype(second.dtype),
-    )
-
-
-def _first_factor(size: Array, target: Array) -> tuple[Array, Array]:
-    """The first factor, and what the target is to be divided by for the second."""
-    positive = jnp.maximum(size, jnp.finfo(size.dtype).tiny)
-    far = (target > 0) & (target != jax.lax.clamp(positive * 2.0**-64, target, positive * 2.0**64))
-    # A quotient at the end: XLA on CPU would compute anything cheaper than that anew in the kernel
-    # of every leaf.
-    first = jnp.where(far, jnp.sqrt(target), target != size) / jnp.where(far, jnp.sqrt(positive), 1)
-    return first, positive * jnp.where(first == 0, 1, first)
-
-
-def multiply(gradient: Array, first: Array, second: Array) -> Array:
-    """`gradient` times both factors, or the same bits where the first is 0."""
-    return jnp.where(first == 0, gradient, gradient * first * second)

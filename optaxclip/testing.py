@@ -16,6 +16,7 @@ import optax
 from optaxclip import _jax, _validate, norms
 from optaxclip._clip import clip
 from optaxclip._layout import lay_out
+from optaxclip._measure import measure
 from optaxclip._types import Context, Scope, Threshold
 
 STREAM = (1.0, 3.0, 0.5, 1e-20, 1e20, 2.0, 2.0, 100.0, 1.0, 1e-3, 1.5, 1.0)
@@ -144,7 +145,7 @@ def check_scope(scope: Scope, tree: Any = None) -> None:
             f"the groups of {path} must be the same under jit, but it became {{0}} instead of "
             f"{{1}}; decide by shape",
         )
-    after = norms.measure(
+    after = measure(
         norms.l2(), lay_out(scope, eager).gradients, axes=layout.axes, groups=layout.groups or None
     )
     for sizes in after if layout.gradients else []:

@@ -16,7 +16,7 @@ from jax.experimental import checkify
 from transforms import CASES, SCALERS, Case, expected, gather, group_size, l2, unlimited
 
 import optaxclip
-from optaxclip._packing import LARGE
+from optaxclip._lowering import LARGE
 
 SHAPES = {"bias": (3,), "conv": (1, 2, 2, 3), "dense": (4, 3), "scale": ()}
 # How far above its limit a clipped size may be: rounding of the result to its dtype, and float32

@@ -14,25 +14,17 @@ import optaxclip
 PACKAGE = Path(optaxclip.__file__).parent
 # Each module may import only modules of earlier levels, and its own package.
 LEVELS = [
+    {"_types", "_validate", "_numerics", "_sharding", "_jax", "_programs", "_factored"},
+    {"_lowering"},
+    {"norms", "responses"},
     {
-        "_types",
-        "_validate",
-        "_numerics",
-        "_sharding",
-        "_packing",
-        "_jax",
-        "_programs",
-        "_factored",
-        "responses",
-    },
-    {
-        "norms",
         "scopes",
         "_layout",
+        "_measure",
         "thresholds",
         *(f"thresholds.{name}" for name in ("_blocks", "fixed", "combine", "moments", "ranks")),
     },
-    {"_record", "_states"},
+    {"_record", "_rules"},
     {"_clip", "_feedback", "_guard", "_precondition", "_spectral"},
     {"telemetry", "_backward", "per_example", "testing"},
     {"methods", "plots"},

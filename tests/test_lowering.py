@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip
 from optaxclip import norms, responses, scopes, telemetry, thresholds
-from optaxclip._packing import LARGE, packing_of
+from optaxclip._lowering import LARGE, Blocks, unstacked
 
 BIASES = {
     "small": jnp.array([0.1, -0.2]),
@@ -85,58 +85,78 @@ def test_each_leaf_is_clipped_as_it_would_be_alone(rule, response, nonfinite):
         assert updates[name].dtype == GRADS[name].dtype and updates[name].shape == GRADS[name].shape
 
 
-def test_numbers_of_one_precision_are_joined_in_their_order_and_come_back():
-    blocks = [
-        jnp.ones((1, 2)),
-        jnp.full((1, 1), 3.0),
-        jnp.array(4.0),
-        jnp.ones(1, jnp.bfloat16),
-        jnp.full(1, 5.0),
-    ]
-    packing = packing_of(blocks)
-    packed = packing.pack(blocks)
-    assert packing.own == [[1, 2, 4], [0], [3]] and packing.several == 1
-    np.testing.assert_array_equal(packed[0], [3, 4, 5])
-    np.testing.assert_array_equal(packing.order, [3, 0, 1, 4, 2])
-    (unpacked,) = packing.unpack(packed)
-    assert [block.shape for block in unpacked] == [block.shape for block in blocks]
-    jax.tree.map(np.testing.assert_array_equal, unpacked, blocks)
+def assert_same(arrays, others):
+    assert [x.shape for x in arrays] == [x.shape for x in others]
+    jax.tree.map(np.testing.assert_array_equal, list(arrays), list(others))
+
+
+def test_numbers_of_one_precision_are_one_vector_and_come_back_in_order():
+    sizes = [jnp.ones((1, 2)), jnp.full((1, 1), 3.0), jnp.array(4.0)]
+    sizes += [jnp.ones(1, jnp.bfloat16), jnp.full(1, 5.0)]
+    blocks = Blocks.of(sizes)
+    assert blocks.members == [[1, 2, 4], [0], [3]]
+    np.testing.assert_array_equal(blocks.stacks[0], [3, 4, 5])
+    assert_same(blocks.each(), sizes)
+    table = blocks.table(lambda x: jnp.full(4, jnp.max(x), jnp.float32))
+    np.testing.assert_array_equal(table, [[1, 3, 4, 1, 5]] * 4)
 
 
 def test_equal_sizes_of_small_leaves_are_a_stack_and_come_back():
     shapes = [(2, 3), (5,), (2, 3), (LARGE, 3), (LARGE, 3), (4, 3), (5,)]
     leaves = [jnp.full(shape, k) for k, shape in enumerate(shapes)]
-    blocks = [leaf[:1] for leaf in leaves]
-    packing = packing_of(blocks, leaves)
-    packed = packing.pack(blocks)
-    assert packing.own == [[0, 2, 5], [1, 6], [3], [4]] and [x.shape for x in packed] == [
-        (3, 1, 3),
-        (2,),
-        (1, 3),
-        (1, 3),
-    ]
-    for unpacked in packing.unpack(packed, [2 * x for x in packed]):
-        assert [block.shape for block in unpacked] == [block.shape for block in blocks]
-        np.testing.assert_array_equal(
-            [block.ravel()[0] / unpacked[2].ravel()[0] for block in unpacked], np.arange(7) / 2
-        )
-    spread = packing.pack([jnp.array(float(k)) for k in range(7)])
-    np.testing.assert_array_equal(spread[0][:, 0], [[k] * 3 for k in (0, 2, 5)])
+    sizes = [leaf[:1] for leaf in leaves]
+    blocks = Blocks.of(sizes, leaves)
+    assert blocks.members == [[0, 2, 5], [1, 6], [3], [4]]
+    assert [x.shape for x in blocks.stacks] == [(3, 1, 3), (2,), (1, 3), (1, 3)]
+    assert_same(blocks.each(), sizes)
+    for arrays, factor in zip(unstacked(blocks, blocks.map(lambda x: 2 * x)), (1, 2), strict=True):
+        assert_same(arrays, [factor * size for size in sizes])
+    # What broadcasts against a block of a stack is broadcast to it; a block alone keeps it.
+    spread = blocks.like([jnp.array(float(k)) for k in range(7)])
+    np.testing.assert_array_equal(spread.stacks[0][:, 0], [[k] * 3 for k in (0, 2, 5)])
+    assert spread.stacks[2].shape == ()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_map_is_a_map_over_blocks(alone):
+    """Of stacks, or of each block if an argument is not the same for all."""
+    leaves = [jnp.full((3, 2), k, jnp.float32) for k in (1, 4, 2)] + [jnp.ones(LARGE + 1)]
+    sizes = [leaf[:1] for leaf in leaves]
+    blocks, factors = Blocks.of(sizes, leaves), [2.0] * 4
+    if alone:
+        factors = [jnp.array(k) for k in (2.0, 3.0, 5.0, 7.0)]
+    product, total = blocks.map(lambda x, f, y: (f * x, x + y), factors, blocks)
+    assert_same(product.each(), [f * x for f, x in zip(factors, sizes, strict=True)])
+    assert_same(total.each(), [x + x for x in sizes])
+    seen = []
+    blocks.map(lambda x, f: seen.append(x.shape) or x, factors)
+    assert seen == ([(1, 2)] * 3 + [(1,)] if alone else [(3, 1, 2), (1,)])
+
+
+def test_a_state_of_one_block_is_no_argument_for_all():
+    states = [(), (jnp.ones(2),)]
+    blocks = Blocks.of([jnp.ones((1, 2))] * 2, [jnp.ones((3, 2))] * 2)
+    seen = []
+    blocks.map(lambda x, state: seen.append(x.shape) or x, states)
+    assert seen == [(1, 2), (1, 2)]
+
+
+def test_sizes_of_groups_are_one_vector_and_each_leaf_finds_its_own():
+    blocks = Blocks.of([jnp.array([3.0, 4.0])], group_of=[1, 0, 1])
+    pairs = blocks.per_leaf(blocks.map(lambda x: 10 * x))
+    assert [tuple(map(float, pair)) for pair in pairs] == [(4, 40), (3, 30), (4, 40)]
+    np.testing.assert_array_equal(blocks.table(lambda x: jnp.stack([x, -x])), [[3, 4], [-3, -4]])
 
 
 def test_numbers_that_are_their_own_sizes_are_not_copied():
     leaves = [jnp.ones((2, 3))] * 2
-    assert packing_of(leaves, leaves).own == [[0], [1]]
+    assert Blocks.of(leaves, leaves).members == [[0], [1]]
 
 
-def test_one_such_number_stays_where_it_is():
-    blocks = [jnp.ones((1, 2)), jnp.ones((1, 1))]
-    packing = packing_of(blocks)
-    assert (
-        packing.pack(blocks) == blocks
-        and packing.unpack(blocks) == [blocks]
-        and not packing.several
-    )
+def test_one_number_stays_where_it_is():
+    sizes = [jnp.ones((1, 2)), jnp.ones((1, 1))]
+    blocks = Blocks.of(sizes)
+    assert blocks.stacks == sizes and blocks.each() == sizes
 
 
 def test_what_differs_between_devices_is_not_joined_with_what_does_not():
