@@ -22,6 +22,7 @@ LEVELS = [
         "_packing",
         "_jax",
         "_programs",
+        "_selection",
         "_factored",
         "responses",
     },
