@@ -39,21 +39,20 @@ from report import command_line, quartiles, save
 from tqdm import tqdm
 
 import optaxclip
-from optaxclip import thresholds
+from optaxclip import clip_by_value, error_feedback, scale_by_stable_adam, scopes
+from optaxclip.thresholds import ema, reset_after, zscore
 
 CHUNK, COLUMNS = 100, 6  # steps in one compiled program, panels in one line
 # how many of SGD's two parts (momentum, learning rate) come before the clip, and where they go on
 SPLITS = {"gradient": (0, 0), "update": (1, 1), "step": (2, 2), "instead": (0, 2)}
+global_clip = partial(optaxclip.clip, scope=scopes.tree())
 # what each method clips (gradient, update after momentum, or step after the learning rate; or
 # "instead": it replaces SGD), and the method
 METHODS = {
     "none": ("gradient", optax.identity()),
     "clip_by_value(0.1)": ("gradient", optaxclip.clip_by_value(0.1)),
     "clip_by_value(5.0)": ("gradient", optaxclip.clip_by_value(5.0)),
-    "error_feedback(clip_by_value(0.1))": (
-        "gradient",
-        optaxclip.error_feedback(optaxclip.clip_by_value(0.1)),
-    ),
+    "error_feedback(clip_by_value(0.1))": ("gradient", error_feedback(clip_by_value(0.1))),
     "clip_by_norm(1.0)": ("gradient", optaxclip.clip_by_norm(1.0)),
     "clip_by_global_norm(1.0)": ("gradient", optaxclip.clip_by_global_norm(1.0)),
     "clip_by_block_rms(1.0)": ("update", optaxclip.clip_by_block_rms(1.0)),
@@ -64,24 +63,15 @@ METHODS = {
     "autoclip()": ("gradient", optaxclip.autoclip()),
     "quantile_clip()": ("gradient", optaxclip.quantile_clip()),
     "adagc()": ("gradient", optaxclip.adagc()),
-    "reset_after(ema(), 50)": (
-        "gradient",
-        optaxclip.clip(thresholds.reset_after(thresholds.ema(), 50), optaxclip.scopes.tree()),
-    ),
+    "reset_after(ema(), 50)": ("gradient", global_clip(reset_after(ema(), 50))),
     "growth_clip()": ("update", optaxclip.growth_clip()),
     "zclip()": ("gradient", optaxclip.zclip()),
-    "reset_after(zscore(), 50)": (
-        "gradient",
-        optaxclip.clip(thresholds.reset_after(thresholds.zscore(), 50), optaxclip.scopes.tree()),
-    ),
+    "reset_after(zscore(), 50)": ("gradient", global_clip(reset_after(zscore(), 50))),
     "log_norm_clip()": ("gradient", optaxclip.log_norm_clip()),
     "history_clip()": ("update", optaxclip.history_clip()),
     "spam_clip()": ("gradient", optaxclip.spam_clip()),
     "adam": ("instead", optax.adam(0.01, b2=0.99, eps=1e-6)),  # the constants of the next line
-    "scale_by_stable_adam()": (
-        "instead",
-        optax.chain(optaxclip.scale_by_stable_adam(), optax.scale(-0.01)),
-    ),
+    "scale_by_stable_adam()": ("instead", optax.chain(scale_by_stable_adam(), optax.scale(-0.01))),
 }
 
 
