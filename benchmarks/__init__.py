@@ -1,1 +1,1 @@
-"""What clipping costs, beside its peers."""
+"""Benchmarks of clipping, and of its peers in other libraries."""

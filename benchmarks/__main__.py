@@ -1,8 +1,7 @@
-"""What clipping costs, beside Optax, PyTorch, Keras and jax_privacy, and beside the least it can
-cost.
+"""Measures what clipping costs, compared with Optax, PyTorch, Keras and jax_privacy.
 
-Times are ratios within one run, medians with quartiles. `docs/performance.md` derives the limits,
-and says what is shown.
+Times are ratios within one run, as medians with quartiles. Tables also show the lowest possible
+cost, which `docs/performance.md` derives.
 """
 
 import argparse
@@ -13,7 +12,8 @@ from benchmarks import ahead_of_time, compile_time, peers, per_example, step_tim
 from benchmarks.picture import draw
 from benchmarks.report import save, tables
 
-BENCHMARKS = {  # and how often each row is measured, if not told otherwise: in full, and to be quick
+# the function, and how often it measures each row: by default, and with --quick
+BENCHMARKS = {
     "step_time": (step_time.measure, 31, 5),
     "compile_time": (compile_time.measure, 3, 1),
     "ahead_of_time": (ahead_of_time.measure, 1, 1),
@@ -23,7 +23,7 @@ BENCHMARKS = {  # and how often each row is measured, if not told otherwise: in 
 
 
 def main() -> None:
-    """Prints tables, and saves them with JSON and pictures."""
+    """Prints tables, and saves them with JSON and plots."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -52,21 +52,23 @@ def main() -> None:
         if not peers.installed(peer):
             print(f"no rows of {peer}: {package} is not installed")
     for name in options.names or BENCHMARKS:
-        measure, full_rounds, quick_rounds = BENCHMARKS[name]
-        rounds, start = (
-            options.rounds or (quick_rounds if options.quick else full_rounds),
-            time.perf_counter(),
-        )
-        print(f"\n{name} ...", flush=True)
-        rows = list(measure(rounds, options.quick))
-        print(
-            f"\n{tables(rows)}\n{name} took {time.perf_counter() - start:.0f} seconds", flush=True
-        )
-        if rows:
-            save(options.out, name, rows, rounds)
-        if any(row.limit for row in rows):
-            draw(rows).savefig(options.out / f"{name}.png", dpi=150)
+        run(name, options)
     print(f"saved in {options.out}")
+
+
+def run(name: str, options: argparse.Namespace) -> None:
+    """Runs one benchmark, prints its tables and saves them."""
+    measure, full_rounds, quick_rounds = BENCHMARKS[name]
+    rounds = options.rounds or (quick_rounds if options.quick else full_rounds)
+    start = time.perf_counter()
+    print(f"\n{name} ...", flush=True)
+    rows = list(measure(rounds, options.quick))
+    seconds = time.perf_counter() - start
+    print(f"\n{tables(rows)}\n{name} took {seconds:.0f} seconds", flush=True)
+    if rows:
+        save(options.out, name, rows, rounds)
+    if any(row.limit for row in rows):
+        draw(rows).savefig(options.out / f"{name}.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The compiler's figures for one optimizer step on a chip or on many, ahead of time: no device is
-needed, a compiler is.
+"""Costs of one optimizer step on TPUs and GPUs, from compiled programs; needs no device.
 
-The compiler for TPU is `libtpu`. That for NVIDIA needs no driver and little of CUDA:
-`jax-cuda12-plugin` and `jax-cuda12-pjrt` of the version of `jax`, installed with `--no-deps`, and
+The TPU compiler is in the package `libtpu`. The NVIDIA compiler needs no driver and little of CUDA:
+install `jax-cuda12-plugin` and `jax-cuda12-pjrt` of the version of `jax` with `--no-deps`, and
 `nvidia-cuda-nvcc-cu12`.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -64,11 +64,14 @@ FIGURES = {
 
 
 class Cost(NamedTuple):
-    """Of one chip: bytes and temporary memory in units of its parameters in float32, how many
-    kernels run, and messages.
+    """The cost of a step to one device.
 
-    Messages are the program's collective operations, each counted once, those of branches and loops
-    as well.
+    Attributes:
+        units: bytes from and to main memory, in units of the device's parameters in float32.
+        temporary: temporary memory, in the same units.
+        kernels: how many kernels run.
+        messages: how many collective operations the program has; each counts once, also in branches
+            and loops.
     """
 
     units: float
@@ -78,71 +81,53 @@ class Cost(NamedTuple):
 
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
-    """Rows for GPT-2 on one chip of each kind, for many tiny leaves, and for Llama on a mesh;
-    quick, one layer on one kind.
+    """Yields rows for GPT-2 and many tiny leaves on one device, and for Llama on a mesh.
 
     Args:
-        rounds: not used, since compilers do not vary.
-        quick: whether to be.
+        rounds: not used, because compiled programs do not vary.
+        quick: whether to measure only one layer of GPT-2 on one device.
     """
     del rounds
-    kinds = ["v5e", "v6e"] * peers.installed("TPU") + ["h100"] * peers.installed("H100")
+    devices = ["v5e", "v6e"] * peers.installed("TPU") + ["h100"] * peers.installed("H100")
     model, methods = (trees.gpt2(1), QUICK) if quick else (trees.gpt2(), list(METHODS))
     title, figures = trees.described("GPT-2", model), ["units", "temporary", "kernels"]
-    yield from _rows(
-        title, methods, kinds[:1] if quick else kinds, figures, lambda o, kind: cost(o, model, kind)
-    )
+    some = devices[:1] if quick else devices
+    yield from _rows(title, methods, some, figures, lambda o, device: cost(o, model, device))
     if quick:
         return
     many = trees.tiny()
     title = trees.described("tiny leaves", many)
-    yield from _rows(
-        title,
-        QUICK,
-        [kind for kind in kinds if kind != "v6e"],
-        ["kernels"],
-        lambda o, kind: cost(o, many, kind),
-    )
+    some = [device for device in devices if device != "v6e"]
+    yield from _rows(title, QUICK, some, ["kernels"], lambda o, device: cost(o, many, device))
     if peers.installed("TPU"):
         large, mesh = trees.llama(), mesh_of(MESH, chips=16)
         title = f"{trees.described('TinyLlama', large)} split over 16 chips"
-        yield from _rows(
-            title,
-            methods,
-            [MESH],
-            [*figures, "messages"],
-            lambda o, _: cost_on_mesh(o, large, mesh),
-        )
+        figures = [*figures, "messages"]
+        yield from _rows(title, methods, [MESH], figures, lambda o, _: cost_on_mesh(o, large, mesh))
 
 
 def _rows(
     title: str,
     methods: list[str],
-    kinds: list[str],
+    devices: list[str],
     figures: list[str],
     cost_of: Callable[..., Cost],
 ) -> Iterator[Row]:
-    for method in methods:
-        for kind in kinds:
-            for library, optimizer in METHODS[method].optimizers.items():
-                found = cost_of(optimizer, kind)._asdict()
-                for figure in figures:
-                    limit = METHODS[method].units if figure == "units" else None
-                    yield Row(
-                        f"{FIGURES[figure]}, {title}",
-                        method,
-                        f"{kind} {library}",
-                        found[figure],
-                        limit=limit,
-                    )
+    for method, device in itertools.product(methods, devices):
+        for library, optimizer in METHODS[method].optimizers.items():
+            costs, column = cost_of(optimizer, device)._asdict(), f"{device} {library}"
+            for figure in figures:
+                limit = METHODS[method].units if figure == "units" else None
+                table = f"{FIGURES[figure]}, {title}"
+                yield Row(table, method, column, costs[figure], limit=limit)
 
 
 def mesh_of(topology: str, **axes: int) -> Mesh:
-    """The chips of a topology as a mesh.
+    """Returns the devices of a topology as a mesh.
 
     Args:
-        topology: kind and shape, such as `"v5e:4x4"`, `"v6e:4x4"`, `"v5p:2x2x4"`; for NVIDIA
-            machines x GPUs, `"h100:2x8"`.
+        topology: kind and shape, such as `"v5e:4x4"`, `"v6e:4x4"`, `"v5p:2x2x4"`; for NVIDIA it is
+            machines x GPUs, such as `"h100:2x8"`.
         **axes: names and lengths of the mesh's axes.
     """
     kind, shape = topology.split(":")
@@ -151,25 +136,24 @@ def mesh_of(topology: str, **axes: int) -> Mesh:
             platform="cuda", target_config=H100, topology=f"1x{shape}"
         )
     else:
-        alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) == {"1", "x"} else {}
-        described = topologies.get_topology_desc(topology, "tpu", **alone)
+        single = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) == {"1", "x"} else {}
+        described = topologies.get_topology_desc(topology, "tpu", **single)
     return Mesh(np.array(described.devices).reshape(*axes.values()), tuple(axes))
 
 
 def longest_split(shape: tuple[int, ...]) -> PartitionSpec:
-    """A leaf's longest axis, its first if there are several, split over all chips."""
-    return PartitionSpec(
-        *("chips" if axis == shape.index(max(shape)) else None for axis in range(len(shape)))
-    )
+    """Shards the longest axis of a leaf over all devices; the first of equally long axes."""
+    longest = shape.index(max(shape)) if shape else None
+    return PartitionSpec(*("chips" if axis == longest else None for axis in range(len(shape))))
 
 
 def cost(optimizer: optax.GradientTransformation, params: Any, kind: str = "v5e") -> Cost:
-    """The cost of one step on one chip, with parameters and state donated.
+    """Returns the cost of one step on one device, with parameters and state donated.
 
     Args:
         optimizer: the whole chain.
         params: shapes of the parameters, as `jax.ShapeDtypeStruct`.
-        kind: of chip: `"v5e"`, `"v5p"`, `"v6e"`, `"h100"`.
+        kind: kind of device: `"v5e"`, `"v5p"`, `"v6e"` or `"h100"`.
 
     Returns:
         The cost, where one unit is the size of the parameters.
@@ -186,20 +170,19 @@ def cost_on_mesh(
     *,
     mapped: bool = False,
 ) -> Cost:
-    """The cost of one step to each chip, with parameters, gradients and moments split over a mesh
-    (FSDP, ZeRO).
+    """Returns the cost of one step to each device of a mesh, with sharded parameters (FSDP, ZeRO).
 
     Args:
-        optimizer: the whole chain; its state is what `init` makes of the whole parameters.
+        optimizer: the whole chain; its state is `init` of the whole parameters.
         params: shapes of the whole parameters.
         mesh: from `mesh_of`.
-        spec_of: of a leaf's shape, how it is split. What has the shape of a parameter is split as
-            that is, the rest of the state is on all chips.
-        mapped: whether the step runs in `jax.shard_map`, on each chip's parts, in place of
-            `jax.jit` on the whole.
+        spec_of: `shape of a leaf -> how it is sharded`. Arrays of the state with the shape of a
+            parameter are sharded like it; the others are replicated.
+        mapped: whether the step runs in `jax.shard_map` on each device's shards, instead of in
+            `jax.jit` on whole arrays.
 
     Returns:
-        The cost, where one unit is the size of a chip's part of the parameters.
+        The cost, where one unit is the size of a device's shards of the parameters.
     """
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
 
@@ -208,11 +191,10 @@ def cost_on_mesh(
 
     program = compiled_step(optimizer)
     if mapped:
-        own, state = (
-            jax.tree.map(spec, tree) for tree in (params, jax.eval_shape(optimizer.init, params))
-        )
+        specs = jax.tree.map(spec, params)
+        state = jax.tree.map(spec, jax.eval_shape(optimizer.init, params))
         parts = jax.shard_map(
-            step(optimizer), mesh=mesh, in_specs=(own, state, own), out_specs=(own, state)
+            step(optimizer), mesh=mesh, in_specs=(specs, state, specs), out_specs=(specs, state)
         )
         program = jax.jit(parts, donate_argnums=(0, 1))
     return _cost(program, optimizer, params, lambda leaf: NamedSharding(mesh, spec(leaf)))
@@ -229,12 +211,10 @@ def _cost(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), tree
         )
 
-    compiled = program.lower(
-        *map(placed, (params, jax.eval_shape(optimizer.init, params), params))
-    ).compile()
-    unit = sum(
-        4 * math.prod(sharding_of(leaf).shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params)
-    )
+    state = jax.eval_shape(optimizer.init, params)
+    compiled = program.lower(*map(placed, (params, state, params))).compile()
+    shards = [sharding_of(leaf).shard_shape(leaf.shape) for leaf in jax.tree.leaves(params)]
+    unit = 4 * sum(map(math.prod, shards))  # bytes of float32
     temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
     text = compiled.as_text() or ""
     moved = list(traffic(text))

@@ -1,8 +1,7 @@
-"""How long JAX takes to trace a step and XLA to compile it, as ratios to Optax's global norm with
-Adam on the same tree.
+"""Measures how long JAX takes to trace a step, and XLA to compile it.
 
-Each is done in fresh caches, all in turn. Tracing is from the Python functions to a program for
-XLA, `init` included.
+Times are ratios to Adam with Optax's clip by global norm on the same tree. Every measurement starts
+with fresh caches. Tracing turns the Python functions into a program for XLA, `init` included.
 """
 
 import time
@@ -18,39 +17,35 @@ from benchmarks.optimizers import FEW, METHODS, chosen, compiled_step
 from benchmarks.report import Row
 from benchmarks.timing import cold, spread
 
-TREES = {  # with how often each is measured in a round: what takes a fraction of a second is disturbed the most
+# The last number is how often a round measures the tree: short times vary the most. The leaves of
+# GPT-2 are large; on CPU the clip has two ways to measure a large leaf, which both are compiled.
+TREES = {
     "10 tiny leaves": (lambda: trees.tiny(10), METHODS, 5),
     "200 tiny leaves": (lambda: trees.tiny(200), METHODS, 1),
-    "GPT-2 (148 leaves)": (
-        trees.gpt2,
-        METHODS,
-        1,
-    ),  # leaves are large, which on a CPU are measured in two ways
+    "GPT-2 (148 leaves)": (trees.gpt2, METHODS, 1),
     "2000 tiny leaves": (trees.tiny, FEW, 1),
 }
 QUICK = {"10 tiny leaves": (lambda: trees.tiny(10), FEW, 1)}
 
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
-    """Rows of two tables for each tree; for a few methods and the first tree, to be quick."""
+    """Yields rows of two tables for each tree; quick: a few methods on the first tree."""
     for name, (make, methods, often) in (QUICK if quick else TREES).items():
         yield from _rows(name, make(), list(methods), rounds * often)
 
 
 def _rows(name: str, tree: Any, methods: list[str], rounds: int) -> Iterator[Row]:
-    times = cold(
-        {row: _measure(optimizer, tree) for row, optimizer in chosen(methods).items()}, rounds
-    )
+    measures = {row: _measure(optimizer, tree) for row, optimizer in chosen(methods).items()}
+    times = cold(measures, rounds)
+    reference = times["global norm", "Optax"]
     for i, what in enumerate(["Trace", "Compile"]):
         title = f"{what} time over that of Optax's global norm, {name}"
         for (method, library), seconds in times.items():
-            yield Row(
-                title, method, library, *spread(seconds[:, i] / times["global norm", "Optax"][:, i])
-            )
+            yield Row(title, method, library, *spread(seconds[:, i] / reference[:, i]))
 
 
 def _measure(optimizer: optax.GradientTransformation, tree: Any) -> Callable[[], np.ndarray]:
-    """Seconds to trace, and to compile."""
+    """Returns a function that measures the seconds to trace and to compile."""
 
     def measure() -> np.ndarray:
         start = time.perf_counter()

@@ -1,6 +1,4 @@
-"""The optimizers that are measured: Adam with each clip of this library, and with its peer in
-Optax.
-"""
+"""The optimizers to measure: Adam with each clip of this library, and with its peer in Optax."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -11,17 +9,16 @@ import optax
 import optaxclip
 from optaxclip import thresholds
 
-READS_AND_WRITES = (
-    7  # of Adam: gradients, parameters and two moments are read, and all but the gradients written
-)
+# Adam reads gradients, parameters and two moments, and writes all of them except the gradients
+READS_AND_WRITES = 7
 
 
 class Method(NamedTuple):
     """A way to clip.
 
     Attributes:
-        reads: how often arrays as large as the parameters have to be read besides what Adam reads.
-        optimizers: by library, Adam with this clip.
+        reads: how many more arrays as large as the parameters it must read than Adam.
+        optimizers: `library -> Adam with this clip`.
     """
 
     reads: int
@@ -29,7 +26,7 @@ class Method(NamedTuple):
 
     @property
     def units(self) -> int:
-        """What a step has to read and write, over the size of the parameters."""
+        """The least that a step must read and write, in units of the parameters."""
         return READS_AND_WRITES + self.reads
 
 
@@ -62,11 +59,12 @@ METHODS = {
         1, {"optaxclip": optaxclip.skip_spikes(OURS, thresholds.zscore(4.0))}
     ),
 }
-FEW = ["none", "value", "global norm", "adagc", "global norm, skip NaN"]  # where all take too long
+# for trees on which all methods would take too long
+FEW = ["none", "value", "global norm", "adagc", "global norm, skip NaN"]
 
 
 def chosen(methods: Iterable[str]) -> dict[tuple[str, str], optax.GradientTransformation]:
-    """By method and library, the optimizers of these methods."""
+    """Returns the optimizers of these methods by method and library."""
     return {
         (name, library): optimizer
         for name in methods
@@ -75,7 +73,7 @@ def chosen(methods: Iterable[str]) -> dict[tuple[str, str], optax.GradientTransf
 
 
 def step(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """`(params, state, grads) -> (params, state)`."""
+    """Returns the function `(params, state, grads) -> (params, state)`."""
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = optimizer.update(grads, state, params)

@@ -1,4 +1,4 @@
-"""Adam with clipping in PyTorch and in Keras, and which packages are installed."""
+"""Adam with clipping in PyTorch and Keras; which peers are installed."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# of what there are rows, and the package that is needed for them
+# the columns and rows that need an optional package
 PACKAGES = {
     "torch": "torch",
     "Keras": "keras",
@@ -22,13 +22,14 @@ Steps = dict[str, Callable[[], Any]]
 
 
 def installed(peer: str) -> bool:
-    """Whether the package is there."""
+    """Returns whether the package of a peer is installed."""
     return importlib.util.find_spec(PACKAGES[peer]) is not None
 
 
 def torch_steps(params: Any, grads: Any, methods: list[str]) -> Steps:
-    """By method, as far as there are such, a step of PyTorch's fused Adam on copies of these
-    arrays.
+    """Returns `method -> step` of PyTorch's fused Adam, for the methods that PyTorch has.
+
+    Each step works on copies of the parameters and gradients.
     """
     torch = importlib.import_module("torch")
     clip = torch.nn.utils
@@ -50,9 +51,8 @@ def torch_steps(params: Any, grads: Any, methods: list[str]) -> Steps:
             adam.step()
 
     def step_of(method: Callable[..., None]) -> Callable[[], Any]:
-        weights = [
-            torch.tensor(x, device=device, requires_grad=True) for x in jax.tree.leaves(params)
-        ]
+        leaves = jax.tree.leaves(params)
+        weights = [torch.tensor(x, device=device, requires_grad=True) for x in leaves]
         for weight, gradient in zip(weights, jax.tree.leaves(grads), strict=True):
             weight.grad = torch.tensor(gradient, device=device)
         adam = torch.optim.Adam(weights, lr=1e-3, fused=True)
@@ -64,20 +64,17 @@ def torch_steps(params: Any, grads: Any, methods: list[str]) -> Steps:
 
         return step
 
-    known = {
-        "none": none,
-        "value": value,
-        "global norm": global_norm,
-        "global norm, skip NaN": skip,
-    }
+    known = {"none": none, "value": value, "global norm": global_norm}
+    known["global norm, skip NaN"] = skip
     return {method: step_of(known[method]) for method in methods if method in known}
 
 
 def keras_steps(params: Any, grads: Any, methods: list[str]) -> Steps:
-    """By method, as far as there are such, a compiled step of Keras's Adam, with JAX as its
-    backend, on copies of these.
+    """Returns `method -> step` of Keras's Adam on JAX, for the methods that Keras has.
+
+    Each step is compiled, and works on copies of the parameters and gradients.
     """
-    os.environ["KERAS_BACKEND"] = "jax"  # read when it is imported
+    os.environ["KERAS_BACKEND"] = "jax"  # Keras reads this when it is imported
     keras = importlib.import_module("keras")
     gradients = list(map(jnp.array, jax.tree.leaves(grads)))
 

@@ -1,7 +1,7 @@
-"""What clipping each example costs over a plain batch gradient: memory, work and bytes by the
-compiler, and wall time.
+"""Measures what per-example clipping costs, compared with a plain batch gradient.
 
-The compiler counts the body of a loop once, so where there is a loop, flops and bytes are left out.
+Memory, flops and bytes are from the compiled program; time is wall time. The compiler counts the
+body of a loop only once, so programs with a loop have no flops and bytes.
 """
 
 import functools
@@ -24,7 +24,7 @@ BATCH, MICROBATCH = 256, 32
 
 
 class MLP(nn.Module):
-    """784-1024-1024-10."""
+    """A multilayer perceptron, 784-1024-1024-10."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -35,7 +35,7 @@ class MLP(nn.Module):
 
 
 class LSTM(nn.Module):
-    """100 symbols, embedding and state of 128."""
+    """An LSTM for 100 symbols, with an embedding and a state of 128."""
 
     @nn.compact
     def __call__(self, text: Array) -> Array:
@@ -68,13 +68,13 @@ class Transformer(nn.Module):
 
 
 def image_batch(*shape: int) -> tuple[Array, Array]:
-    """Noise and labels."""
+    """Returns random images and labels."""
     key = jax.random.key(0)
     return jax.random.normal(key, (BATCH, *shape)), jax.random.randint(key, (BATCH,), 0, 10)
 
 
 def text_batch(length: int, symbols: int) -> tuple[Array, Array]:
-    """Noise, and what comes next in it."""
+    """Returns random texts, and for each symbol the next one."""
     text = jax.random.randint(jax.random.key(0), (BATCH, length + 1), 0, symbols)
     return text[:, :-1], text[:, 1:]
 
@@ -88,7 +88,7 @@ MODELS = {
 
 
 def rows_of(model: Any) -> dict[str, Callable[..., Any]]:
-    """Functions `(params, x, y) -> gradients`, and other things."""
+    """Returns the functions to measure; each takes `(params, x, y)` and computes gradients."""
 
     def loss(params: Any, x: Array, y: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
@@ -100,27 +100,24 @@ def rows_of(model: Any) -> dict[str, Callable[..., Any]]:
         gradients = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, y)
         return optax.per_example_global_norm_clip(jax.tree.leaves(gradients), 1.0)
 
+    in_parts = f", microbatch {MICROBATCH}"
     rows = {
         "plain": jax.value_and_grad(mean),
         "clipped_grad": per_example.clipped_grad(loss, 1.0),
-        f"clipped_grad, microbatch {MICROBATCH}": per_example.clipped_grad(
-            loss, 1.0, microbatch=MICROBATCH
-        ),
+        f"clipped_grad{in_parts}": per_example.clipped_grad(loss, 1.0, microbatch=MICROBATCH),
         "optax": stored,
     }
     if peers.installed("jax_privacy"):
         clipping = importlib.import_module("jax_privacy.clipping")
-        for name, size in (
-            ("jax_privacy", None),
-            (f"jax_privacy, microbatch {MICROBATCH}", MICROBATCH),
-        ):
+        for name, size in ("", None), (in_parts, MICROBATCH):
             options = {"batch_argnums": (1, 2), "keep_batch_dim": False, "microbatch_size": size}
-            rows[name] = clipping.clipped_grad(loss, l2_clip_norm=1.0, **options)
+            clipped = clipping.clipped_grad(loss, l2_clip_norm=1.0, **options)
+            rows[f"jax_privacy{name}"] = clipped
     return rows
 
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
-    """Rows of a table for each model; for the recurrent one, which is fast in any way, to be quick."""
+    """Yields rows of a table for each model; quick: only for the LSTM, the fastest."""
     for title in ["LSTM"] if quick else MODELS:
         model, make_batch = MODELS[title]
         batch = make_batch()
@@ -129,9 +126,8 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
             name: jax.jit(row).lower(params, *batch).compile()
             for name, row in rows_of(model).items()
         }
-        times = timed(
-            {name: functools.partial(row, params, *batch) for name, row in compiled.items()}, rounds
-        )
+        steps = {name: functools.partial(row, params, *batch) for name, row in compiled.items()}
+        times = timed(steps, rounds)
         costs = {name: counted(row) for name, row in compiled.items()}
         table = f"Over a plain gradient, {title}, batches of {BATCH}"
         for name in compiled:
@@ -142,7 +138,7 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
 
 
 def counted(compiled: Any) -> dict[str, float]:
-    """Temporary memory, flops and bytes; NaN for the last two of a program with a loop."""
+    """Returns temporary memory, flops and bytes; flops and bytes are NaN if there is a loop."""
     cost, loop = compiled.cost_analysis(), " while(" in compiled.as_text()
     flops, moved = np.array([cost["flops"], cost["bytes accessed"]]) * (np.nan if loop else 1)
     return {

@@ -1,6 +1,4 @@
-"""A picture of the tables that know a limit: a dot for each figure, with its quartiles, and a line
-where the limit is.
-"""
+"""Draws the tables that have a limit: a dot with quartiles for each figure, a line at the limit."""
 
 import textwrap
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ MARKERS, COLORS = "osD^vP", ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A panel for each table, below one another, so that it is legible on a phone as well."""
+    """Draws a panel for each table; panels are stacked, so the plot is legible on a phone."""
     titles = unique(row.table for row in rows if row.limit is not None)
     styles = _styles(unique(row.column for row in rows))
     panels = [[row for row in rows if row.table == title] for title in titles]
@@ -25,60 +23,49 @@ def draw(rows: Sequence[Row]) -> Figure:
     for ax, title, panel in zip(axes, titles, panels, strict=True):
         _panel(ax, panel, styles)
         ax.set_title(textwrap.fill(title, 44), fontsize=12, loc="left")
-    handles = {
-        label: handle
-        for ax in axes
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles, loc="outside upper left", ncols=3, frameon=False, fontsize=12
-    )
+    handles = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles[label] = handle
+    look = {"loc": "outside upper left", "ncols": 3, "frameon": False, "fontsize": 12}
+    figure.legend(handles.values(), handles, **look)
     return figure
 
 
 def _styles(columns: list[str]) -> dict[str, tuple[str, str]]:
-    """Marker and colour of each column. A library, the last word of a column, has a colour; the
-    chip before it a marker.
+    """Returns the marker and colour of each column, which is named `"device library"`.
+
+    The library chooses the colour. The device chooses the marker, or the library if there is only
+    one device.
     """
-    chip, library = (
-        {column: column.rpartition(" ")[part] for column in columns} for part in (0, 2)
-    )
-    chips, libraries = unique(chip.values()), unique(library.values())
-    markers = {
-        c: chips.index(chip[c]) if len(chips) > 1 else libraries.index(library[c]) for c in columns
-    }
-    return {c: (MARKERS[markers[c]], COLORS[libraries.index(library[c])]) for c in columns}
+    device = {column: column.rpartition(" ")[0] for column in columns}
+    library = {column: column.rpartition(" ")[2] for column in columns}
+    devices, libraries = unique(device.values()), unique(library.values())
+    styles = {}
+    for column in columns:
+        color = libraries.index(library[column])
+        marker = devices.index(device[column]) if len(devices) > 1 else color
+        styles[column] = (MARKERS[marker], COLORS[color])
+    return styles
 
 
 def _panel(ax: Any, rows: Sequence[Row], styles: dict[str, tuple[str, str]]) -> None:
     methods, columns = unique(row.method for row in rows), unique(row.column for row in rows)
     for at, column in enumerate(columns):
-        own = [row for row in rows if row.column == column]
-        values = np.array(
-            [
-                [row.value if edge is None else edge for edge in (row.low, row.value, row.high)]
-                for row in own
-            ]
-        )
-        y = [
-            methods.index(row.method) + 0.7 / len(columns) * (at - (len(columns) - 1) / 2)
-            for row in own
-        ]
-        low, median, high = values.T
+        of_column = [row for row in rows if row.column == column]
+        shift = 0.7 / len(columns) * (at - (len(columns) - 1) / 2)  # columns side by side
+        y = [methods.index(row.method) + shift for row in of_column]
+        median = np.array([row.value for row in of_column])
+        low = np.array([row.value if row.low is None else row.low for row in of_column])
+        high = np.array([row.value if row.high is None else row.high for row in of_column])
         marker, color = styles[column]
-        errors = [median - low, high - median]
-        ax.errorbar(
-            median, y, xerr=errors, fmt=marker, color=color, markersize=7, linewidth=2, label=column
-        )
+        look = {"fmt": marker, "color": color, "markersize": 7, "linewidth": 2, "label": column}
+        ax.errorbar(median, y, xerr=[median - low, high - median], **look)
     limits = {row.method: row.limit for row in rows}
     for i, method in enumerate(methods):
-        ax.plot(
-            [limits[method]] * 2,
-            [i - 0.42, i + 0.42],
-            color="black",
-            linewidth=2,
-            label="limit" if not i else None,
-        )
+        label = None if i else "limit"
+        edges = [i - 0.42, i + 0.42]
+        ax.plot([limits[method]] * 2, edges, color="black", linewidth=2, label=label)
     ax.set_yticks(range(len(methods)), methods)
     ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.tick_params(labelsize=12)

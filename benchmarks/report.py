@@ -20,13 +20,13 @@ class Row(NamedTuple):
     """One figure.
 
     Attributes:
-        table: title of the table in which it stands.
-        method: its line there.
+        table: title of its table.
+        method: its line in the table.
         column: its column, such as the library.
-        value: the figure; a median where it was measured several times.
-        low: lower quartile, if so.
-        high: upper quartile, if so.
-        limit: the least it can be, where that is known.
+        value: the figure; the median if it was measured more than once.
+        low: the lower quartile, if it was measured more than once.
+        high: the upper quartile, if it was measured more than once.
+        limit: the lowest possible value, if it is known.
     """
 
     table: str
@@ -39,19 +39,19 @@ class Row(NamedTuple):
 
 
 def circumstances() -> dict[str, Any]:
-    """Device, date, and the versions of what is installed."""
-    found = {package: _version(package) for package in PACKAGES}
+    """Returns the device, the date, and the versions of the installed packages."""
+    versions = {package: _version(package) for package in PACKAGES}
+    installed = {name: version for name, version in versions.items() if version}
     return {
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "date": datetime.date.today().isoformat(),
-        "versions": {"python": platform.python_version()}
-        | {name: version for name, version in found.items() if version},
+        "versions": {"python": platform.python_version()} | installed,
     }
 
 
 def save(folder: Path, benchmark: str, rows: Sequence[Row], rounds: int) -> None:
-    """Writes `BENCHMARK.json` and `BENCHMARK.md`, which say the same."""
+    """Writes the same rows to `BENCHMARK.json` and `BENCHMARK.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     where = circumstances()
     whole = {
@@ -62,23 +62,22 @@ def save(folder: Path, benchmark: str, rows: Sequence[Row], rounds: int) -> None
     }
     (folder / f"{benchmark}.json").write_text(json.dumps(whole, indent=1) + "\n")
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    times = "times are medians, with quartiles, of " + (
-        f"{rounds} rounds" if rounds > 1 else "one round"
+    count = f"{rounds} rounds" if rounds > 1 else "one round"
+    how = (
+        f"Measured on {where['date']}, times are medians, with quartiles, of {count}; "
+        f"device: {where['device']}, {where['cores']} CPU cores; {versions}."
     )
-    said = f"Measured on {where['date']}, {times}; device: {where['device']}, {where['cores']} CPU cores; {versions}."
-    (folder / f"{benchmark}.md").write_text(f"{tables(rows)}\n{said}\n")
+    (folder / f"{benchmark}.md").write_text(f"{tables(rows)}\n{how}\n")
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """All tables in Markdown: a line for each method, and a column for the limits if there are any."""
-    return "\n".join(
-        _table(title, [row for row in rows if row.table == title])
-        for title in unique(row.table for row in rows)
-    )
+    """Returns all tables in Markdown, with a line for each method and a column for limits."""
+    titles = unique(row.table for row in rows)
+    return "\n".join(_table(title, [row for row in rows if row.table == title]) for title in titles)
 
 
 def unique(items: Any) -> list[Any]:
-    """In the order in which they first come."""
+    """Returns the items without repetitions, in order of first appearance."""
     return list(dict.fromkeys(items))
 
 

@@ -1,5 +1,6 @@
-"""Wall time of an optimizer step on this machine's default device, as a ratio to the bare
-optimizer's of the same library.
+"""Measures the wall time of an optimizer step on the default device.
+
+Times are ratios to the bare optimizer of the same library.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +15,8 @@ from benchmarks.optimizers import FEW, METHODS, READS_AND_WRITES, chosen, compil
 from benchmarks.report import Row
 from benchmarks.timing import spread, timed
 
-# A CPU has a GPT-2 with two layers and 4000 words: each row holds parameters and moments of its
-# own.
+# On CPU, GPT-2 has two layers and 4000 words, because every row keeps a copy of parameters and
+# moments in memory.
 TREES = {
     "GPT-2": (
         lambda: trees.gpt2() if jax.default_backend() == "gpu" else trees.gpt2(2, vocabulary=4000),
@@ -28,7 +29,7 @@ QUICK = {"GPT-2": (lambda: trees.gpt2(1, vocabulary=1000), FEW)}
 
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
-    """Rows of a table for each tree; for one small tree and a few methods, to be quick."""
+    """Yields rows of a table for each tree; quick: a few methods on one small tree."""
     for name, (make, methods) in (QUICK if quick else TREES).items():
         yield from _rows(name, make(), list(methods), rounds)
 
@@ -43,14 +44,13 @@ def _rows(name: str, tree: Any, methods: list[str], rounds: int) -> Iterator[Row
 
 
 def _steps(params: Any, grads: Any, methods: list[str]) -> dict[tuple[str, str], Callable[[], Any]]:
-    """By method and library, a step on parameters and state of its own."""
+    """Returns steps by method and library, each on a copy of parameters and state."""
     on_device = jax.tree.map(jnp.array, grads)
     steps = {row: _step(optimizer, params, on_device) for row, optimizer in chosen(methods).items()}
     for library, make in ("torch", peers.torch_steps), ("Keras", peers.keras_steps):
         if peers.installed(library):
-            steps |= {
-                (method, library): step for method, step in make(params, grads, methods).items()
-            }
+            for method, step in make(params, grads, methods).items():
+                steps[method, library] = step
     return steps
 
 

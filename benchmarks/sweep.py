@@ -1,8 +1,8 @@
-"""A sweep over thresholds: all in one program under `jax.vmap`, or one after the other.
+"""Measures a sweep over thresholds: under `jax.vmap` in one program, or one after the other.
 
-A threshold is an argument of one compiled program, or a Python number of which each makes a program
-of its own. Each run trains a regression by SGD with momentum. With compilation, all is done in
-fresh caches, as in a process that has just started.
+A threshold is an argument of one compiled program, or a Python number, which needs a program for
+each value. Each run trains a regression by SGD with momentum. Times with compilation start with
+fresh caches, like a new process.
 """
 
 import time
@@ -25,7 +25,7 @@ CLIPS = {"optaxclip": optaxclip.clip_by_global_norm, "Optax": optax.clip_by_glob
 
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
-    """Rows of two tables; of two thresholds, to be quick."""
+    """Yields rows of two tables; quick: for two thresholds."""
     thresholds = jnp.array(THRESHOLDS[::8] if quick else THRESHOLDS)
     measures = {
         (way, library): _measure(start, clip, thresholds)
@@ -41,7 +41,7 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
 
 
 def run(clip: Callable[[Any], optax.GradientTransformation], threshold: Any) -> Array:
-    """The loss after training, of a multilayer perceptron with one hidden layer."""
+    """Trains a multilayer perceptron with one hidden layer, and returns its last loss."""
     optimizer = optax.chain(clip(threshold), optax.sgd(0.01, momentum=0.9))
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (STEPS, BATCH, 20))
@@ -63,22 +63,21 @@ def run(clip: Callable[[Any], optax.GradientTransformation], threshold: Any) -> 
 
 
 def vmapped(clip: Any, thresholds: Array) -> Callable[[], Any]:
-    """All in one program."""
+    """Runs all thresholds in one program."""
     program = jax.jit(jax.vmap(lambda threshold: run(clip, threshold)))
     return lambda: program(thresholds)
 
 
 def called(clip: Any, thresholds: Array) -> Callable[[], Any]:
-    """One program, once for each."""
+    """Runs one program once for each threshold."""
     program = jax.jit(lambda threshold: run(clip, threshold))
     return lambda: [program(threshold) for threshold in thresholds]
 
 
 def compiled(clip: Any, thresholds: Array) -> Callable[[], Any]:
-    """A program for each."""
-    programs = [
-        jax.jit(lambda number=float(threshold): run(clip, number)) for threshold in thresholds
-    ]
+    """Compiles a program for each threshold."""
+    numbers = map(float, thresholds)
+    programs = [jax.jit(lambda number=number: run(clip, number)) for number in numbers]
     return lambda: [program() for program in programs]
 
 
@@ -90,7 +89,7 @@ WAYS = {
 
 
 def _measure(start: Callable[..., Any], clip: Any, thresholds: Array) -> Callable[[], np.ndarray]:
-    """Seconds with compilation, and without."""
+    """Returns a function that measures the seconds with compilation, and without."""
 
     def measure() -> np.ndarray:
         sweep, times = start(clip, thresholds), [time.perf_counter()]

@@ -1,8 +1,8 @@
-"""Wall time, as ratios within one run.
+"""Measures wall time for ratios within one run.
 
-All that is compared runs in one process, in turn, so what disturbs one disturbs all; a step follows
-one of its own kind, as in training, because what others leave in caches and allocators is not its
-cost.
+Everything that is compared runs in one process, in turn, so a disturbance affects all of it. Each
+measured step follows a step of the same program, as in training: the state in which another program
+leaves caches and allocators does not count.
 """
 
 import gc
@@ -25,36 +25,35 @@ class Spread(NamedTuple):
 
 
 def timed(steps: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, np.ndarray]:
-    """Seconds that each step takes, `[rounds]`."""
-    return interleaved(
-        {key: lambda step=step: _seconds(step) for key, step in steps.items()}, rounds
-    )
+    """Returns the seconds that each step takes, `[rounds]`."""
+    measures = {key: lambda step=step: _seconds(step) for key, step in steps.items()}
+    return interleaved(measures, rounds)
 
 
 def interleaved(measures: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, np.ndarray]:
-    """What each function returns, `[rounds, ...]`, when all are called in turn."""
+    """Calls all functions in turn, and returns the results of each, `[rounds, ...]`."""
     values = [[measure() for measure in measures.values()] for _ in range(rounds)]
     return dict(zip(measures, np.moveaxis(np.array(values), 0, 1), strict=True))
 
 
 def cold(measures: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, np.ndarray]:
-    """The same, each in fresh caches. What is done once in a process is no one's, so the first is
-    called before all.
+    """Calls all functions in turn with fresh caches, and returns the results, `[rounds, ...]`.
+
+    One function is called once before, so that work done once per process is not measured.
     """
 
     def fresh(measure: Callable[[], Any]) -> Any:
         jax.clear_caches()
-        gc.collect()  # what others left is not to be collected at this one's expense
+        gc.collect()  # collects the garbage of the functions before, outside of the measurement
         return measure()
 
     fresh(next(iter(measures.values())))
-    return interleaved(
-        {key: lambda measure=measure: fresh(measure) for key, measure in measures.items()}, rounds
-    )
+    starts = {key: lambda measure=measure: fresh(measure) for key, measure in measures.items()}
+    return interleaved(starts, rounds)
 
 
 def spread(values: np.ndarray) -> Spread:
-    """Of values over rounds."""
+    """Returns the median and the quartiles of values over rounds."""
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return Spread(median, low, high)
 

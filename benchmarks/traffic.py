@@ -1,59 +1,36 @@
-"""What a scheduled program moves to and from main memory, kernel by kernel, and how many messages
-it sends.
+"""Counts the memory traffic of a compiled program by kernel, and its collective operations.
 
-Bytes are counted so: each operand that a kernel reads from main memory once, and each result that
-it writes once. Buffers that the compiler keeps on chip are free, and an asynchronous copy onto the
-chip counts as one read.
+A kernel reads each operand in main memory once, and writes each result once. Buffers that the
+compiler keeps on chip are free. An asynchronous copy onto the chip counts as one read.
 """
 
 import math
 import re
 from collections.abc import Iterator
 
-WIDTHS = {
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "s8": 1,
-    "u8": 1,
-    "pred": 1,
+BYTES_OF = {
+    8: "f64 s64 u64",
+    4: "f32 s32 u32",
+    2: "bf16 f16 s16 u16",
+    1: "s8 u8 pred",
 }
-NO_KERNEL = {
-    "parameter",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "constant",
-    "after-all",
-    "copy-done",
-    "slice-done",
-    "async-done",
-    "all-reduce-done",
-    "all-gather-done",
-    "collective-permute-done",
-    "opt-barrier",
-}
+WIDTHS = {dtype: width for width, dtypes in BYTES_OF.items() for dtype in dtypes.split()}
+NO_KERNEL = set(
+    "parameter tuple get-tuple-element bitcast constant after-all opt-barrier copy-done slice-done "
+    "async-done all-reduce-done all-gather-done collective-permute-done".split()
+)
 COLLECTIVE = re.compile(
     r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 
 
 def messages(program: str) -> int:
-    """How many collective operations there are, each counted once, those of branches and loops as
-    well.
-    """
+    """Returns the number of collective operations; each counts once, also in branches and loops."""
     return len(COLLECTIVE.findall(program))
 
 
 def traffic(program: str) -> Iterator[int]:
-    """Bytes to and from main memory of each kernel in the program's entry computation."""
+    """Yields the bytes that each kernel of the entry computation moves to and from main memory."""
     entry = program[program.index("\nENTRY ") :]
     results: dict[str, str] = {}
     for line in entry.splitlines():
@@ -79,7 +56,7 @@ def _arrays(text: str) -> list[str]:
 
 
 def _bytes(text: str) -> int:
-    """Size of the arrays in `text` that live in main memory; `S(1)` and the like are on chip."""
+    """Returns the bytes of the arrays in `text` in main memory; `S(1)`, `S(2)`, ... are on chip."""
     off_chip = [array for array in _arrays(text) if not re.search(r"S\([1-9]\)", array)]
     parsed = [array.split("{")[0].rstrip("]").split("[") for array in off_chip]
     return sum(

@@ -1,4 +1,4 @@
-"""The trees of parameters that the benchmarks run on, as shapes."""
+"""The parameter trees of the benchmarks, as shapes."""
 
 import math
 from typing import Any
@@ -12,18 +12,14 @@ def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257) -> dict[st
     """GPT-2: 124 million parameters in 148 leaves."""
     block = {
         **{f"ln{i}_{name}": (width,) for i in (1, 2) for name in ("scale", "bias")},
-        **{
-            "qkv": (width, 3 * width),
-            "qkv_bias": (3 * width,),
-            "out": (width, width),
-            "out_bias": (width,),
-        },
-        **{
-            "up": (width, 4 * width),
-            "up_bias": (4 * width,),
-            "down": (4 * width, width),
-            "down_bias": (width,),
-        },
+        "qkv": (width, 3 * width),
+        "qkv_bias": (3 * width,),
+        "out": (width, width),
+        "out_bias": (width,),
+        "up": (width, 4 * width),
+        "up_bias": (4 * width,),
+        "down": (4 * width, width),
+        "down_bias": (width,),
     }
     shapes = {
         "wte": (vocabulary, width),
@@ -41,23 +37,20 @@ def llama(
     keys: int = 256,
     vocabulary: int = 32000,
 ) -> dict[str, Any]:
-    """TinyLlama: 1.1 billion parameters in 201 leaves. `keys` is the width of keys and values,
-    which heads share.
+    """TinyLlama: 1.1 billion parameters in 201 leaves.
+
+    `keys` is the width of keys and values, which is small because heads share them.
     """
     block = {
-        **{
-            "attention_norm": (width,),
-            "q": (width, width),
-            "k": (width, keys),
-            "v": (width, keys),
-            "o": (width, width),
-        },
-        **{
-            "mlp_norm": (width,),
-            "gate": (width, hidden),
-            "up": (width, hidden),
-            "down": (hidden, width),
-        },
+        "attention_norm": (width,),
+        "q": (width, width),
+        "k": (width, keys),
+        "v": (width, keys),
+        "o": (width, width),
+        "mlp_norm": (width,),
+        "gate": (width, hidden),
+        "up": (width, hidden),
+        "down": (hidden, width),
     }
     shapes = {"embedding": (vocabulary, width), "norm": (width,), "head": (width, vocabulary)}
     return _structs({**shapes, **{f"block{i}": block for i in range(layers)}})
@@ -73,14 +66,14 @@ def resnet50() -> dict[str, Any]:
     for stage, blocks in enumerate((3, 4, 6, 3)):
         width = 64 * 2**stage
         for block in range(blocks):
-            tree[f"stage{stage}_{block}"] = {
-                **{
-                    f"conv{i}": convolution(*shape)
-                    for i, shape in enumerate([(1, inputs, width), (3, width, width)])
-                },
-                **{"conv2": convolution(1, width, 4 * width)},
-                **({} if block else {"shortcut": convolution(1, inputs, 4 * width)}),
+            layers = {
+                "conv0": convolution(1, inputs, width),
+                "conv1": convolution(3, width, width),
+                "conv2": convolution(1, width, 4 * width),
             }
+            if not block:
+                layers["shortcut"] = convolution(1, inputs, 4 * width)
+            tree[f"stage{stage}_{block}"] = layers
             inputs = 4 * width
     return _structs({**tree, "head": {"kernel": (inputs, 1000), "bias": (1000,)}})
 
@@ -91,14 +84,14 @@ def tiny(leaves: int = 2000) -> dict[str, Any]:
 
 
 def described(name: str, tree: Any) -> str:
-    """The name, with how many leaves and numbers the tree has."""
+    """Returns the name, with the number of leaves and parameters of the tree."""
     leaves = jax.tree.leaves(tree)
     numbers = sum(math.prod(leaf.shape) for leaf in leaves)
     return f"{name} ({len(leaves)} leaves, {numbers / 1e6:.4g} M parameters)"
 
 
 def noise(tree: Any, scale: float) -> Any:
-    """NumPy arrays of these shapes."""
+    """Returns random NumPy arrays of these shapes."""
     random = np.random.default_rng(0)
     return jax.tree.map(lambda x: scale * random.standard_normal(x.shape, np.float32), tree)
 

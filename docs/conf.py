@@ -1,4 +1,4 @@
-"""How the pages become a site: `scripts/docs`."""
+"""Sphinx configuration; `scripts/docs` builds the site."""
 
 import ast
 import inspect
@@ -24,14 +24,15 @@ exclude_patterns = ["_build", "measured"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-default_role = "py:obj"  # so what stands in single backticks in a docstring is code, and a link where it is a name
+default_role = "py:obj"  # single backticks in a docstring are code, and links if they are names
 python_maximum_signature_line_length = 80
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature has them as they are written
 napoleon_attr_annotations = False
 napoleon_use_ivar = True
 intersphinx_timeout = 10
-intersphinx_mapping = {  # without a network, names are looked up in the few lines that are kept here
+# without a network, names are looked up in the short inventories in this folder
+intersphinx_mapping = {
     "jax": ("https://docs.jax.dev/en/latest", (None, "inventories/jax.txt")),
     "optax": ("https://optax.readthedocs.io/en/latest", (None, "inventories/optax.txt")),
     "flax": ("https://flax.readthedocs.io/en/latest", (None, "inventories/flax.txt")),
@@ -48,8 +49,9 @@ TABLE = re.compile(r"(?:^\|.*\|$\n?)+", re.MULTILINE)
 
 
 def from_markdown(app, what, name, obj, options, lines):
-    """Links and tables in docstrings are Markdown, as they are read in a terminal; Sphinx wants
-    them in its own language.
+    """Translates Markdown links and tables in docstrings to reStructuredText.
+
+    Docstrings use Markdown because it reads better in a terminal.
     """
     text = LINK.sub(lambda link: f"`{' '.join(link[1].split())} <{link[2]}>`__", "\n".join(lines))
     lines[:] = TABLE.sub(lambda table: _list_table(table[0].splitlines()), text).splitlines()
@@ -66,39 +68,33 @@ def _list_table(rows):
 
 
 class Written(str):
-    """A default value as it is written."""
+    """A default value as the source code writes it."""
 
     __repr__ = str.__str__
 
 
 def with_written_defaults(app, function, bound_method):
-    """Puts `norms.l2()` in a signature in place of all that it is; a row has the options of `clip`
-    besides its own.
+    """Shows defaults as the source code writes them: `norms.l2()` instead of its repr.
+
+    Methods also have the options of `clip`, so the defaults of `clip` are looked up too.
     """
     if inspect.isfunction(function) and function.__module__.startswith(project):
         written = {**_defaults(optaxclip.clip), **_defaults(function)}
-        signature = inspect.signature(function)
-        parameters = [
-            p.replace(default=written.get(p.name, p.default)) if p.default is not p.empty else p
-            for p in signature.parameters.values()
-        ]
+        signature, parameters = inspect.signature(function), []
+        for p in signature.parameters.values():
+            default = p.default if p.default is p.empty else written.get(p.name, p.default)
+            parameters.append(p.replace(default=default))
         function.__signature__ = signature.replace(parameters=parameters)
 
 
 def _defaults(function):
     arguments = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].args
     positional = [*arguments.posonlyargs, *arguments.args]
-    pairs = [
-        *zip(
-            positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True
-        ),
-        *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
-    ]
-    return {
-        argument.arg: Written(ast.unparse(default))
-        for argument, default in pairs
-        if default is not None
-    }
+    optional = positional[len(positional) - len(arguments.defaults) :]
+    names = [argument.arg for argument in (*optional, *arguments.kwonlyargs)]
+    defaults = [*arguments.defaults, *arguments.kw_defaults]
+    pairs = zip(names, defaults, strict=True)
+    return {name: Written(ast.unparse(default)) for name, default in pairs if default is not None}
 
 
 def setup(app):

@@ -1,10 +1,10 @@
-"""Draws the pictures of the documentation, and writes its page of methods out of their docstrings:
-`scripts/docs` runs it.
+"""Draws the plots of the documentation, and writes its gallery of methods; `scripts/docs` runs it.
 
-Every method clips the same gradients of one matrix: noise around a slowly falling norm, single
-spikes, two zero steps, and a level that rises for good. What is drawn is what its own reading says.
-What a step costs is kept in `measured/methods.json`; `python -m docs.gallery --measure` writes that
-where there is a compiler for TPU, as in the environment of `scripts/bench`.
+The texts of the gallery are the docstrings of the methods. Every method clips the same gradients of
+one matrix: noise around a slowly falling norm, single spikes, two zero steps, and a level that
+rises for good. The plots show the method's reading. The cost of a step is in
+`measured/methods.json`; `python -m docs.gallery --measure` writes that file, and needs a compiler
+for TPU, as in the environment of `scripts/bench`.
 """
 
 import argparse
@@ -33,27 +33,25 @@ STEPS, SHAPE, SPIKES, RISE = 400, (16, 8), {120: 30.0, 180: 5.0, 181: 5.0}, 260
 
 
 class Entry(NamedTuple):
-    """One method as it is shown.
+    """A method in the gallery.
 
     Attributes:
-        call: as it is written, but for the name of the library.
-        scale: what the stream is multiplied by.
-        chain: the optimizer that it makes with Adam; None: not measured.
+        call: the call as users write it, without the name of the library.
+        scale: the factor by which the gradients are multiplied.
+        chain: chains the clip with Adam; None if the cost is not measured.
     """
 
     call: str
     scale: float = 1.0
-    chain: Callable[..., optax.GradientTransformation] | None = lambda clip, adam: optax.chain(
-        clip, adam
-    )
+    chain: Callable[..., optax.GradientTransformation] | None = optax.chain
 
     @property
     def name(self) -> str:
-        """Of the function."""
+        """The name of the function."""
         return self.call.partition("(")[0]
 
     def clip(self) -> optax.GradientTransformation:
-        """What the call returns."""
+        """Makes the clip."""
         return eval(self.call, dict(vars(optaxclip)))
 
 
@@ -88,23 +86,21 @@ COSTS = DOCS / "measured" / "methods.json"
 ROLE, BLOCK = re.compile(r":math:`([^`]*)`"), re.compile(r"\.\. math:: (.*(?:\n +.*)*)")
 INTRODUCTION = """# Methods gallery
 
-The same 400 gradients through every method: noise around a norm that falls, spikes at steps 120, 180 and 181, two zero steps
-at 60, and from step 260 on a level five times as high. Size is what a method measures, of its largest group. Dots are steps in
-which something was clipped. The cost is what a step with Adam moves to and from memory on TPU v5e, by the compiler, for the
-parameters of GPT-2 and in units of their size: {adam:.2f} for bare Adam, {optax:.2f} with Optax's `clip_by_global_norm`
-([performance](performance.md)). The state is that for its 148 leaves, with the four numbers of each group's reading."""
+Every method clips the same 400 gradients: noise around a falling norm, spikes at steps 120, 180 and
+181, two zero steps at 60, and a level five times as high from step 260 on. The plots show the size
+of the method's largest group; dots are steps with something clipped. The cost is the memory traffic
+of a step with Adam on TPU v5e, from the compiled program, for GPT-2 and in units of its parameters:
+{adam:.2f} for bare Adam, {optax:.2f} with Optax's `clip_by_global_norm`
+([performance](performance.md)). The state is given for GPT-2's 148 leaves, with the four numbers of
+each group's reading."""
 
 
 def stream() -> np.ndarray:
-    """Gradients `[steps, *shape]`, the same every time."""
+    """Returns gradients `[steps, *shape]`, the same every time."""
     random = np.random.default_rng(0)
     step = np.arange(STEPS)
-    norms = (
-        2
-        * (1 + 2 * np.exp(-step / 40))
-        * np.exp(0.2 * random.normal(size=STEPS))
-        * np.where(step >= RISE, 5, 1)
-    )
+    falling, noise = 2 * (1 + 2 * np.exp(-step / 40)), np.exp(0.2 * random.normal(size=STEPS))
+    norms = falling * noise * np.where(step >= RISE, 5, 1)
     for spike, factor in SPIKES.items():
         norms[spike] *= factor
     norms[[60, 61]] = 0
@@ -113,7 +109,7 @@ def stream() -> np.ndarray:
 
 
 def history(entry: Entry) -> Any:
-    """What `telemetry.metrics` says of each step of the stream."""
+    """Returns the results of `telemetry.metrics` at each step of the stream."""
     clip, params = entry.clip(), jnp.array(np.random.default_rng(1).normal(size=SHAPE))
 
     def step(state: Any, gradient: jax.Array) -> tuple[Any, Any]:
@@ -125,7 +121,7 @@ def history(entry: Entry) -> Any:
 
 
 def picture(entry: Entry) -> Figure:
-    """Size, limit and size after clipping, at each step."""
+    """Draws size, limit and size after clipping at each step."""
     figure = Figure((5.6, 2.4), layout="constrained")
     axes = plots.sizes(history(entry), ax=figure.subplots())
     axes.set(title="", ylabel="size")
@@ -133,29 +129,26 @@ def picture(entry: Entry) -> Figure:
 
 
 def page() -> str:
-    """The page of all methods, from their docstrings; what a step costs is from the benchmarks."""
+    """Writes the page of all methods, from their docstrings and the measured costs."""
     costs = json.loads(COSTS.read_text())
     text = [INTRODUCTION.format(adam=costs["adam"], optax=costs["optax"])]
     for heading, entries in ENTRIES.items():
         text.append(f"\n## {heading}")
         for entry in entries:
             before, references = parts(inspect.getdoc(getattr(optaxclip, entry.name)) or "")
-            cost_of = (
-                f"Cost {costs[entry.name]:.2f}"
-                if entry.chain
-                else "Cost: a singular value decomposition of each matrix"
-            )
+            spectral = "Cost: a singular value decomposition of each matrix"
+            cost_of = f"Cost {costs[entry.name]:.2f}" if entry.chain else spectral
+            plot = f"![Size, limit and size after clipping](gallery/{entry.name}.svg)"
             text += [
-                f"\n### `{entry.name}`\n\n{before}\n\n![Size, limit and size after "
-                f"clipping](gallery/{entry.name}.svg)\n",
-                f"*`{entry.call}`. {cost_of}, state {remembered(entry)}.*\n\n"
+                f"\n### `{entry.name}`\n\n{before}\n\n{plot}\n",
+                f"*`{entry.call}`. {cost_of}, state {remembered(entry)}.*\n",
                 f"{references or 'The classic.'} API: {{func}}`optaxclip.{entry.name}`.",
             ]
     return "\n".join(text) + "\n"
 
 
 def parts(doc: str) -> tuple[str, str]:
-    """What a docstring says before its arguments, and its references, as Markdown."""
+    """Returns the text of a docstring before its arguments, and its references, as Markdown."""
     before, rest = doc.split("\nArgs:\n")
     before = BLOCK.sub(lambda block: f"$$\n{block[1]}\n$$", before)
     references = re.search(r"\nReferences:\n((?: {4}.*(?:\n|$))+)", rest)
@@ -164,7 +157,7 @@ def parts(doc: str) -> tuple[str, str]:
 
 
 def remembered(entry: Entry) -> str:
-    """How large the state is for GPT-2."""
+    """Says how large the state is for GPT-2."""
     params = gpt2()
     count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(entry.clip().init, params)))
     share = count / sum(x.size for x in jax.tree.leaves(params))
@@ -172,83 +165,66 @@ def remembered(entry: Entry) -> str:
 
 
 def direction() -> Figure:
-    """A gradient in the plane, clipped as a whole and by element."""
+    """Draws a gradient with two elements, clipped as a whole and by element."""
     figure = Figure((5.6, 2.8), layout="constrained")
-    gradient = jnp.array([3.0, 1.2])
-    for axes, (title, clip) in zip(
-        figure.subplots(1, 2, sharey=True),
-        {
-            "scope tree, limit 2": optaxclip.clip_by_global_norm(2.0),
-            "scope element, limit 2": optaxclip.clip_by_value(2.0),
-        }.items(),
-        strict=True,
-    ):
-        clipped = clip.update(gradient, clip.init(gradient))[0]
-        angle = np.linspace(-0.3, np.pi / 2, 100)
-        border = (
-            (2 * np.cos(angle), 2 * np.sin(angle))
-            if "tree" in title
-            else ([2, 2, -0.4], [-0.6, 2, 2])
-        )
-        axes.plot(*border, color="black", linestyle=(0, (4, 2)), linewidth=1)
-        for arrow, style in zip(
-            (gradient, clipped),
-            (plots.LINES["size_before"], plots.LINES["size_after"]),
-            strict=True,
-        ):
-            axes.annotate(
-                "", arrow, (0, 0), arrowprops={"color": style["color"], "width": 2, "headwidth": 9}
-            )
-            axes.annotate(
-                style["label"], arrow, (4, -16), textcoords="offset points", color=style["color"]
-            )
-        axes.set(
-            title=title, xlim=(-0.4, 3.8), ylim=(-0.6, 2.6), aspect="equal", xlabel="first number"
-        )
-    figure.axes[0].set(ylabel="second number")
+    left, right = figure.subplots(1, 2, sharey=True)
+    angle = np.linspace(-0.3, np.pi / 2, 100)
+    circle, square = (2 * np.cos(angle), 2 * np.sin(angle)), ([2, 2, -0.4], [-0.6, 2, 2])
+    draw_arrows(left, optaxclip.clip_by_global_norm(2.0), circle)
+    draw_arrows(right, optaxclip.clip_by_value(2.0), square)
+    left.set(title="scope tree, limit 2", ylabel="second number")
+    right.set(title="scope element, limit 2")
     return figure
 
 
+def draw_arrows(axes: Any, clip: optax.GradientTransformation, border: Any) -> None:
+    """Draws a gradient before and after the clip, and the border of the allowed gradients."""
+    gradient = jnp.array([3.0, 1.2])
+    clipped = clip.update(gradient, clip.init(gradient))[0]
+    axes.plot(*border, color="black", linestyle=(0, (4, 2)), linewidth=1)
+    for arrow, line in (gradient, "size_before"), (clipped, "size_after"):
+        label, color = plots.LINES[line]["label"], plots.LINES[line]["color"]
+        look = {"color": color, "width": 2, "headwidth": 9}
+        axes.annotate("", arrow, (0, 0), arrowprops=look)
+        axes.annotate(label, arrow, (4, -16), textcoords="offset points", color=color)
+    axes.set(xlim=(-0.4, 3.8), ylim=(-0.6, 2.6), aspect="equal", xlabel="first number")
+
+
 def response_curves() -> Figure:
-    """Size after against size before, at limit 1."""
+    """Draws the size after clipping against the size before, at limit 1."""
     figure = Figure((5.6, 2.8), layout="constrained")
     axes, size = figure.subplots(), jnp.linspace(0.005, 3, 600)
-    named = ("rescale", "smooth", "drop", "normalize", "band", "automatic", "psac")
-    for name, colour in zip(
-        named,
-        ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#555555"),
-        strict=True,
-    ):
+    names = ("rescale", "smooth", "drop", "normalize", "band", "automatic", "psac")
+    colors = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#555555")
+    for name, color in zip(names, colors, strict=True):
         after = getattr(responses, name)(size, size, jnp.ones_like(size))
-        axes.plot(size, after, label=name, color=colour, linewidth=3 if name == "rescale" else 1.3)
+        axes.plot(size, after, label=name, color=color, linewidth=3 if name == "rescale" else 1.3)
     axes.set(xlabel="size before, in limits", ylabel="size after, in limits")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As SVG, the same bytes for the same picture."""
+    """Saves a figure as SVG; equal figures have equal bytes."""
     path.parent.mkdir(exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(path, metadata={"Date": None})
 
 
 def measure() -> dict[str, float]:
-    """What a step costs on TPU v5e with each method, for GPT-2, in units of its parameters."""
-    optimizers = {
-        entry.name: entry.chain(entry.clip(), ADAM)
-        for entry in sum(ENTRIES.values(), [])
-        if entry.chain
-    }
-    peers = {"adam": ADAM, "optax": optax.chain(optax.clip_by_global_norm(1.0), ADAM)}
+    """Returns the cost of a step with each method on TPU v5e, in units of GPT-2's parameters."""
+    optimizers = {"adam": ADAM, "optax": optax.chain(optax.clip_by_global_norm(1.0), ADAM)}
+    for entry in sum(ENTRIES.values(), []):
+        if entry.chain:
+            optimizers[entry.name] = entry.chain(entry.clip(), ADAM)
     return {
         name: round(cost(optimizer, gpt2(), "v5e").units, 3)
-        for name, optimizer in tqdm({**peers, **optimizers}.items())
+        for name, optimizer in tqdm(optimizers.items())
     }
 
 
 def main() -> None:
-    """Writes the page and all pictures."""
+    """Writes the page and all plots."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

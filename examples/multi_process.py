@@ -1,10 +1,8 @@
-"""Several processes train one model, its parameters and its batches split between them: they clip
-by one norm, and skip as one.
+"""Trains one model in multiple processes that clip by one norm and skip the same steps.
 
-Each process stands for a host of a cluster: it knows its own rows of every matrix and of every
-batch, and talks to the others through `jax.distributed` alone. In one step a single process gets a
-NaN in its rows; all leave the step out. The result is compared with that of one process which has
-everything.
+Each process stands for a host of a cluster. It holds some rows of every matrix and batch, and
+communicates with the others only through `jax.distributed`. In one step a single process gets a NaN
+in its rows; all processes skip the step. The result is compared with a run in one process.
 """
 
 import argparse
@@ -34,8 +32,9 @@ MODEL = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(WIDTH), nn.tanh, nn.De
 
 
 def batches(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs `[steps, BATCH, WIDTH]` and targets `[steps, BATCH]`, with a NaN in the last rows of
-    the middle step.
+    """Returns inputs `[steps, BATCH, WIDTH]` and targets `[steps, BATCH]`.
+
+    The last row of the middle step has a NaN.
     """
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((steps, BATCH, WIDTH), np.float32)
@@ -45,21 +44,18 @@ def batches(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split(tree: Any, mesh: Mesh) -> Any:
-    """NumPy arrays as global arrays, of which each process has some rows; what cannot be split
-    evenly is with all of them.
-    """
+    """Shards arrays over the processes by rows; replicates arrays that do not divide evenly."""
 
     def place(x: np.ndarray) -> jax.Array:
-        spec = PartitionSpec("hosts") if x.ndim and x.shape[0] % mesh.size == 0 else PartitionSpec()
-        return jax.make_array_from_callback(
-            x.shape, NamedSharding(mesh, spec), lambda index: x[index]
-        )
+        even = x.ndim and x.shape[0] % mesh.size == 0
+        sharding = NamedSharding(mesh, PartitionSpec("hosts") if even else PartitionSpec())
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, tree)
 
 
 def train(seed: int, steps: int) -> dict[str, Any]:
-    """The parameters after training, as one vector, and what the clip and the guard counted."""
+    """Trains; returns the parameters as one vector, and the counts of the clip and the guard."""
     mesh = Mesh(np.array(jax.devices()), ("hosts",))
     x, y = batches(seed, steps)
     start = jax.device_get(MODEL.init(jax.random.key(seed), x[0, :1]))
@@ -77,20 +73,15 @@ def train(seed: int, steps: int) -> dict[str, Any]:
 
     for batch in zip(x, y, strict=True):
         params, opt_state = step(params, opt_state, *split(batch, mesh))
-    counts = {
-        name: float(value)
-        for name, value in telemetry.metrics(opt_state).items()
-        if "steps" in name or "before" in name
-    }
+    metrics = telemetry.metrics(opt_state).items()
+    counts = {name: float(x) for name, x in metrics if "steps" in name or "before" in name}
     whole = multihost_utils.process_allgather(params, tiled=True)
-    return {
-        "params": np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(whole)]).tolist(),
-        **counts,
-    }
+    vector = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(whole)])
+    return {"params": vector.tolist(), **counts}
 
 
 def main() -> None:
-    """Starts the processes, and compares what each of them has in the end with the same from one."""
+    """Starts the processes, and compares their results with a run in this process."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,26 +96,24 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if options.process is not None:
         jax.distributed.initialize(options.address, options.processes, options.process)
-        (folder / f"process{options.process}.json").write_text(
-            json.dumps(train(options.seed, options.steps))
-        )
+        results = json.dumps(train(options.seed, options.steps))
+        (folder / f"process{options.process}.json").write_text(results)
         return
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, __file__, *sys.argv[1:], "--address", address]
     running = [subprocess.Popen([*command, "--process", str(i)]) for i in range(options.processes)]
-    alone = train(options.seed, options.steps)
+    reference = train(options.seed, options.steps)
     if any([process.wait() for process in running]):
         raise SystemExit("a process failed; its error is above")
-    print(
-        f"{'':12}{'skipped':>9}{'clipped':>9}{'last norm':>11}{'furthest parameter from one process':>38}"
-    )
+    head = f"{'':12}{'skipped':>9}{'clipped':>9}{'last norm':>11}"
+    print(f"{head}{'furthest parameter from one process':>38}")
     for i in range(options.processes):
-        found = json.loads((folder / f"process{i}.json").read_text())
-        apart = np.max(np.abs(np.subtract(found["params"], alone["params"])))
-        counts = f"{found['clip/skipped_steps']:9.0f}{found['clip/clipped_steps']:9.0f}{found['clip/size_before']:11.4f}"
-        print(f"{f'process {i}':12}{counts}{apart:38.1e}")
+        row = json.loads((folder / f"process{i}.json").read_text())
+        apart = np.max(np.abs(np.subtract(row["params"], reference["params"])))
+        counts = f"{row['clip/skipped_steps']:9.0f}{row['clip/clipped_steps']:9.0f}"
+        print(f"{f'process {i}':12}{counts}{row['clip/size_before']:11.4f}{apart:38.1e}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Clipping inside the backward pass: what flows back through a value is limited there, not when all
-is summed up.
-"""
+"""Clipping inside the backward pass: limits a cotangent before it is summed with others."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -26,43 +24,46 @@ def clip_cotangent(
     response: Response = responses.rescale,
     sharded_over: Any = None,
 ) -> Any:
-    r"""Returns `x` as it is; in the backward pass, clips the derivative with respect to it.
+    r"""Returns `x` unchanged; the backward pass clips the derivative with respect to it.
 
     .. math:: y = x, \qquad \partial L / \partial x := \mathrm{clip}(\partial L / \partial y)
 
-    Here clip is one step of `optaxclip.clip` of these four parts, and what is not finite makes its
-    group NaN, as there. It bounds what is computed from it further back, but no parameter's
-    gradient: in a recurrent network that is a sum over time of what was clipped at each step. If
-    the loss is a mean over a batch, each example's derivative is that much smaller.
+    The clip is one step of `optaxclip.clip` with these four parts. As there, a size that is not
+    finite makes its group NaN. It bounds the cotangent that is passed further back. It does not
+    bound parameter gradients: in a recurrent network those are sums over time of cotangents that
+    were each clipped. If the loss is a mean over a batch, each example's cotangent is smaller by
+    the batch size; scale the threshold accordingly.
 
-    | one size for | say |
+    | one size for | pass |
     |---|---|
-    | all of `x` | no more |
-    | every element, as Graves does | `scope=scopes.element(), response=responses.clamp` |
-    | each leaf of each example of a batch in front | `scope=scopes.leaf(batch_axes=0)` |
-    | each example, all its leaves together | `jax.vmap(lambda x: clip_cotangent(x, threshold))(x)` |
+    | all of `x` | nothing more |
+    | each element, as Graves does | `scope=scopes.element(), response=responses.clamp` |
+    | each leaf of each example (batch axis first) | `scope=scopes.leaf(batch_axes=0)` |
+    | each example, all leaves together | `jax.vmap(lambda x: clip_cotangent(x, threshold))(x)` |
 
-    In `jax.shard_map` what differs between devices counts as split over them, as in `clip`; where
-    it is examples that do, say `sharded_over=()`.
+    In `jax.shard_map`, a value that varies over devices is treated as sharded over them, as in
+    `clip`. If the devices hold different examples instead, pass `sharded_over=()`.
 
-    So a size under `jax.vmap` is that of one example; where `x` is the same for all, of what they
-    sum up to. Second derivatives are those of the clipped backward pass, also by the threshold, and
-    `jax.hessian` finds them; only forward mode by itself (`jax.jvp`) is an error from JAX.
+    Under `jax.vmap`, each example's cotangent is measured separately. If `x` is not batched, its
+    cotangent is summed over the batch before it is clipped. Second derivatives differentiate the
+    clipped backward pass, with respect to the threshold too; `jax.hessian` works. Forward mode
+    alone (`jax.jvp`) raises an error in JAX.
 
     Args:
-        x: any pytree; leaves that are no floats pass.
+        x: any pytree; leaves that are not floats pass through.
         threshold: how large a size may be: a number, traced or not, or a dict from group name to
-            numbers. No schedule and no rule, because a backward pass has neither steps nor memory.
-        norm: how large they are.
+            numbers. Schedules and rules are refused, because a backward pass has neither steps nor
+            memory.
+        norm: which norm.
         scope: which numbers share one size.
-        response: what happens to what is larger.
+        response: what to do with a group whose size exceeds its limit.
         sharded_over: as for `clip`.
 
     Raises:
-        TypeError: an argument is not what it should be, such as a schedule, or a norm relative to
+        TypeError: an argument has the wrong type, such as a schedule, or the norm is relative to
             parameters.
-        ValueError: a threshold is negative, NaN or several numbers, or a dict does not name the
-            groups of `x`.
+        ValueError: a threshold is negative, NaN or more than one number, or the keys of a dict are
+            not the groups of `x`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optaxclip
@@ -80,7 +81,7 @@ def clip_cotangent(
     clipper = functools.partial(
         clip, norm=norm, scope=scope, response=response, sharded_over=sharded_over, record=False
     )
-    clipper(limits)  # what it refuses is refused here, and not in the backward pass
+    clipper(limits)  # raises its errors here instead of in the backward pass
     _validate.absolute("norm", norm)
     if isinstance(limits, dict):
         _validate.names(limits, lay_out(scope, x).names)
@@ -93,44 +94,45 @@ def _identity(clipper: Callable[..., Any], x: Any, threshold: Any) -> Any:
 
 
 def _backward(clipper: Callable[..., Any], threshold: Any, cotangent: Any) -> tuple[Any, None]:
-    # the value does not depend on the threshold
+    # the value does not depend on the threshold, so the derivative with respect to it is zero
     return clipper(threshold).update(cotangent, None)[0], None
 
 
-# The threshold is kept for the backward pass as an argument, so that it may be traced, and has a
-# derivative of its own.
+# The threshold is an argument of the backward pass, not a constant: so it may be traced, and second
+# derivatives with respect to it exist.
 _identity.defvjp(lambda clipper, x, threshold: (x, threshold), _backward)
 
 
 def clip_activation_grad(
     activation: Callable[[Array], Array], limit: ArrayLike
 ) -> Callable[[Array], Array]:
-    r"""The activation function :math:`f`, with the derivative by its input clipped to :math:`[-c,
-    c]` at each element.
+    r"""Wraps an activation function so that the gradient of its input is clipped by value.
 
-    .. math:: y = f(z), \qquad \partial L / \partial z := \mathrm{clip}(f'(z)\, \partial L / \partial y, -c, c)
+    .. math:: y = f(z), \qquad
+        \partial L / \partial z := \mathrm{clip}(f'(z)\, \partial L / \partial y, -c, c)
 
     In Flax's LSTM, `gate_fn=clip_activation_grad(nn.sigmoid, 10.0)` and the same for
-    `activation_fn` clip it at the inputs of the four gates at every time step, as Graves (2013)
-    does with 10 for handwriting and 1 for text. Since `activation_fn` is also what the new cell
-    state goes through on its way out, the derivative that comes back by this way is clipped, too;
-    the one that comes back from the next cell state is not.
+    `activation_fn` clip at the inputs of the four gates at every time step. Graves (2013) does so
+    with 10 for handwriting and 1 for text. Flax also applies `activation_fn` to the new cell state
+    for the output, so the gradient through the output is clipped too. The gradient from the next
+    cell state is not.
 
     Args:
         activation: :math:`f`, a function of one array.
         limit: :math:`c`, a number.
 
     Returns:
-        A function that equals those made of equal arguments: Flax compares modules, and compiles
-        anew for one that differs.
+        A function that compares equal if it was made of equal arguments. Flax compares modules, and
+        recompiles for one that differs.
 
     Raises:
-        TypeError: `activation` is not a function, or `limit` not a number.
-        ValueError: `limit` is negative, NaN or several numbers.
+        TypeError: `activation` is not a function, or `limit` is not a number.
+        ValueError: `limit` is negative, NaN or more than one number.
 
     Example:
         >>> import jax, jax.numpy as jnp, optaxclip
-        >>> jax.grad(lambda z: jnp.sum(8 * optaxclip.clip_activation_grad(jax.nn.relu, 5.0)(z)))(jnp.array([-1.0, 1.0]))
+        >>> relu = optaxclip.clip_activation_grad(jax.nn.relu, 5.0)
+        >>> jax.grad(lambda z: jnp.sum(8 * relu(z)))(jnp.array([-1.0, 1.0]))
         Array([0., 5.], dtype=float32)
     """
     _validate.function("activation", activation, "jax.nn.tanh")
@@ -139,7 +141,7 @@ def clip_activation_grad(
 
 
 class _Clipped:
-    """What `clip_activation_grad` returns: no closure, because two closures are never equal."""
+    """The result of `clip_activation_grad`: a class, because two closures never compare equal."""
 
     def __init__(self, activation: Callable[[Array], Array], limit: ArrayLike) -> None:
         functools.update_wrapper(self, activation, updated=())
@@ -147,9 +149,8 @@ class _Clipped:
 
     def __call__(self, z: Array) -> Array:
         activation, limit = self.parts
-        return activation(
-            clip_cotangent(z, limit, scope=scopes.element(), response=responses.clamp)
-        )
+        z = clip_cotangent(z, limit, scope=scopes.element(), response=responses.clamp)
+        return activation(z)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Clipped) and self.parts == other.parts

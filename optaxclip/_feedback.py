@@ -1,4 +1,4 @@
-"""Error feedback around a clip: what is cut off today is not lost."""
+"""Error feedback: remembers the part that a clip cuts off."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -19,9 +19,9 @@ class ErrorFeedbackState(NamedTuple):
     """State of `error_feedback`.
 
     Attributes:
-        memory: a tree like the parameters, in float32 or wider: what was cut off so far, or the
-            estimate of the gradient. It has a zero for each leaf that holds no floats.
-        clip: state of the clip inside.
+        memory: a tree like the parameters, in float32 or wider: the residual, or the estimate of
+            the gradient. It has a zero for each leaf without floats.
+        clip: state of the wrapped clip.
     """
 
     memory: Any
@@ -34,34 +34,33 @@ def error_feedback(
     mode: Literal["residual", "estimate"] = "residual",
     decay: ArrayLike = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gives back later what a clip cuts off now, so that clipping delays gradients and does not
-    bias them.
+    r"""Adds the part that a clip cuts off to later gradients, so clipping delays but does not bias.
 
-    With `mode="residual"` (U-Clip) the cut-off part :math:`d` is added to the next gradient:
+    With `mode="residual"` (U-Clip) the residual :math:`d` is added to the next gradient:
 
     .. math:: u_t = \mathrm{clip}(g_t + d_t), \qquad d_{t+1} = \beta (g_t + d_t - u_t)
 
-    Law, for :math:`\beta = 1`: all updates so far and :math:`d` add up to all gradients so far.
+    Law, for :math:`\beta = 1`: the sum of all updates plus :math:`d` is the sum of all gradients.
 
-    With `mode="estimate"` (Clip21) the clip acts on the distance to an estimate :math:`h` of the
+    With `mode="estimate"` (Clip21) the clip limits the distance to an estimate :math:`h` of the
     gradient:
 
     .. math:: u_t = h_{t+1} = h_t + \mathrm{clip}(g_t - h_t)
 
-    Law: for a constant gradient the update reaches it, after about :math:`\|g\| / c` steps.
+    Law: the update reaches a constant gradient after about :math:`\|g\| / c` steps.
 
-    The state is one buffer as large as the parameters. Put it first in a chain. Where a sum is not
-    finite, the buffer keeps its old value. Known failure of `"residual"`: the buffer grows without
-    bound while the gradients are larger than the limit on average; a `decay` below 1 bounds it.
+    Put it first in a chain. The state is one buffer as large as the parameters. Where a sum is not
+    finite, the buffer keeps its old value. Known failure of `"residual"`: while gradients exceed
+    the limit on average, the buffer grows without bound; a `decay` below 1 bounds it.
 
     Args:
-        clip: any clip, or chain of them.
+        clip: any clip, or a chain of clips.
         mode: `"residual"` or `"estimate"`.
-        decay: :math:`\beta`, the share of the residual that is kept, from 0 (the clip alone) to 1.
+        decay: :math:`\beta`, the share of the residual to keep, from 0 (the clip alone) to 1.
 
     Raises:
-        TypeError: `clip` is not a transform, or `decay` not a number.
-        ValueError: `mode` is another word, `decay` is not between 0 and 1, or is given with
+        TypeError: `clip` is not a transform, or `decay` is not a number.
+        ValueError: `mode` is another word, `decay` is not between 0 and 1, or `decay` is given with
             `mode="estimate"`.
 
     Example:
@@ -90,10 +89,8 @@ def error_feedback(
         if is_placeholder(params):
             return ErrorFeedbackState(params, inner.init(params))
         layout = lay_out(scopes.leaf(), params)
-        nothing = layout.filled(
-            jnp.zeros_like(gradient, wide(gradient)) for gradient in layout.gradients
-        )
-        return ErrorFeedbackState(nothing, inner.init(params))
+        zeros = layout.filled(jnp.zeros_like(g, wide(g)) for g in layout.gradients)
+        return ErrorFeedbackState(zeros, inner.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -105,11 +102,11 @@ def error_feedback(
         _validate.state_tree(layout.treedef, state.memory)
         memory = layout.of(state.memory)
         sums = [widen(g) + sign * m for g, m in zip(layout.gradients, memory, strict=True)]
-        # The sum with a zero is not always the same bits.
-        parts = zip(layout.gradients, memory, sums, strict=True)
-        narrow = [
-            cast_like(jnp.where(m == 0, widen(g), _within(total, g)), g) for g, m, total in parts
-        ]
+        narrow = []
+        for g, m, total in zip(layout.gradients, memory, sums, strict=True):
+            # where the memory is 0 take the gradient itself: -0. + 0. has other bits than -0.
+            wide = jnp.where(m == 0, widen(g), _within(total, g))
+            narrow.append(cast_like(wide, g))
         clipped, clip_state = inner.update(layout.rebuild(narrow), state.clip, params, **extra_args)
 
         def remembered(kept: Array | None, total: Array, before: Array) -> Array:
@@ -119,34 +116,26 @@ def error_feedback(
 
         new = list(map(remembered, layout.of(clipped), sums, memory))
         if mode == "estimate":
-            kept = zip(layout.of(clipped), new, layout.gradients, strict=True)
-            clipped = layout.rebuild(
-                [_estimate(step, after, gradient) for step, after, gradient in kept]
-            )
+            clipped = layout.rebuild(map(_estimate, layout.of(clipped), new, layout.gradients))
         return clipped, ErrorFeedbackState(layout.replaced(state.memory, new), clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _estimate(step: Array | None, after: Array, gradient: Any) -> Array:
-    """The estimate in the gradient's dtype; NaN where the clip let something through that is not
-    finite.
-    """
+    """Returns the estimate in the gradient's dtype; NaN where the clip returned NaN or infinity."""
     after = cast_like(_within(after, gradient), gradient)
-    return (
-        after
-        if step is None
-        else jnp.where(jnp.isfinite(step), after, jnp.asarray(jnp.nan, after.dtype))
-    )
+    if step is None:
+        return after
+    return jnp.where(jnp.isfinite(step), after, jnp.asarray(jnp.nan, after.dtype))
 
 
 def _within(total: Array, like: Any) -> Array:
-    """A finite sum, cut to what the dtype of `like` can hold; only float16 can hold less than a
-    gradient and its rest.
+    """Clips a finite sum to the range of the dtype of `like`.
+
+    A gradient plus its residual can leave the range of float16.
     """
+    if jnp.iscomplexobj(total):
+        return total
     most = float(jnp.finfo(jnp.result_type(like)).max)
-    return (
-        total
-        if jnp.iscomplexobj(total)
-        else jnp.where(jnp.isfinite(total), jnp.clip(total, -most, most), total)
-    )
+    return jnp.where(jnp.isfinite(total), jnp.clip(total, -most, most), total)

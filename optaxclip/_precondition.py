@@ -1,4 +1,4 @@
-"""A clip behind a part of an optimizer, which measures something else than it clips."""
+"""A clip after a part of an optimizer: it measures one tree and clips another."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from optaxclip._rules import is_placeholder
 
 
 class PreconditionedState(NamedTuple):
-    """State of the part of an optimizer, and of the clip behind it."""
+    """State of the part of an optimizer, and of the clip after it."""
 
     inner: Any
     clip: Any
@@ -24,9 +24,9 @@ def clip_after(
     *,
     measured: Callable[[Any, Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, with its updates clipped by the sizes of `measured(gradients, new state of inner)`.
+    """Clips the updates of `inner` by the sizes of `measured(gradients, new state of inner)`.
 
-    Only floats come to `inner`; everything else is passed through.
+    `inner` sees only the floats; all other leaves are passed through.
     """
 
     def init(params: Any) -> PreconditionedState:
@@ -38,9 +38,9 @@ def clip_after(
     ) -> tuple[Any, PreconditionedState]:
         _validate.state(state, PreconditionedState)
         layout = lay_out(scopes.leaf(), updates, params)
-        weights = (
-            None if params is None else layout._replace(gradients=layout.matching(params)).floats()
-        )
+        weights = None
+        if params is not None:
+            weights = layout._replace(gradients=layout.matching(params)).floats()
         gradients = layout.floats()
         steps, inner_state = inner.update(gradients, state.inner, weights)
         steps = layout.rebuild(layout.of(steps))

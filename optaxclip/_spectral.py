@@ -1,4 +1,4 @@
-"""Clipping in the basis of a matrix: its singular values are the numbers that are clipped."""
+"""Clipping the singular values of matrices."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from optaxclip.responses import smooth
 
 
 def matrix_axes(path: str, leaf: Any) -> Axes:
-    """The axes of one matrix in a leaf: the last two, and all of a vector."""
+    """Returns the axes of one matrix in a leaf: the last two, or the one of a vector."""
     del path
     return tuple(range(max(leaf.ndim - 2, 0), leaf.ndim))
 
@@ -23,25 +23,22 @@ def matrix_axes(path: str, leaf: Any) -> Axes:
 def on_spectra(
     clip: optax.GradientTransformationExtraArgs, *, uses_params: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives the clip the singular values `[..., k]` of each leaf in place of it, and makes matrices
-    of what it returns.
+    """Applies the clip to the singular values `[..., k]` of each leaf.
 
-    Parameters are decomposed only if the clip uses them; otherwise it gets zeros of the right
+    It decomposes parameters only if the clip uses them; otherwise the clip gets zeros of the same
     shapes.
     """
 
     def no_values(tree: Any) -> Any:
         layout = lay_out(scopes.leaf(), tree)
         matrices = map(_matrices, layout.gradients)
-        return layout.rebuild(
-            [jnp.zeros((*x.shape[:-2], min(x.shape[-2:])), x.real.dtype) for x in matrices]
-        )
+        shapes = [((*x.shape[:-2], min(x.shape[-2:])), x.real.dtype) for x in matrices]
+        return layout.rebuild([jnp.zeros(*shape) for shape in shapes])
 
     def values(tree: Any) -> Any:
         layout = lay_out(scopes.leaf(), tree)
-        return layout.rebuild(
-            [s for _, s, _ in _decomposed(list(map(_matrices, layout.gradients)))]
-        )
+        parts = _decomposed(list(map(_matrices, layout.gradients)))
+        return layout.rebuild([s for _, s, _ in parts])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
@@ -49,16 +46,14 @@ def on_spectra(
         matrices = list(map(_matrices, layout.gradients))
         parts = _decomposed(matrices)
         weights = None if params is None else values(params) if uses_params else no_values(params)
-        clipped, state = clip.update(layout.rebuild([part[1] for part in parts]), state, weights)
-        new = [
-            part[1] if s is None else s for part, s in zip(parts, layout.of(clipped), strict=True)
-        ]
-        out = [_recompose(x, *part, s) for x, part, s in zip(matrices, parts, new, strict=True)]
-        back = [
-            cast_like(x.reshape(jnp.shape(like)), like)
-            for x, like in zip(out, layout.gradients, strict=True)
-        ]
-        return layout.rebuild(back), state
+        spectra = [s for _, s, _ in parts]
+        clipped, state = clip.update(layout.rebuild(spectra), state, weights)
+        out = []
+        leaves = zip(matrices, parts, layout.of(clipped), layout.gradients, strict=True)
+        for x, (u, s, vh), new, like in leaves:
+            matrix = _recompose(x, u, s, vh, s if new is None else new)
+            out.append(cast_like(matrix.reshape(jnp.shape(like)), like))
+        return layout.rebuild(out), state
 
     return optax.GradientTransformationExtraArgs(
         lambda params: clip.init(no_values(params)), update
@@ -68,46 +63,41 @@ def on_spectra(
 def on_whole_matrices(
     clip: optax.GradientTransformationExtraArgs, sharded_over: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The clip, for leaves of which every device has all, since a part of a matrix has other
-    singular values.
+    """Makes sure that the clip sees whole matrices: a shard has other singular values.
 
-    On an explicit mesh they are gathered for it; within `shard_map` a leaf that is split is an
+    On an explicit mesh the matrices are gathered first. Inside `shard_map` a sharded leaf is an
     error.
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         layout = lay_out(scopes.leaf(), updates, params)
-        for path, leaf, names in zip(
-            layout.paths, layout.gradients, layout.names_of_axes(sharded_over), strict=True
-        ):
-            _validate.not_split(
-                path,
-                _sharding.split_axes(
-                    "sharded_over", _sharding.all_bound("sharded_over", names), leaf
-                ),
-            )
-        whole, weights = (
-            jax.tree.map(lambda x: _sharding.unsharded(x, 2), tree) for tree in (updates, params)
-        )
-        clipped, state = clip.update(whole, state, weights, **extra_args)
+        names = layout.names_of_axes(sharded_over)
+        for path, leaf, of_leaf in zip(layout.paths, layout.gradients, names, strict=True):
+            bound = _sharding.all_bound("sharded_over", of_leaf)
+            _validate.not_split(path, _sharding.split_axes("sharded_over", bound, leaf))
+
+        def gathered(tree: Any) -> Any:
+            return jax.tree.map(lambda x: _sharding.unsharded(x, 2), tree)
+
+        clipped, state = clip.update(gathered(updates), state, gathered(params), **extra_args)
         return jax.tree.map(_sharding.sharded_like, clipped, updates), state
 
     return optax.GradientTransformationExtraArgs(clip.init, update)
 
 
 def newton_schulz(response: Response, iterations: int) -> Response:
-    r"""The response `smooth` on the singular values of matrices, by products of matrices alone.
+    r"""Applies the response `smooth` to singular values, by matrix products alone.
 
     .. math:: (I + X X^\top / c^2)^{-1/2} X
 
-    Newton's coupled iteration for the inverse root, after Schulz: :math:`Y \leftarrow Y T`,
-    :math:`Z \leftarrow T Z` with :math:`T = (3 I - Z Y) / 2` takes :math:`Z` to :math:`A^{-1/2}`
-    from :math:`Y = A`, :math:`Z = I`, if no eigenvalue of :math:`A` is above 1. Below, each step
-    takes a small one 2.25 times nearer to 1.
+    This is the coupled Newton-Schulz iteration for the inverse square root: :math:`Y \leftarrow Y
+    T`, :math:`Z \leftarrow T Z` with :math:`T = (3 I - Z Y) / 2`. From :math:`Y = A`, :math:`Z =
+    I`, :math:`Z` converges to :math:`A^{-1/2}` if no eigenvalue of :math:`A` is above 1. Each step
+    multiplies small eigenvalues of :math:`Z Y` by 2.25.
 
     Raises:
         TypeError: `iterations` is not an integer.
-        ValueError: it is below 1, or the response is another than `smooth`.
+        ValueError: `iterations` is below 1, or the response is not `smooth`.
     """
     _validate.count("iterations", iterations)
     _validate.option(
@@ -118,12 +108,14 @@ def newton_schulz(response: Response, iterations: int) -> Response:
         del size
         x, c = _matrices(gradient), _matrices(limit)
         wide = x.shape[-2] <= x.shape[-1]
-        x = x if wide else _transposed(x)
+        x = x if wide else _transposed(x)  # the smaller of X X^T and X^T X
         c = jnp.where(c < jnp.inf, c, 1)
+        # scale by the largest element, so that no product over- or underflows
         top = jnp.maximum(jnp.max(abs(x), (-2, -1), keepdims=True, initial=0), c)
-        x, wanted = share(x, top), share(c, top)
+        x, scaled_limit = share(x, top), share(c, top)
         one = jnp.eye(x.shape[-2], dtype=x.dtype)
-        a = wanted**2 * one + _product(x, _transposed(x))
+        a = scaled_limit**2 * one + _product(x, _transposed(x))
+        # two upper bounds of the eigenvalues of A; dividing by one brings them to at most 1
         largest_row = jnp.max(jnp.sum(abs(a), -1, keepdims=True), -2, keepdims=True, initial=0)
         bound = jax.lax.stop_gradient(jnp.minimum(largest_row, _frobenius(a)))
         bound = jnp.where(bound > 0, bound, 1)
@@ -139,12 +131,12 @@ def newton_schulz(response: Response, iterations: int) -> Response:
 
 
 def _frobenius(a: Array) -> Array:
-    """Frobenius norms of matrices whose elements are of a moderate size."""
+    """Returns Frobenius norms; the elements must be of moderate size, since it squares them."""
     return jnp.sqrt(jnp.sum(abs(a) ** 2, (-2, -1), keepdims=True))
 
 
 def _matrices(x: Any) -> Array:
-    """`[..., rows, columns]`, in float32 or wider; a vector is one row."""
+    """Returns `[..., rows, columns]` in float32 or wider; a vector is one row."""
     x = widen(x)
     return x if x.ndim >= 2 else x.reshape(1, -1)
 
@@ -158,28 +150,30 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _decomposed(matrices: list[Array]) -> list[tuple[Array, Array, Array]]:
-    """`_decompose` of each, one after the other."""
+    """Decomposes the matrices one after the other."""
     parts = []
     for x in matrices:
         if parts:
-            # On CPU two decompositions of batches at a time can wait for each other for ever. So
-            # each waits for the one before, by a zero that is made of it.
+            # On CPU, two batched decompositions at the same time can deadlock. Adding a zero that
+            # is computed from the last result makes each decomposition wait for the one before.
             x = x + (jnp.max(parts[-1][1], initial=0) > jnp.inf).astype(x.dtype)
         parts.append(_decompose(x))
     return parts
 
 
 def _decompose(x: Array) -> tuple[Array, Array, Array]:
-    """U, S and V^H, where S alone has a derivative, and is NaN if an element of the matrix is not
-    finite.
+    """Returns U, S and V^H of each matrix.
+
+    Only S has a derivative. S is NaN if an element of the matrix is not finite.
     """
     top = jnp.max(abs(x), (-2, -1), keepdims=True, initial=0)
     ok = jnp.isfinite(top)
     unit = jnp.where(ok & (top > 0), top, 1)
-    u, s, vh = jnp.linalg.svd(
-        jax.lax.stop_gradient(share(jnp.where(ok, x, 0), top)), full_matrices=False
-    )
-    return u, _values(x, u, jnp.where(ok[..., 0], s * unit[..., 0], jnp.nan), vh), vh
+    # the largest element becomes 1, so that nothing over- or underflows in the decomposition
+    scaled = jax.lax.stop_gradient(share(jnp.where(ok, x, 0), top))
+    u, s, vh = jnp.linalg.svd(scaled, full_matrices=False)
+    s = jnp.where(ok[..., 0], s * unit[..., 0], jnp.nan)
+    return u, _values(x, u, s, vh), vh
 
 
 @jax.custom_jvp
@@ -197,22 +191,24 @@ def _values_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tupl
 
 @jax.custom_jvp
 def _recompose(x: Array, u: Array, s: Array, vh: Array, new: Array) -> Array:
-    """The matrix with new singular values; the same bits where all are the same; NaN or zeros where
-    the clip says so.
+    """Builds the matrix with new singular values.
+
+    A matrix whose singular values are all unchanged keeps its bits. One that was not finite becomes
+    NaN or zero, as the clip made its singular values.
     """
-    finite, same = (what.all(-1)[..., None, None] for what in (jnp.isfinite(s), s == new))
-    changed = jnp.where(
-        finite, _product(u * new[..., None, :], vh), jnp.max(new, -1, initial=0)[..., None, None]
-    )
+    finite, same = (holds.all(-1)[..., None, None] for holds in (jnp.isfinite(s), s == new))
+    fill = jnp.max(new, -1, initial=0)[..., None, None]  # NaN or 0
+    changed = jnp.where(finite, _product(u * new[..., None, :], vh), fill)
     return jnp.where(same, x, changed)
 
 
 @_recompose.defjvp
 def _recompose_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    # A function of the singular values has divided differences for a derivative: of it between two
-    # of them for the symmetric part of what moves, of its odd continuation for the other part, and
-    # its slope on the diagonal. Where two of them are equal the quotient new / s takes the place of
-    # the slope, which is not known here.
+    # The derivative of a function f of singular values consists of divided differences. With
+    # M = U^H dX V, the symmetric part of M is multiplied by (f(a) - f(b)) / (a - b) and the
+    # antisymmetric part by (f(a) + f(b)) / (a + b), for each pair a, b of singular values. The
+    # diagonal moves by `dnew`. Where a = b the first quotient would be the slope of f, which is not
+    # known here, so f(b) / b takes its place.
     x, u, s, vh, new = primals
     dx, *_, dnew = tangents
     ratio = jnp.where(s > 0, new / jnp.where(s > 0, s, 1), 1)

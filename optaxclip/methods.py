@@ -1,13 +1,13 @@
 """The published methods, one row each: a choice of scope, norm, threshold and response.
 
-Every row takes the keywords of `clip` besides its own (`response`, `nonfinite`, `sharded_over`,
-`record`), and a threshold in any of its forms: a number, a traced array, a schedule, a rule, or a
-dict by group. Unless its text says otherwise, each belongs before the optimizer in a chain, on
-gradients averaged over the batch.
+Every row also takes the keywords `response`, `nonfinite`, `sharded_over` and `record` of `clip`. A
+threshold may be a number, a traced array, a schedule, a rule, or a dict by group. Put each clip
+before the optimizer in a chain, on gradients averaged over the batch, unless its text names another
+position.
 
-What learns never learns from NaN, infinity or zeros, nor from a lone size ten thousand times off
-the usual (`thresholds.ignore_outliers`); a method that can lock itself in has its way out in
-`thresholds.reset_after`.
+No rule learns from NaN, infinity or zeros. A single norm ten thousand times larger or smaller than
+usual is ignored (`thresholds.ignore_outliers`; `spam_clip` is the exception). Some methods can lock
+themselves in at a limit that is too low; `thresholds.reset_after` is the way out.
 """
 
 import functools
@@ -33,20 +33,18 @@ BELOW = norms.linf()._replace(magnitude=negative_part)
 
 
 def _row(method: Row) -> Row:
-    """Spells out the keywords of `clip` in the signature, for `help` and for
-    `optax.inject_hyperparams`.
+    """Spells out the keywords of `clip` in the signature.
 
-    There, `response=None` stands for the row's own response: inject_hyperparams takes any function
-    for a schedule.
+    `help` and `optax.inject_hyperparams` read them there. The default `response=None` means the
+    response of the method: inject_hyperparams takes any default that is a function for a schedule.
     """
-    own = [p for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = inspect.signature(method).parameters.values()
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
     shared = inspect.signature(clip).parameters
-    rest = [
-        shared["response"].replace(default=None),
-        *(shared[name] for name in ("nonfinite", "sharded_over", "record")),
-    ]
+    response = shared["response"].replace(default=None)
+    rest = [response, *(shared[name] for name in ("nonfinite", "sharded_over", "record"))]
     signature = inspect.Signature(
-        [*own, *rest], return_annotation=optax.GradientTransformationExtraArgs
+        [*named, *rest], return_annotation=optax.GradientTransformationExtraArgs
     )
 
     @functools.wraps(method)
@@ -69,18 +67,18 @@ def clip_by_value(
     scope: Scope = scopes.element(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Cuts each element: `clip_by_value(limit)` at :math:`\pm c`, `clip_by_value(low, high)` at
-    both bounds.
+    r"""Clips each element by value.
 
-    The first is `optax.clip`, Keras `clipvalue` and PyTorch `clip_grad_value_`; complex numbers are
-    cut by magnitude. The direction of the gradient changes. Law: value clip = element scope +
+    `clip_by_value(limit)` clips at :math:`\pm c`: this is `optax.clip`, Keras `clipvalue` and
+    PyTorch `clip_grad_value_`. Complex numbers are clipped by magnitude. `clip_by_value(low, high)`
+    clips at both bounds. The direction of the gradient changes. Law: value clip = element scope +
     `clamp`.
 
     Args:
-        limit: the limit; or the lower bound, if two are given.
+        limit: the limit; the lower bound if `high` is given.
         high: the upper bound, not negative; a number or a schedule.
         low: the lower bound by keyword, not positive; a number or a schedule.
-        scope: which elements share one limit, where a rule learns it from their largest.
+        scope: which elements share one limit; a rule learns it from the largest of them.
         **options: as for `clip`.
 
     Raises:
@@ -112,10 +110,10 @@ def clip_by_value(
 def clip_by_norm(
     max_norm: Any, *, scope: Scope = scopes.leaf(), norm: Norm = norms.l2(), **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shrinks each leaf whose norm is too large, :math:`g_i \min(1, c / \|g_i\|)`.
+    r"""Scales each leaf down to a maximum norm, :math:`g_i \min(1, c / \|g_i\|)`.
 
-    Keras `clipnorm` and `tf.clip_by_norm`. Each leaf keeps its direction; the whole gradient does
-    not.
+    This is Keras `clipnorm` and `tf.clip_by_norm`. Each leaf keeps its direction; the gradient as a
+    whole does not.
 
     Args:
         max_norm: the limit :math:`c`.
@@ -141,13 +139,13 @@ def clip_by_norm(
 def clip_by_global_norm(
     max_norm: Any, *, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shrinks the whole gradient if its norm is too large, :math:`g \min(1, c / \|g\|)`.
+    r"""Scales the whole gradient down to a maximum norm, :math:`g \min(1, c / \|g\|)`.
 
-    `optax.clip_by_global_norm`, Keras `global_clipnorm`, and PyTorch `clip_grad_norm_`, whose
-    `norm_type` is `norm=norms.lp(p)` here. The gradient keeps its direction.
+    This is `optax.clip_by_global_norm`, Keras `global_clipnorm` and PyTorch `clip_grad_norm_`. For
+    PyTorch's `norm_type`, pass `norm=norms.lp(p)`. The gradient keeps its direction.
 
     Args:
-        max_norm: the limit :math:`c`; half to ten times the mean norm is the paper's advice.
+        max_norm: the limit :math:`c`; the paper recommends half to ten times the mean norm.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
@@ -174,11 +172,12 @@ def clip_by_global_norm(
 def clip_by_block_rms(
     max_rms: Any, *, scope: Scope = scopes.leaf(), **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shrinks each leaf whose root mean square is too large, :math:`u_i \min(1, d /
-    \mathrm{rms}(u_i))`.
+    r"""Scales each leaf down to a maximum root mean square.
 
-    The update clipping of Adafactor, `optax.clip_by_block_rms`: meant for preconditioned updates,
-    so after the part of the optimizer that divides by second moments.
+    .. math:: u_i \min(1, d / \mathrm{rms}(u_i))
+
+    This is the update clipping of Adafactor, `optax.clip_by_block_rms`. It is meant for
+    preconditioned updates: put it after the part of the optimizer that divides by second moments.
 
     Args:
         max_rms: the limit :math:`d`, 1 in the paper.
@@ -212,26 +211,27 @@ def adaptive_grad_clip(
     norm: Norm = norms.l2(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AGC: shrinks each unit relative to its weights, :math:`g_u \min(1, \lambda \max(\|w_u\|,
-    \epsilon) / \|g_u\|)`.
+    r"""AGC: clips each unit's gradient relative to the norm of its weights.
+
+    .. math:: g_u \min(1, \lambda \max(\|w_u\|, \epsilon) / \|g_u\|)
 
     `update` needs the parameters. The paper leaves the last layer unclipped: give that leaf None as
-    axes, or use `optax.masked`. With `scope=scopes.leaf()` and a ratio of 0.3 it is DreamerV3's
-    form. Known failure: what starts at zero moves slowly, since its limit is :math:`\lambda
+    axes, or use `optax.masked`. DreamerV3 uses `scope=scopes.leaf()` with a ratio of 0.3. Known
+    failure: weights that start at zero move slowly, because their limit is :math:`\lambda
     \epsilon`.
 
     Args:
-        ratio: the share :math:`\lambda`; the larger the batch, the smaller it has to be.
-        floor: :math:`\epsilon`, the least that a weight norm counts.
-        axes: of a unit, as for `scopes.unit`, whose conventions are those of Flax's layers.
+        ratio: the share :math:`\lambda`; larger batches need a smaller one.
+        floor: :math:`\epsilon`; smaller weight norms count as this large.
+        axes: the axes of a unit, as for `scopes.unit`, which follows the layouts of Flax's layers.
         scope: which numbers share a norm instead of units.
         norm: which norm, of gradients and weights.
         **options: as for `clip`.
 
     Raises:
-        TypeError: `ratio` is not a threshold, or `floor` not a number; or both axes and scope are
-            given.
-        ValueError: one of them is negative or NaN; on `update`: the parameters are missing.
+        TypeError: `ratio` is not a threshold, `floor` is not a number, or both `axes` and `scope`
+            are given.
+        ValueError: `ratio` or `floor` is negative or NaN; on `update`: the parameters are missing.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -264,23 +264,24 @@ def autoclip(
     norm: Norm = norms.l2(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AutoClip: a quantile of all norms so far is the limit, :math:`g \min(1, Q_q(\|g_1\|, \dots,
-    \|g_t\|) / \|g_t\|)`.
+    r"""AutoClip: clips at a quantile of all norms so far.
 
-    The statistic sees raw norms, the current one included. State: 8 KiB for each group, exact for
-    the first 1024 norms and then within 1 %; with a window, a float for each step in it. With the
-    paper's tenth about 90 % of steps are clipped, a little. Known failure: all history weighs the
-    same, so a level that changes late is followed late.
+    .. math:: g \min(1, Q_q(\|g_1\|, \dots, \|g_t\|) / \|g_t\|)
+
+    The statistic sees raw norms, the current one included. State: 8 KiB per group, exact for the
+    first 1024 norms and within 1 % after that; with a window, one float per group and step in it.
+    With the paper's quantile of 0.1, about 90 % of steps are clipped, each a little. Known failure:
+    all history has the same weight, so the limit follows a late change of level slowly.
 
     Args:
-        q: share of the norms that is not clipped; 0.1 is the paper's advice.
-        window: how many norms are remembered instead of all.
+        q: share of the norms that is not clipped; the paper recommends 0.1.
+        window: how many of the last norms to remember; None for all.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
 
     Raises:
-        TypeError: `q` is not a number, or `window` not an integer.
+        TypeError: `q` is not a number, or `window` is not an integer.
         ValueError: `q` is not between 0 and 1, or `window` is below 1.
 
     Example:
@@ -310,13 +311,14 @@ def quantile_clip(
     norm: Norm = norms.l2(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips at a limit that moves until a share of the norms is within it, :math:`c \leftarrow c
-    e^{-\eta (1[s \le c] - q)}`.
+    r"""Clips at a limit that moves until a given share of the norms is within it.
 
-    The statistic sees whether raw norms were within. State: three numbers for each group; it
-    follows a tenfold rise in 13 steps, a fall in 115. The paper clips examples to the median; 0.9
-    is for whole gradients. Known failure: the limit wavers by the rate. It starts at the first
-    norm.
+    .. math:: c \leftarrow c\, e^{-\eta (1[s \le c] - q)}
+
+    The limit starts at the first norm. The statistic sees whether each raw norm was within the
+    limit. State: three numbers per group. The limit follows a tenfold rise in 13 steps and a
+    tenfold fall in 115. The paper clips single examples to the median; the default 0.9 is meant for
+    whole gradients. Known failure: the limit keeps moving up and down by the rate.
 
     Args:
         q: share of the norms that is not clipped.
@@ -357,26 +359,28 @@ def zclip(
     norm: Norm = norms.l2(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""ZClip: a norm :math:`z > z_0` deviations above the mean is set to :math:`\mu + z_0^2 \sigma
-    / z`.
+    r"""ZClip: lowers a norm that is more than :math:`z_0` standard deviations above the mean.
 
-    The statistic sees norms cut at its own limit, whatever else limits them. State: five numbers
-    for each group. The reference code sets `max_norm=1.0` besides, which in most runs decides; here
-    it is off. Known failures: no limit in the first 25 steps, unless `max_norm` is given; and a
-    lasting change by many deviations is never accepted, for which there is
+    .. math:: z = (\|g\| - \mu) / \sigma, \qquad
+        \|g\| \leftarrow \mu + z_0^2 \sigma / z \text{ if } z > z_0
+
+    The statistic sees norms clipped at this limit only, even if `max_norm` clips further. State:
+    five numbers per group. The reference code also sets `max_norm=1.0`, which decides in most runs;
+    here it is off. Known failures: there is no limit in the first 25 steps unless `max_norm` is
+    given, and a lasting change by many deviations is never accepted. For the second, use
     `thresholds.reset_after(thresholds.zscore(), 50)`.
 
     Args:
         z: :math:`z_0`, 2.5 in the paper.
-        decay: of mean and variance, 0.97 in the paper.
-        warmup: how many norms they start from, 25 in the paper.
-        max_norm: a limit besides, from the first step on.
+        decay: decay of mean and variance, 0.97 in the paper.
+        warmup: how many norms the averages start from, 25 in the paper.
+        max_norm: an additional limit, from the first step on.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
 
     Raises:
-        TypeError: an argument is not a number, or `max_norm` not a threshold.
+        TypeError: an argument is not a number, or `max_norm` is not a threshold.
         ValueError: an argument is out of range.
 
     Example:
@@ -411,27 +415,27 @@ def adagc(
     norm: Norm = norms.l2(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaGC: each leaf is limited to :math:`\lambda \gamma_i`, where :math:`\gamma_i` averages its
-    clipped norms.
+    r"""AdaGC: clips each leaf at a multiple of the average of its clipped norms.
 
-    At first all is clipped by the global norm, and :math:`\gamma_i` is its least clipped norm; one
-    read of the gradients serves both. The statistic sees clipped norms. State: four numbers for
-    each leaf. Known failures: :math:`\gamma` rises by 0.1 % a step at most, so 40 % of steady noisy
-    steps are clipped, and a tenfold change takes 2300 steps (`thresholds.reset_after`). A leaf
-    without gradients is not observed: no limit is zero.
+    The limit of leaf :math:`i` is :math:`\lambda \gamma_i`, where :math:`\gamma_i` averages its
+    clipped norms. In the warm-up the gradient is clipped by its global norm, and :math:`\gamma_i`
+    is the smallest clipped norm so far. One read of the gradients serves both. State: four numbers
+    per leaf. Known failures: :math:`\gamma` rises by at most 0.1 % a step. So 40 % of steady noisy
+    steps are clipped, and a tenfold change takes 2300 steps (see `thresholds.reset_after`). A leaf
+    with zero gradients does not update its statistics, so its limit never becomes zero.
 
     Args:
-        factor: :math:`\lambda`; 1.05 is the paper's, 2 hardly clips.
-        decay: of the average, 0.98 in the paper.
-        warmup: how many norms of a leaf :math:`\gamma` starts from, which are clipped globally; 100
-            in the paper.
-        max_norm: the limit to the global norm for those, a number or a schedule.
-        scope: which numbers share a norm after those.
-        norm: which norm; the global one is the l2 norm of these.
+        factor: :math:`\lambda`, 1.05 in the paper; a factor of 2 hardly clips.
+        decay: decay of the average, 0.98 in the paper.
+        warmup: how many norms of a leaf :math:`\gamma` starts from, 100 in the paper; these steps
+            are clipped by the global norm.
+        max_norm: the limit of the global norm in the warm-up, a number or a schedule.
+        scope: which numbers share a norm after the warm-up.
+        norm: which norm; the global norm is the l2 norm of these norms.
         **options: as for `clip`.
 
     Raises:
-        TypeError: an argument is not a number, or `max_norm` not a threshold.
+        TypeError: an argument is not a number, or `max_norm` is not a threshold.
         ValueError: an argument is out of range.
 
     Example:
@@ -439,7 +443,8 @@ def adagc(
         >>> clip = optaxclip.adagc(warmup=1, max_norm=5.0)
         >>> state = clip.init([jnp.zeros(1), jnp.zeros(1)])
         >>> for scale in 2.0, 0.9, 1.5:
-        ...     updates, state = clip.update([jnp.array([3.0 * scale]), jnp.array([4.0 * scale])], state)
+        ...     grads = [jnp.array([3.0 * scale]), jnp.array([4.0 * scale])]
+        ...     updates, state = clip.update(grads, state)
         ...     print(*updates)
         [3.] [4.]
         [2.7] [3.6]
@@ -467,23 +472,23 @@ def history_clip(
     norm: Norm = norms.l2(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips at :math:`\mu + k \sigma` of the last norms, the current one excluded.
+    r"""Clips at mean plus deviations of the last norms, :math:`\mu + k \sigma`.
 
-    The statistic sees raw norms. State: a float for each step in the window and group. Levanter
-    clips updates by it: after the preconditioner, before the learning rate; it serves gradients as
-    well. Known failure: one spike raises the limit until it leaves the window, of 100 times the
-    mean to 28 times.
+    The statistic sees raw norms, the current one excluded. State: one float per group and step in
+    the window. Levanter clips updates this way: after the preconditioner, before the learning rate.
+    It also works on gradients. Known failure: one spike raises the limit until the spike leaves the
+    window; a spike of 100 times the mean raises it to 28 times the mean.
 
     Args:
         deviations: :math:`k`, 3 in Levanter.
-        window: how many norms are remembered, 128 there.
-        warmup: how many there must be before there is a limit, 64 there.
+        window: how many norms to remember, 128 in Levanter.
+        warmup: how many norms to see before there is a limit, 64 in Levanter.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
 
     Raises:
-        TypeError: `deviations` is not a number, or one of the others not an integer.
+        TypeError: `deviations` is not a number, or `window` or `warmup` is not an integer.
         ValueError: an argument is out of range, such as a warm-up longer than the window.
 
     Example:
@@ -516,24 +521,25 @@ def log_norm_clip(
     norm: Norm = norms.l2(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sets a norm whose logarithm is :math:`k` deviations above its mean to the geometric mean
-    :math:`e^m`.
+    r"""Lowers outliers of the logarithm of the norm to the geometric mean.
 
-    The statistic sees raw norms, the current one included. State: five numbers for each group.
-    TensorFlow's contrib starts its averages at zero, which crushes the first steps; here they start
-    as plain averages (its option with a global step). Known failure: a spike widens what counts as
-    usual, of 100 times the mean so much that for some thirty steps a threefold one passes.
+    With :math:`m` and :math:`\sigma` the moving mean and deviation of :math:`\log \|g\|`, a norm of
+    at least :math:`e^{m + k \sigma}` is set to :math:`e^m`. The statistic sees raw norms, the
+    current one included. State: five numbers per group. TensorFlow's contrib starts its averages at
+    zero, which makes the first steps tiny; here they start as plain averages (its option with a
+    global step). Known failure: a spike widens the deviation. After a spike of 100 times the mean,
+    threefold spikes pass for about thirty steps.
 
     Args:
         deviations: :math:`k`, 2 in TensorFlow's contrib.
-        decay: of mean and variance, 0.95 there.
+        decay: decay of mean and variance, 0.95 in TensorFlow's contrib.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
 
     Raises:
-        TypeError: one of the two is not a number.
-        ValueError: one of the two is out of range.
+        TypeError: `deviations` or `decay` is not a number.
+        ValueError: `deviations` or `decay` is out of range.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -555,16 +561,17 @@ def log_norm_clip(
 def growth_clip(
     factor: Any = 1.01, *, scope: Scope = scopes.leaf(), norm: Norm = norms.l2(), **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Fira's limiter: no leaf grows by more than a factor a step, :math:`g_t \min(1, \gamma
-    \|u_{t-1}\| / \|g_t\|)`.
+    r"""Fira's limiter: lets the norm of a leaf grow by at most a factor per step.
 
-    The statistic sees clipped norms :math:`\|u\|`, in fact the last of them. State: three numbers
-    for each group. Fira limits an update by it, so after the preconditioner, before the learning
-    rate. Known failures: with noisy norms it settles below their mean, and after a small one it
-    takes 231 steps to climb tenfold. Zeros are not observed, so it is never stuck at zero.
+    .. math:: u_t = g_t \min(1, \gamma \|u_{t-1}\| / \|g_t\|)
+
+    The statistic is the last clipped norm :math:`\|u\|`. State: three numbers per group. Fira
+    limits updates this way: after the preconditioner, before the learning rate. Known failures:
+    with noisy norms the limit settles below their mean, and after a small norm it takes 231 steps
+    to grow tenfold. Zeros are not observed, so the limit never sticks at zero.
 
     Args:
-        factor: :math:`\gamma`, how many times the last norm the next may be; 1.01 in the paper.
+        factor: :math:`\gamma`, the largest ratio of one norm to the one before; 1.01 in the paper.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
@@ -599,24 +606,24 @@ def spam_clip(
     scope: Scope = scopes.element(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SPAM's spike clip: cuts each element at :math:`\sqrt{\theta v}`, where :math:`v` averages
-    its squares.
+    r"""SPAM's spike clip: clips each element at a multiple of its root mean square.
 
-    The statistic sees clipped elements. State: one buffer as large as the parameters, besides what
-    the optimizer has. SPAM also resets Adam's moments every 500 steps; that is not part of this.
-    Known failure: 5000 lets an element be 70 times its usual size in the end, 10 times after 20
-    steps. An element that was always zero is not clipped; and a spike in the warm-up is learned
-    (`thresholds.ignore_outliers`, for three more buffers).
+    The limit is :math:`\sqrt{\theta v}`, where :math:`v` averages the squares of the clipped
+    element. State: one buffer as large as the parameters. SPAM also resets Adam's moments every 500
+    steps; `spam_clip` does not. Known failures: with 5000, an element may reach 70 times its usual
+    size late in training, and 10 times after 20 steps. An element that was always zero is not
+    clipped. A spike in the warm-up is learned; `thresholds.ignore_outliers` prevents that with
+    three more buffers.
 
     Args:
         factor: :math:`\theta`, 5000 in the paper.
-        decay: of the average, which starts at zero and is not corrected for that; 0.999 as in Adam.
+        decay: decay of the average, 0.999 as in Adam; the average starts at zero, uncorrected.
         warmup: updates without a limit, 20 in the reference code.
-        scope: which elements share a limit, learned from their largest.
+        scope: which elements share a limit; it is learned from the largest of them.
         **options: as for `clip`.
 
     Raises:
-        TypeError: `factor` or `decay` is not a number, or `warmup` not an integer.
+        TypeError: `factor` or `decay` is not a number, or `warmup` is not an integer.
         ValueError: an argument is out of range.
 
     Example:
@@ -646,26 +653,27 @@ def gradient_stabilizer(
     norm: Norm = norms.l2(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""GradientStabilizer: keeps the direction and replaces the norm, :math:`g\, \hat m / (\|g\|
-    \sqrt{\hat v})`.
+    r"""GradientStabilizer: keeps the direction of each leaf and replaces its norm.
 
-    :math:`m` and :math:`v` average the norm and its square, corrected for starting at zero; the
-    statistic sees raw norms, the current one included. State: five numbers for each group. The new
-    norm is about 1 whatever the old one was: 0.95 at a huge spike, 1.41 at most. Known failure:
-    after one of 100 times the mean, norms stay below three quarters for 70 steps. Small gradients
-    are enlarged, and it belongs before an optimizer that ignores scale (Adam), or with a learning
-    rate found for it.
+    .. math:: g\, \hat m / (\|g\| \sqrt{\hat v})
+
+    :math:`m` and :math:`v` are moving averages of the norm and of its square, corrected for
+    starting at zero. They see raw norms, the current one included. State: five numbers per group.
+    With the defaults the new norm is about 1 for any old norm: 0.95 at a huge spike, 1.41 at most.
+    Known failure: after a spike of 100 times the mean, the new norms stay below 0.75 for 70 steps.
+    Small gradients are enlarged, so use it before an optimizer that ignores scale (Adam), or tune
+    the learning rate for it.
 
     Args:
-        decay: of the mean, 0.7 in the paper (0.85 in bfloat16).
-        square_decay: of the mean square, 0.9 in the paper (0.99999 in bfloat16).
+        decay: decay of the mean, 0.7 in the paper (0.85 in bfloat16).
+        square_decay: decay of the mean square, 0.9 in the paper (0.99999 in bfloat16).
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
 
     Raises:
-        TypeError: one of the two is not a number.
-        ValueError: one of the two is out of range.
+        TypeError: `decay` or `square_decay` is not a number.
+        ValueError: `decay` or `square_decay` is out of range.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -689,24 +697,24 @@ def gradient_stabilizer(
 def clippy(
     relative: Any = 0.1, *, absolute: Any = 1e-7, scope: Scope = scopes.leaf(), **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clippy: shrinks each leaf until no element of it is over its own budget, :math:`u \min(1,
-    \min_j b_j / |u_j|)`.
+    r"""Clippy: scales each leaf down until every element fits a budget set by its weight.
 
-    :math:`b_j = r |w_j| + a` for an element of a parameter :math:`w_j`, so `update` needs the
-    parameters. It is about the step itself: after the learning rate, last in a chain. No state.
-    Known failure: one weight near zero holds back its whole leaf, unless :math:`a` allows it to
-    move.
+    .. math:: u \min(1, \min_j b_j / |u_j|), \qquad b_j = r |w_j| + a
+
+    `update` needs the parameters :math:`w`. It limits the step itself: put it after the learning
+    rate, last in a chain. No state. Known failure: one weight near zero holds back its whole leaf,
+    unless :math:`a` allows the weight to move.
 
     Args:
         relative: :math:`r`, the share of itself by which a weight may change; 0.1 in TensorFlow
             Recommenders.
-        absolute: :math:`a`, how much more it may change; 1e-7 there.
+        absolute: :math:`a`, added to that share; 1e-7 in TensorFlow Recommenders.
         scope: which elements share a factor.
         **options: as for `clip`.
 
     Raises:
-        TypeError: one of the two is not a number.
-        ValueError: one of the two is negative; on `update`: the parameters are missing.
+        TypeError: `relative` or `absolute` is not a number.
+        ValueError: `relative` or `absolute` is negative; on `update`: the parameters are missing.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -733,24 +741,24 @@ def scale_by_stable_adam(
     scope: Scope = scopes.leaf(),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""StableAdamW: Adam whose step shrinks where the gradient is larger than its second moment
-    knows.
+    r"""StableAdamW: Adam with a smaller step where the gradient outgrows its second moment.
 
-    .. math:: u_i = \frac{\hat m_i / (\sqrt{\hat v_i} + \epsilon) + \lambda w_i}{\max(1, \mathrm{RMS}_i / d)}, \qquad
+    .. math:: u_i = \frac{\hat m_i / (\sqrt{\hat v_i} + \epsilon) + \lambda w_i}
+        {\max(1, \mathrm{RMS}_i / d)}, \qquad
         \mathrm{RMS}_i = \mathrm{rms}(g_i / \max(\sqrt{\hat v_i}, \epsilon))
 
-    In place of `optax.scale_by_adam`, before the learning rate. The statistic is Adam's :math:`v`,
-    which includes the current gradient: no state besides Adam's two buffers. RMS is measured on the
-    gradient and not on the step, which momentum smooths. Known failure: at most :math:`1 / \sqrt{1
-    - b_2}` is ever cut, 10 with these defaults.
+    Use it in place of `optax.scale_by_adam`, before the learning rate. The statistic is Adam's
+    :math:`v`, which includes the current gradient, so the only state is Adam's two buffers. RMS is
+    measured on the gradient, not on the step, because momentum smooths the step. Known failure: a
+    step shrinks by at most :math:`1 / \sqrt{1 - b_2}`, 10 with the defaults.
 
     Args:
         max_rms: :math:`d`, 1 in the paper.
         b1: decay of the mean.
         b2: decay of the mean square.
-        eps: least root of the mean square that counts.
-        weight_decay: :math:`\lambda`, decoupled and shrunk alike; `update` then needs the
-            parameters.
+        eps: :math:`\epsilon`; smaller roots of the mean square count as this large in the RMS.
+        weight_decay: :math:`\lambda`, decoupled, and scaled down together with the step; `update`
+            then needs the parameters.
         scope: which numbers share an RMS.
         **options: as for `clip`.
 
@@ -793,29 +801,29 @@ def spectral_clip(
     sharded_over: Any = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips the singular values of each matrix, :math:`U \min(S, c) V^\top`: by value, in its own
-    basis.
+    r"""Clips the singular values of each matrix, :math:`U \min(S, c) V^\top`.
 
     With `response=responses.smooth` it is SPECTRA's soft clip, :math:`S / \sqrt{1 + (S / c)^2}`.
-    Leading axes are batches, a vector is a matrix of one row. No state. A singular value
-    decomposition is exact and slow on accelerators; for the soft clip so many Newton-Schulz
-    `iterations` take only products of matrices, and are within 0.1 % while :math:`\|X\|_F / c` is
-    below :math:`1.5^{\text{iterations}} / 3`. SPECTRA clips updates by it: after the
-    preconditioner, before the learning rate.
+    Leading axes are batches; a vector is a matrix of one row. No state. The default is a singular
+    value decomposition, which is exact but slow on accelerators. For the soft clip, Newton-Schulz
+    `iterations` need only matrix products. They are within 0.1 % while :math:`\|X\|_F / c` is below
+    :math:`1.5^{\text{iterations}} / 3`. SPECTRA clips updates this way: after the preconditioner,
+    before the learning rate.
 
     Args:
-        max_norm: the limit :math:`c` to singular values.
-        response: what happens to singular values that are larger; `responses.rescale` if None.
-        iterations: of Newton and Schulz instead of a decomposition, 10 in SPECTRA; for
-            `responses.smooth`. What is recorded as the size is then the Frobenius norm.
-        nonfinite: as for `clip`, by matrix.
-        sharded_over: as for `clip`; a matrix may not be split (under `jit` it may).
+        max_norm: the limit :math:`c` of singular values.
+        response: what to do with larger singular values; `responses.rescale` if None.
+        iterations: number of Newton-Schulz steps, 10 in SPECTRA; None for a decomposition. Only for
+            `responses.smooth`. The recorded size is then the Frobenius norm.
+        nonfinite: as for `clip`, for each matrix.
+        sharded_over: as for `clip`; in `jax.shard_map` every device needs whole matrices. Under
+            `jit` they may be sharded.
         record: as for `clip`.
 
     Raises:
-        TypeError: `max_norm` is not a threshold, or `iterations` not an integer.
+        TypeError: `max_norm` is not a threshold, or `iterations` is not an integer.
         ValueError: `max_norm` is negative or NaN, or `iterations` is given without
-                `responses.smooth`; on `update`: a matrix is split along mapped axes.
+            `responses.smooth`; on `update`: a matrix is sharded over mapped axes.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip

@@ -1,8 +1,8 @@
-"""What clipping did, read out of an optimizer state, wherever in it the clips are.
+"""Reads what clipping did from an optimizer state.
 
-Every `clip` keeps a `Reading` of its last step and counts of all steps in its state. Nothing is
-logged here: `metrics` makes a dict of arrays of them, for any logger, and works under `jit`, `scan`
-and `vmap`.
+Every `clip` keeps a `Reading` of its last step, and counts of all steps, in its state. `metrics`
+finds them at any depth of the state and returns a dict of arrays, which any logger can write. It
+works under `jit`, `scan` and `vmap`.
 """
 
 from collections.abc import Iterator
@@ -21,27 +21,21 @@ from optaxclip._layout import by_path
 from optaxclip._types import ClipState, Norm, Reading, Scope
 from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
 
-# of the mean: Pascanu et al. (2013) found good thresholds between the ends
-FACTORS = (
-    0.5,
-    1.0,
-    2.0,
-    5.0,
-    10.0,
-)
+# multiples of the mean; the range is the recommendation of Pascanu et al. (2013)
+FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
 def readings(opt_state: Any) -> list[Reading]:
-    """Every `Reading` in an optimizer state, in the order of the chain.
+    """Returns every `Reading` in an optimizer state, in the order of the chain.
 
     Args:
-        opt_state: state of any transform, however nested (`optax.chain`, `masked`, `partition`,
-            `MultiSteps`, `inject_hyperparams`, ...), or anything that holds one or several: a Flax
+        opt_state: the state of any transform at any nesting (`optax.chain`, `masked`, `partition`,
+            `MultiSteps`, `inject_hyperparams`, ...), or anything that holds such states: a Flax
             `TrainState` or `nnx.Optimizer`, a dataclass, a dict.
 
     Raises:
-        TypeError: `opt_state` is an optimizer, and not its state.
+        TypeError: `opt_state` is an optimizer instead of its state.
 
     Example:
         >>> import jax.numpy as jnp, optax, optaxclip
@@ -55,42 +49,46 @@ def readings(opt_state: Any) -> list[Reading]:
 
 
 def group_names(reading: Reading) -> list[str]:
-    """The groups of a reading: paths of leaves, names of groups, or `"tree"`."""
+    """Returns the groups of a reading: paths of leaves, names of groups, or `"tree"`."""
     return list(reading.names.known or ())
 
 
 def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[str, Array]:
-    """What the last step did and counts over all steps, as a dict of numbers for any logger.
+    """Returns the last step's measurements and counts over all steps, as a dict of arrays.
 
     | key | number |
     |---|---|
-    | `clip/size_before`, `clip/size_after`, `clip/limit` | of the group that was largest before |
-    | `clip/scale` | the least of size after / size before |
-    | `clip/clipped_share` | mean over the groups of the share that was over its limit |
-    | `clip/largest` | position of the largest group in `group_names(reading)` |
-    | `clip/steps`, `clip/clipped_steps`, `clip/nonfinite_steps` | counts over all steps that the clip has seen |
-    | `clip/skipped_steps` | steps that guards (`skip_nonfinite`, `skip_spikes`) kept from what is inside, if there are any |
-    | `clip/watched`, `clip/watched_limit` | the norm or loss that `skip_spikes` looked at, and what it may be |
+    | `clip/size_before` | largest size before clipping |
+    | `clip/size_after`, `clip/limit` | of the same group |
+    | `clip/scale` | smallest ratio of size after to size before |
+    | `clip/clipped_share` | share of the group over its limit, mean over groups |
+    | `clip/largest` | index of the largest group in `group_names(reading)` |
+    | `clip/steps` | steps that the clip has seen |
+    | `clip/clipped_steps` | steps with something clipped |
+    | `clip/nonfinite_steps` | steps with a size that was not finite |
+    | `clip/skipped_steps` | steps that guards skipped, if there are guards |
+    | `clip/watched` | norm or loss that `skip_spikes` watched |
+    | `clip/watched_limit` | its limit |
 
-    Before the first step there is nothing to tell: everything is NaN then, except `clip/largest`,
-    which is -1, and the counts, which are 0. The keys are always the same.
+    The keys are always the same. Before the first step all values are NaN, except `clip/largest`
+    (-1) and the counts (0).
 
-    Between two steps of a clip the numbers stay as they are. So inside `optax.MultiSteps` those of
-    one step are there again for each micro-batch until the next step, and inside a guard for each
-    step that it skips. `clip/steps` grows only at a step.
+    The values change only when the clip runs. Inside `optax.MultiSteps` they repeat for each
+    micro-batch until the next step; inside a guard they repeat for each skipped step. `clip/steps`
+    counts the steps of the clip.
 
-    Several clips in one state are `clip_0`, `clip_1` and so on, in the order of the chain. A state
-    that is vmapped over seeds gives arrays over seeds. Without a clip that records, the dict is
-    empty.
+    If a state holds more than one clip, their keys begin with `clip_0`, `clip_1` and so on, in the
+    order of the chain. A state that is vmapped over seeds gives arrays over seeds. Without a clip
+    that records, the dict is empty.
 
     Args:
         opt_state: as for `readings`.
-        params: if given, and if there are several groups, their numbers by name as well:
-            `clip/size_before/encoder/kernel`.
-        prefix: what keys begin with.
+        params: if given, and if there is more than one group, the dict also has the numbers of
+            every group by name: `clip/size_before/encoder/kernel`.
+        prefix: the beginning of every key.
 
     Raises:
-        TypeError: `opt_state` is an optimizer, and not its state.
+        TypeError: `opt_state` is an optimizer instead of its state.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -118,44 +116,40 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
         clip/clipped_share/w     1
     """
     clips = _clips(opt_state)
-    found: dict[str, Array] = {}
+    numbers: dict[str, Array] = {}
     for i, (state, reading) in enumerate(clips):
         name = prefix if len(clips) == 1 else f"{prefix}_{i}"
-        found |= {
-            f"{name}/{key}": value for key, value in _of_all_groups(state.step, reading).items()
-        }
+        for key, value in _of_all_groups(state.step, reading).items():
+            numbers[f"{name}/{key}"] = value
         groups = group_names(reading)
         if params is not None and len(groups) > 1:
             for k, group in enumerate(groups):
                 for key in ("size_before", "size_after", "limit", "clipped_share"):
-                    found[f"{name}/{key}/{group}"] = _once_seen(
-                        state.step, getattr(reading, key)[..., k]
-                    )
+                    value = getattr(reading, key)[..., k]
+                    numbers[f"{name}/{key}/{group}"] = _once_seen(state.step, value)
     guards = _guards(opt_state)
     if guards:
-        found[f"{prefix}/skipped_steps"] = sum(
-            (guard.skipped_steps for guard in guards[1:]), guards[0].skipped_steps
-        )
+        skipped = [guard.skipped_steps for guard in guards]
+        numbers[f"{prefix}/skipped_steps"] = sum(skipped[1:], skipped[0])
     watches = [(guard.steps, guard.watch) for guard in guards if isinstance(guard.watch, Watch)]
     for i, (steps, watch) in enumerate(watches):
         number = "" if len(watches) == 1 else f"_{i}"
-        found[f"{prefix}/watched{number}"] = _once_seen(steps, watch.size)
-        found[f"{prefix}/watched_limit{number}"] = _once_seen(steps, watch.limit)
-    return found
+        numbers[f"{prefix}/watched{number}"] = _once_seen(steps, watch.size)
+        numbers[f"{prefix}/watched_limit{number}"] = _once_seen(steps, watch.limit)
+    return numbers
 
 
 def _once_seen(steps: Array, value: Array, otherwise: float = jnp.nan) -> Array:
-    """The value of the last step, `otherwise` before the first."""
+    """Returns the value of the last step; `otherwise` before the first step."""
     return jnp.where(steps > 0, value, jnp.asarray(otherwise, jnp.result_type(value)))
 
 
 def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
-    before, after, limit, share = (reading.measured[..., i, :] for i in range(4))
-    if not before.shape[-1]:
-        before, after, limit, share = (
-            jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]) for x in (before, after, limit, share)
-        )
-    largest = jnp.argmax(before, -1)  # of a NaN, if there is one
+    measured = reading.measured
+    if not measured.shape[-1]:  # a tree without floats: as if it had one group of size 0
+        measured = jnp.pad(measured, [(0, 0)] * (measured.ndim - 1) + [(0, 1)])
+    before, after, limit, share = (measured[..., i, :] for i in range(4))
+    largest = jnp.argmax(before, -1)  # the first NaN, if there is one
 
     def of_largest(values: Array) -> Array:
         return jnp.take_along_axis(values, largest[..., None], -1)[..., 0]
@@ -183,20 +177,20 @@ def monitor(
     history: int = 100,
     sharded_over: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Measures at its place in a chain and changes nothing, not even NaN.
+    """Measures updates and passes them on unchanged, NaN included.
 
-    What it sees is in `readings` and `metrics`; its state has the last sizes besides, and a sketch
-    of the ranks of all and a history of them, from which `suggest` proposes thresholds. Zeros and
-    what is not finite are not remembered.
+    `readings` and `metrics` show what it measured. Its state also holds the last sizes, and a
+    sketch of the distribution of all sizes; `suggest` proposes thresholds from the sketch. Sizes
+    that are zero or not finite are not remembered.
 
     Args:
         scope: which numbers share a size.
-        norm: how large they are.
-        history: how many of the last sizes are remembered.
+        norm: which norm.
+        history: how many of the last sizes to remember.
         sharded_over: as for `clip`.
 
     Raises:
-        TypeError: an argument is not what it should be.
+        TypeError: an argument has the wrong type.
         ValueError: `history` is below 1.
 
     Example:
@@ -217,25 +211,27 @@ def monitor(
 
 
 def last_sizes(opt_state: Any) -> dict[str, np.ndarray]:
-    """For each group of every `monitor` its last sizes, newest first; of a leaf with many groups
-    `[history, groups]`.
+    """Returns the last sizes of each group of every `monitor`, newest first.
+
+    The array of a group is `[history]`; for a scope finer than a leaf it is `[history, groups]` for
+    each leaf.
     """
-    found = {}
+    by_name = {}
     for name, history in _histories(opt_state):
         last = history.last.reshape(len(history.last), -1)
         last = last[: np.count_nonzero(last, 0).max(initial=0)]
-        found[name] = last[:, 0] if last.shape[1] == 1 else last
-    return found
+        by_name[name] = last[:, 0] if last.shape[1] == 1 else last
+    return by_name
 
 
 class Suggestion(NamedTuple):
-    """A threshold that one may try.
+    """A threshold to try.
 
     Attributes:
-        group: what it is for.
-        candidate: what it is, such as `"quantile 0.9"` or `"2 x mean"`.
+        group: the group it is for.
+        candidate: how it was chosen, such as `"quantile 0.9"` or `"2 x mean"`.
         threshold: the number.
-        clipped_share: of all sizes seen so far, the share that it would have clipped.
+        clipped_share: the share of all sizes so far that it would have clipped.
     """
 
     group: str
@@ -245,19 +241,19 @@ class Suggestion(NamedTuple):
 
 
 def suggest(opt_state: Any) -> list[Suggestion]:
-    """Thresholds to try, after a run with `monitor` in the chain: quantiles of the sizes, and half
-    to ten times their mean.
+    """Suggests thresholds, from the sizes that a `monitor` in the chain has measured.
 
-    What would have been clipped says nothing of how well it trains: gradients change once they are
-    clipped. Sizes are exact for the first 1024 steps and within 1 % later. Takes numbers, so not
-    for use under `jit`.
+    The candidates are quantiles of the sizes, and half to ten times their mean. The share that
+    would have been clipped does not predict training quality: clipping changes the gradients that
+    follow. Sizes are exact for the first 1024 steps and within 1 % after that. It needs concrete
+    values, so it does not work under `jit`.
 
     Args:
-        opt_state: as for `readings`, with a `monitor` that has seen something.
+        opt_state: as for `readings`, with a `monitor` that has seen updates.
 
     Returns:
-        For each group of each monitor one line per candidate, by size. The units of a leaf count
-        together.
+        For each group of each monitor, one `Suggestion` per candidate, in ascending order. The
+        units of a leaf are counted together.
 
     Example:
         >>> import jax, jax.numpy as jnp, optaxclip
@@ -295,8 +291,8 @@ def suggest(opt_state: Any) -> list[Suggestion]:
     return lines
 
 
-def _found(tree: Any, kind: type) -> list[Any]:
-    """The nodes of a type in a tree, with arrays for what wraps arrays, as Flax does."""
+def _states_of(tree: Any, kind: type) -> list[Any]:
+    """Returns the nodes of a type in a tree, with plain arrays in place of Flax's variables."""
     _validate.not_a_transform("opt_state", tree)
     return [
         jax.tree.map(jnp.asarray, node, is_leaf=_wraps_an_array)
@@ -305,33 +301,29 @@ def _found(tree: Any, kind: type) -> list[Any]:
 
 
 def _nodes(tree: Any, kind: type, seen: set[int]) -> Iterator[Any]:
-    """The nodes of a type, in order; also in the attributes of objects that JAX takes for leaves."""
+    """Yields the nodes of a type, in order.
+
+    It also searches the attributes of objects that JAX treats as leaves, such as `nnx.Optimizer`.
+    """
     for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind)):
+        is_object = isinstance(getattr(node, "__dict__", None), dict) and not hasattr(node, "dtype")
         if isinstance(node, kind):
             yield node
-        elif (
-            isinstance(getattr(node, "__dict__", None), dict)
-            and not hasattr(node, "dtype")
-            and id(node) not in seen
-        ):
+        elif is_object and id(node) not in seen:
             seen.add(id(node))
             yield from _nodes(vars(node), kind, seen)
 
 
 def _clips(opt_state: Any) -> list[tuple[ClipState, Reading]]:
-    """Every clip that records, and its reading."""
-    return [
-        (state, state.reading)
-        for state in _found(opt_state, ClipState)
-        if isinstance(state.reading, Reading)
-    ]
+    """Returns the state of every clip that records, and its reading."""
+    states = _states_of(opt_state, ClipState)
+    return [(state, state.reading) for state in states if isinstance(state.reading, Reading)]
 
 
 def _guards(opt_state: Any) -> list[GuardState]:
-    """Every guard, and those inside of it."""
-    return [
-        found for guard in _found(opt_state, GuardState) for found in (guard, *_guards(guard.inner))
-    ]
+    """Returns the state of every guard, outer guards first."""
+    nested = [(outer, *_guards(outer.inner)) for outer in _states_of(opt_state, GuardState)]
+    return [guard for guards in nested for guard in guards]
 
 
 def _wraps_an_array(node: Any) -> bool:
@@ -339,32 +331,28 @@ def _wraps_an_array(node: Any) -> bool:
 
 
 def _histories(opt_state: Any) -> list[tuple[str, History]]:
-    """The memory of each group of every monitor, by name, in NumPy."""
-    found = []
+    """Returns the memory of each group of every monitor, with its name, in NumPy."""
+    histories = []
     for state, reading in _clips(opt_state):
         if not isinstance(state.threshold, History):
             continue
         _validate.one_run("opt_state", state.step.shape)
         names, history = group_names(reading), jax.tree.map(np.asarray, state.threshold)
         origin = history.sketch.origin
-        if isinstance(origin, np.ndarray) and origin.shape == (
-            len(names),
-        ):  # one number for each group
-            found += [
-                (name, jax.tree.map(lambda x, k=k: x[..., k : k + 1], history))
-                for k, name in enumerate(names)
-            ]
+        if isinstance(origin, np.ndarray) and origin.shape == (len(names),):  # `[groups]`
+            for k, name in enumerate(names):
+                of_group = jax.tree.map(lambda x, k=k: x[..., k : k + 1], history)
+                histories.append((name, of_group))
         else:  # a tree like the parameters
             last, first, origin, counts = map(by_path, (history.last, *history.sketch))
-            found += [
-                (name, History(last[name], Sketch(first[name], origin[name], counts[name])))
-                for name in names
-            ]
-    return found
+            for name in names:
+                sketch = Sketch(first[name], origin[name], counts[name])
+                histories.append((name, History(last[name], sketch)))
+    return histories
 
 
 def _distribution(sketch: Sketch) -> tuple[np.ndarray, np.ndarray]:
-    """All sizes that a sketch knows of, in ascending order, and how often it has seen each."""
+    """Returns all sizes in a sketch, in ascending order, and how often each was seen."""
     first, counts = sketch.first.reshape(FIRST, -1), sketch.counts.reshape(BINS, -1)
     sizes, often = [], []
     for k, origin in enumerate(sketch.origin.ravel()):
@@ -377,7 +365,7 @@ def _distribution(sketch: Sketch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quantile(sizes: np.ndarray, counts: np.ndarray, q: float) -> float:
-    """As `numpy.quantile` of the sizes, each repeated as often as it was seen."""
+    """Like `numpy.quantile` of the sizes, each repeated as often as it was seen."""
     ranks = np.cumsum(counts) - 1
     rank = q * ranks[-1]
     lower, upper = (sizes[np.searchsorted(ranks, edge)] for edge in (np.floor(rank), np.ceil(rank)))

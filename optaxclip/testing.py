@@ -1,7 +1,7 @@
-"""The contract as checks of your own parts: `check_threshold check_scope check_transform`.
+"""Checks for parts that you write: `check_threshold check_scope check_transform`.
 
-Each raises an `AssertionError` that says which law is broken, by what, and what usually helps. The
-tests of this library run the same checks over every rule, scope and transform that it has.
+Each raises an `AssertionError` that names the broken law, the offending value and the usual fix.
+The tests of this library run the same checks over all of its rules, scopes and transforms.
 """
 
 import functools
@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from optaxclip import _jax, _validate, norms
 from optaxclip._clip import clip
-from optaxclip._layout import lay_out
+from optaxclip._layout import Layout, lay_out
 from optaxclip._measure import measure
 from optaxclip._types import Context, Scope, Threshold
 
@@ -26,20 +27,20 @@ TREE = {"dense": (4, 3), "conv": (1, 2, 2, 3), "bias": (3,), "number": ()}
 def check_threshold(rule: Threshold, *, stream: Sequence[float] = STREAM) -> None:
     """Checks a threshold rule.
 
-    * What `init` returns ends in the shape of the sizes, whatever that is, and depends on no number
-      in them.
-    * `learn` returns what it was given: the same structure, shapes, dtypes and weak types.
-    * A limit broadcasts against the sizes, and is not NaN and not negative.
-    * Every group has a limit of its own, by its own sizes: beside others it is what it is alone.
-    * Under `jit` and in `lax.scan` it is what it is without.
-    * Limits have finite derivatives by the sizes.
+    * The last axes of every array that `init` returns are the axes of the sizes. `init` uses their
+      shape and dtype, not their values.
+    * `learn` returns a state with the same structure, shapes, dtypes and weak types.
+    * A limit broadcasts against the sizes, and is neither NaN nor negative.
+    * Groups are independent: the limit of a group does not depend on the sizes of other groups.
+    * Results are the same with and without `jit`, and in `lax.scan`.
+    * Limits have finite derivatives with respect to the sizes.
 
     Not checked: whether a limit can fall so low that it never rises again, and whether limits
     follow the scale of the sizes.
 
     Args:
-        rule: to be checked.
-        stream: sizes that one group has, one after the other, all positive.
+        rule: the rule to check.
+        stream: the sizes of one group at consecutive steps, all positive.
 
     Raises:
         TypeError: `rule` is not a `Threshold`.
@@ -48,44 +49,46 @@ def check_threshold(rule: Threshold, *, stream: Sequence[float] = STREAM) -> Non
     Example:
         >>> import jax.numpy as jnp
         >>> from optaxclip import Threshold, testing
+        >>> def limit(sizes, state, context):
+        ...     return state
         >>> def learn(sizes, clipped_sizes, state, context):
         ...     return state + sizes.sum()
-        >>> testing.check_threshold(Threshold(jnp.ones_like, lambda sizes, state, context: state, learn))
+        >>> testing.check_threshold(Threshold(jnp.ones_like, limit, learn))
         Traceback (most recent call last):
-        AssertionError: groups must not know of each other, but the limit of one was 2.0 alone and 9.00... beside others; ...
+        AssertionError: groups must not know of each other, but the limit of one was 2.0 alone ...
     """
     _validate.rule("rule", rule)
     for shape in (3,), (2, 1, 3):
         _check_states(rule, jnp.ones(shape))
-    run, sizes, scales = (
-        jax.jit(functools.partial(_limits_of, rule)),
-        jnp.asarray(stream),
-        jnp.array([1.0, 1e-3, 7.0]),
-    )
+    _check_groups(rule, jnp.asarray(stream), list(stream))
+    _check_slopes(rule, jnp.asarray(stream), list(stream))
+    _check_states(rule, jnp.ones((0,)))  # the sizes of a tree without floats
+
+
+def _check_groups(rule: Threshold, sizes: Array, stream: list[float]) -> None:
+    """Checks that limits are valid, and the same alone, beside other groups, and without jit."""
+    run, scales = jax.jit(functools.partial(_limits_of, rule)), jnp.array([1.0, 1e-3, 7.0])
     try:
         together = run(sizes[:, None] * scales)
     except jax.errors.ConcretizationTypeError as error:
         raise AssertionError(
             "a rule must be a program for any numbers, but it has to know one of them while it is "
-            "compiled; "
-            f"choose with jnp.where in place of if, and compute with jax.numpy "
+            "compiled; choose with jnp.where in place of if, and compute with jax.numpy "
             f"({str(error).splitlines()[0]})"
         ) from error
     for step, limits in enumerate(together):
-        seen = f"after the sizes {list(stream[:step])}" if step else "before anything was learned"
+        when = f"after the sizes {stream[:step]}" if step else "before anything was learned"
         _say_unless(
             bool((limits >= 0).all()),
-            f"a limit must be at least 0, and inf where nothing is to be clipped, but {seen} "
-            f"limits were {limits}; "
-            "return jnp.inf where nothing is known",
+            f"a limit must be at least 0, and inf where nothing is to be clipped, but {when} "
+            f"limits were {limits}; return jnp.inf where nothing is known",
         )
     for i, scale in enumerate(scales):
         _say_unless_close(
             together[:, i],
             run(sizes[:, None] * scale)[:, 0],
             "groups must not know of each other, but the limit of one was {1} alone and {0} beside "
-            "others; "
-            "compute elementwise, without a sum or a maximum over the sizes",
+            "others; compute elementwise, without a sum or a maximum over the sizes",
         )
     with jax.disable_jit():
         eager = _limits_of(rule, sizes[:3, None])
@@ -94,28 +97,34 @@ def check_threshold(rule: Threshold, *, stream: Sequence[float] = STREAM) -> Non
         eager,
         "jit must change nothing, but a limit was {1} without it and {0} with it",
     )
-    slopes = jax.grad(lambda sizes: jnp.sum(jnp.where(jnp.isinf(found := run(sizes)), 0, found)))(
-        sizes[:, None]
-    )
+
+
+def _check_slopes(rule: Threshold, sizes: Array, stream: list[float]) -> None:
+    """Checks that the derivatives of limits with respect to the sizes are finite."""
+
+    def sum_of_finite(sizes: Array) -> Array:
+        limits = _limits_of(rule, sizes)
+        return jnp.sum(jnp.where(jnp.isinf(limits), 0, limits))
+
+    slopes = jax.grad(jax.jit(sum_of_finite))(sizes[:, None])
     _say_unless(
         np.isfinite(slopes).all(),
-        f"limits must have finite derivatives, but those by the sizes {list(stream)} were "
+        f"limits must have finite derivatives, but those by the sizes {stream} were "
         f"{np.ravel(slopes).tolist()}; "
         "guard roots, logarithms and quotients on the inside: jnp.sqrt(jnp.where(x > 0, x, 1))",
     )
-    _check_states(rule, jnp.ones((0,)))  # of a tree without floats
 
 
 def check_scope(scope: Scope, tree: Any = None) -> None:
     """Checks a scope on a tree.
 
-    * It finds the same groups every time, also under `jit`.
-    * Every number is in one group at most: what is large in one group changes no other.
-    * With a limit, every group ends within it.
+    * It makes the same groups every time, also under `jit`.
+    * Groups are disjoint: a large gradient in one group does not change another group.
+    * After clipping, every group is within its limit.
 
     Args:
-        scope: to be checked.
-        tree: of arrays of floats whose leaves it has to understand; a small one if none is given.
+        scope: the scope to check.
+        tree: a tree of float arrays with paths that the scope understands; None for a small tree.
 
     Raises:
         TypeError: `scope` is not a `Scope`.
@@ -132,39 +141,43 @@ def check_scope(scope: Scope, tree: Any = None) -> None:
         (layout.names, layout.axes, list(layout.groups))
         == (again.names, again.axes, list(again.groups)),
         f"a scope must find the same groups every time, but found {layout.names} and then "
-        f"{again.names}; "
-        "decide by path and shape alone",
+        f"{again.names}; decide by path and shape alone",
     )
     transform = clip(1.0, scope=scope)
-    eager, state = transform.update(tree, transform.init(tree))
+    eager, _ = transform.update(tree, transform.init(tree))
     jitted, _ = jax.jit(transform.update)(tree, transform.init(tree))
-    for path, found, want in _leaves(jitted, eager):
+    for path, got, want in _leaves(jitted, eager):
         _say_unless_close(
-            found,
+            got,
             want,
             f"the groups of {path} must be the same under jit, but it became {{0}} instead of "
             f"{{1}}; decide by shape",
         )
-    after = measure(
-        norms.l2(), lay_out(scope, eager).gradients, axes=layout.axes, groups=layout.groups or None
-    )
+    clipped = lay_out(scope, eager).gradients
+    after = measure(norms.l2(), clipped, axes=layout.axes, groups=layout.groups or None)
     for sizes in after if layout.gradients else []:
         _say_unless(
             bool((sizes <= 1 + 1e-6).all()),
             f"every group must end within the limit 1, but one has the size {np.max(sizes)}; "
             f"return axes that the leaf has",
         )
+    _check_disjoint(scope, tree, layout, clipped)
+
+
+def _check_disjoint(scope: Scope, tree: Any, layout: Layout, clipped: Sequence[Array]) -> None:
+    """Checks that a leaf a hundred times as large changes no leaf of another group."""
+    transform = clip(1.0, scope=scope)
+    state = transform.init(tree)
     for k, path in enumerate(layout.paths):
         louder = list(layout.gradients)
         louder[k] = louder[k] * 100
         out, _ = transform.update(layout.rebuild(louder), state)
         mates = {m for group in layout.groups if k in group for m in group} | {k}
-        for m, (found, want) in enumerate(
-            zip(lay_out(scope, out).gradients, lay_out(scope, eager).gradients, strict=True)
-        ):
+        pairs = zip(lay_out(scope, out).gradients, clipped, strict=True)
+        for m, (got, want) in enumerate(pairs):
             if m not in mates:
                 _say_unless_close(
-                    found,
+                    got,
                     want,
                     f"{layout.paths[m]!r} must not depend on {path!r}, which is in another group: "
                     f"{{0}}, not {{1}}",
@@ -176,18 +189,18 @@ def check_transform(
 ) -> None:
     """Checks a transform of updates, such as a clip or a chain of clips.
 
-    * Updates keep structure, shapes and dtypes, in all floats; so does the state from `init` on,
-      weak types as well.
-    * None, `optax.MaskedNode`, integers and empty arrays come back as they are, and change nothing
-      else.
+    * Updates keep structure, shapes and dtypes, in float32, bfloat16 and float16. The state also
+      keeps them from `init` on, weak types included.
+    * None, `optax.MaskedNode`, integers and empty arrays are returned unchanged, and do not affect
+      other leaves.
     * Zeros stay zeros. With `shrinks`, no number becomes larger or changes its sign.
-    * It does the same with and without `jit`.
+    * Results are the same with and without `jit`.
     * After NaN or infinity, finite updates are finite again, and the state has no NaN.
 
     Args:
-        transform: to be checked.
-        params: a tree of arrays of floats; a small one if none is given.
-        shrinks: whether it only makes updates smaller.
+        transform: the transform to check.
+        params: a tree of float arrays; None for a small tree.
+        shrinks: whether the transform only makes updates smaller.
 
     Raises:
         TypeError: `transform` is not a `GradientTransformation`.
@@ -198,7 +211,7 @@ def check_transform(
         >>> from optaxclip import testing
         >>> testing.check_transform(optax.clip(1.0))
         Traceback (most recent call last):
-        AssertionError: what is no float must pass, but ['integer'] became float32[3] from int32[3]; leave it alone
+        AssertionError: what is no float must pass, but ['integer'] became float32[3] from int32...
     """
     _validate.part(
         "transform", transform, optax.GradientTransformation, "optaxclip.clip_by_global_norm(1.0)"
@@ -207,8 +220,8 @@ def check_transform(
     update = jax.jit(eager)
     params = _normal_tree() if params is None else params
     for dtype in jnp.float32, jnp.bfloat16, jnp.float16:
-        own = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
-        _check_step(update, transform.init(own), own)
+        narrow = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
+        _check_step(update, transform.init(narrow), narrow)
     _check_other_leaves(transform, update, params)
     state = transform.init(params)
     out, _ = update(jax.tree.map(jnp.zeros_like, params), state, params)
@@ -218,9 +231,9 @@ def check_transform(
             f"zeros must stay zeros, but {path} became {x}; guard a quotient by a size of 0",
         )
     out, _ = eager(params, state, params)
-    for path, found, want in _leaves(update(params, state, params)[0], out):
+    for path, got, want in _leaves(update(params, state, params)[0], out):
         _say_unless_close(
-            found,
+            got,
             want,
             f"jit must change nothing, but {path} was {{1}} without it and {{0}} with it",
         )
@@ -234,30 +247,29 @@ def check_transform(
             _say_unless(
                 not shrinks or bool(smaller),
                 f"no number may become larger or change its sign, but {path} was {before} and "
-                f"became {after}; "
-                "pass shrinks=False if it should",
+                f"became {after}; pass shrinks=False if it should",
             )
-        for bad in np.nan, np.inf, -np.inf:
-            _, after = update(
-                jax.tree.map(lambda x, bad=bad: x.at[(0,) * x.ndim].set(bad), updates),
-                state,
-                params,
+        _check_recovery(update, state, updates, params)
+
+
+def _check_recovery(update: Any, state: Any, updates: Any, params: Any) -> None:
+    """Checks that one NaN or infinity leaves no NaN in the next step or in the state."""
+    for bad in np.nan, np.inf, -np.inf:
+        broken = jax.tree.map(lambda x, bad=bad: x.at[(0,) * x.ndim].set(bad), updates)
+        _, after = update(broken, state, params)
+        for path, x in _leaves(update(updates, after, params)):
+            _say_unless(
+                not jnp.isnan(x).any(),
+                f"what is not finite must not be learned, but a step after {bad} there was NaN "
+                f"at {path}; keep the old state where a size is not finite: "
+                "jnp.where(jnp.isfinite(size), new, old)",
             )
-            for path, x in _leaves(update(updates, after, params)):
-                _say_unless(
-                    not jnp.isnan(x).any(),
-                    f"what is not finite must not be learned, but a step after {bad} there was NaN "
-                    f"at {path}; "
-                    "keep the old state where a size is not finite: jnp.where(jnp.isfinite(size), "
-                    "new, old)",
-                )
 
 
 def _check_states(rule: Threshold, sizes: Any) -> None:
-    state, context = (
-        rule.init(sizes),
-        Context(jnp.zeros((), jnp.int32), jnp.ones_like(sizes) if rule.uses_params else None),
-    )
+    """Checks the shapes of the state and of the limits, for sizes of this shape."""
+    params = jnp.ones_like(sizes) if rule.uses_params else None
+    state, context = rule.init(sizes), Context(jnp.zeros((), jnp.int32), params)
     other = rule.init(2 * sizes)
     for path, x, y in _leaves(state, other):
         ends = np.shape(x)[max(np.ndim(x) - sizes.ndim, 0) :]
@@ -265,7 +277,7 @@ def _check_states(rule: Threshold, sizes: Any) -> None:
             ends == sizes.shape,
             f"every array of the state must end in the shape of the sizes, {sizes.shape}, but "
             f"{path} is {np.shape(x)}; "
-            "make it with jnp.zeros_like(sizes), or with axes of its own in front",
+            "make it with jnp.zeros_like(sizes), or with further axes in front",
         )
         _say_unless(
             np.array_equal(x, y, equal_nan=True),
@@ -277,17 +289,17 @@ def _check_states(rule: Threshold, sizes: Any) -> None:
     except (TypeError, ValueError) as error:
         raise AssertionError(str(error)) from None
     learned = rule.learn(sizes, jnp.minimum(sizes, limits), state, context)
-    alike = jax.tree.map(np.shape, learned) == jax.tree.map(np.shape, state)
+    same_shapes = jax.tree.map(np.shape, learned) == jax.tree.map(np.shape, state)
+    fix = "keep every dtype with .astype" if same_shapes else "keep the structure and every shape"
     _say_unless(
         _described(learned) == _described(state),
         f"learn must return a state as init does, {_described(state)}, but returned "
-        f"{_described(learned)}; "
-        + ("keep every dtype with .astype" if alike else "keep the structure and every shape"),
+        f"{_described(learned)}; {fix}",
     )
 
 
 def _limits_of(rule: Threshold, stream: Any) -> Any:
-    """The limits that groups `[groups]` have, one step after the other."""
+    """Returns the limits `[steps, groups]` for a stream of sizes `[steps, groups]`."""
 
     def step(state: Any, item: Any) -> tuple[Any, Any]:
         number, sizes = item
@@ -295,23 +307,23 @@ def _limits_of(rule: Threshold, stream: Any) -> Any:
         limits = jnp.broadcast_to(rule.limit(sizes, state, context), sizes.shape)
         return rule.learn(sizes, jnp.minimum(sizes, limits), state, context), limits
 
-    return jax.lax.scan(
-        step, rule.init(stream[0]), (jnp.arange(len(stream), dtype=jnp.int32), stream)
-    )[1]
+    steps = jnp.arange(len(stream), dtype=jnp.int32)
+    return jax.lax.scan(step, rule.init(stream[0]), (steps, stream))[1]
 
 
 def _check_step(update: Any, state: Any, updates: Any) -> None:
+    """Checks that one step keeps structure, shapes, dtypes and weak types."""
     out, after = update(updates, state, updates)
-    for what, found, want in ("updates", out, updates), ("the state", after, state):
+    for what, got, want in ("updates", out, updates), ("the state", after, state):
         _say_unless(
-            _described(found) == _described(want),
+            _described(got) == _described(want),
             f"{what} must keep structure, shapes, dtypes and weak types, {_described(want)}, but "
-            f"became {_described(found)}; "
-            "compute in float32 and cast back",
+            f"became {_described(got)}; compute in float32 and cast back",
         )
 
 
 def _check_other_leaves(transform: Any, update: Any, params: Any) -> None:
+    """Checks that leaves without floats pass unchanged and do not affect the others."""
     others = {
         "none": None,
         "masked": optax.MaskedNode(),
@@ -325,12 +337,11 @@ def _check_other_leaves(transform: Any, update: Any, params: Any) -> None:
         raise AssertionError(
             f"what is no float must pass, but there was {error!r}; leave it alone"
         ) from error
-    for path, found, expected in _leaves(out["others"], others):
-        kinds = [f"{x.dtype}{list(x.shape)}" for x in (found, expected)]
+    for path, *pair in _leaves(out["others"], others):
+        got, want = (f"{x.dtype}{list(x.shape)}" for x in pair)
         _say_unless(
-            kinds[0] == kinds[1],
-            f"what is no float must pass, but {path} became {kinds[0]} from {kinds[1]}; leave it "
-            f"alone",
+            got == want,
+            f"what is no float must pass, but {path} became {got} from {want}; leave it alone",
         )
     for path, x in _leaves((out, after)):
         _say_unless(
@@ -338,28 +349,29 @@ def _check_other_leaves(transform: Any, update: Any, params: Any) -> None:
             f"an empty array must count nothing, but beside one there was NaN at {path}",
         )
     want, _ = update(params, transform.init(params), params)
-    for path, found, expected in _leaves(out["params"], want):
-        words = f"what is no float must count nothing, but beside it {path} became {{0}} instead of {{1}}; do not measure it"
-        _say_unless_close(found, expected, words)
+    for path, got, expected in _leaves(out["params"], want):
+        words = (
+            f"what is no float must count nothing, but beside it {path} became {{0}} instead of "
+            f"{{1}}; do not measure it"
+        )
+        _say_unless_close(got, expected, words)
 
 
 def _normal_tree() -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(0), len(TREE))
-    return {
-        name: jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, TREE.items(), strict=True)
-    }
+    shapes = zip(keys, TREE.items(), strict=True)
+    return {name: jax.random.normal(key, shape) for key, (name, shape) in shapes}
 
 
 def _described(tree: Any) -> list[tuple[str, str]]:
-    return [
-        (
-            _name(path),
-            f"{jnp.result_type(x)}{list(jnp.shape(x))}"
-            + ("~" if _jax.is_weakly_typed(jnp.asarray(x)) else ""),
-        )
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    """Returns the path, dtype and shape of each leaf; `~` marks a weak type."""
+
+    def described(x: Any) -> str:
+        weak = "~" if _jax.is_weakly_typed(jnp.asarray(x)) else ""
+        return f"{jnp.result_type(x)}{list(jnp.shape(x))}{weak}"
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(_name(path), described(x)) for path, x in leaves]
 
 
 def _name(path: Any) -> str:
@@ -367,22 +379,18 @@ def _name(path: Any) -> str:
 
 
 def _leaves(*trees: Any) -> list[tuple[Any, ...]]:
-    """For each leaf its path, and what the trees have there."""
+    """Returns for each leaf its path, and its value in each of the trees."""
     paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees[0])]
     return list(zip(paths, *(jax.tree.leaves(tree) for tree in trees), strict=True))
 
 
-def _say_unless_close(found: Any, want: Any, words: str) -> None:
-    ok = np.isclose(
-        np.asarray(found, np.float64),
-        np.asarray(want, np.float64),
-        rtol=1e-4,
-        atol=1e-30,
-        equal_nan=True,
-    )
+def _say_unless_close(got: Any, want: Any, words: str) -> None:
+    got, want = np.asarray(got), np.asarray(want)
+    wide = got.astype(np.float64), want.astype(np.float64)
+    ok = np.isclose(*wide, rtol=1e-4, atol=1e-30, equal_nan=True)
     if not ok.all():
         at = np.unravel_index(np.argmin(ok), ok.shape)
-        raise AssertionError(words.format(np.asarray(found)[at], np.asarray(want)[at]))
+        raise AssertionError(words.format(got[at], want[at]))
 
 
 def _say_unless(holds: bool, words: str) -> None:

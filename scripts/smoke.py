@@ -1,6 +1,4 @@
-"""What has to work where nothing but optaxclip and what it needs is installed:
-`scripts/test-package` runs it there.
-"""
+"""Smoke test of an installation without extras; `scripts/test-package` runs it."""
 
 import importlib.util
 from importlib import metadata, resources
@@ -12,13 +10,11 @@ import optax
 import optaxclip
 
 assert "site-packages" in optaxclip.__file__, f"not the installed package: {optaxclip.__file__}"
-assert not importlib.util.find_spec("flax") and not importlib.util.find_spec("matplotlib"), (
-    "the environment is not empty"
-)
+for extra in "flax", "matplotlib":
+    assert not importlib.util.find_spec(extra), f"the environment is not empty: it has {extra}"
 assert resources.files(optaxclip).joinpath("py.typed").is_file()
-assert {
-    line.split(">")[0] for line in metadata.requires("optaxclip") or () if "extra" not in line
-} == {"jax", "optax"}
+required = [line for line in metadata.requires("optaxclip") or () if "extra" not in line]
+assert {line.split(">")[0] for line in required} == {"jax", "optax"}
 
 params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
 gradients = {"w": jnp.full((4, 3), 1e25), "b": jnp.full(3, -1e25)}  # the squares overflow

@@ -1,6 +1,6 @@
-"""Trains a character language model; `--workdir` gets checkpoints and what TensorBoard shows.
+"""Trains a character language model; writes checkpoints and TensorBoard logs to `--workdir`.
 
-Any setting of configs/default.py is a flag: `--config.clip=autoclip --config.learning_rate=3`.
+Every setting of configs/default.py is a flag: `--config.clip=autoclip --config.learning_rate=3`.
 """
 
 import train
@@ -23,13 +23,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # at INFO a checkpoint takes twenty lines
     config = CONFIG.value
-    config.update(
-        {
-            name: flag.value
-            for name, flag in (("seed", SEED), ("steps", STEPS))
-            if flag.value is not None
-        }
-    )
+    for name, flag in ("seed", SEED), ("steps", STEPS):
+        if flag.value is not None:
+            config[name] = flag.value
     train.train(config, WORKDIR.value)
 
 

@@ -1,4 +1,4 @@
-"""An LSTM that reads characters and tells the next one, and how well, and writes text of its own."""
+"""A character language model: an LSTM that predicts the next character, its loss, and sampling."""
 
 from typing import Any
 
@@ -21,39 +21,41 @@ class CharLSTM(nnx.Module):
         self.output = nnx.Linear(config.units, len(VOCABULARY), rngs=rngs)
 
     def blank(self, count: int) -> Carry:
-        """The state of the LSTM before it has read anything, `[count, units]` each."""
+        """Returns the first state of the LSTM, two arrays `[count, units]`."""
         zeros = jnp.zeros((count, self.output.in_features))
         return zeros, zeros
 
     def __call__(self, tokens: Array, carry: Carry) -> tuple[Carry, Array]:
-        """Reads `[count, length]`; returns the state after it, and logits `[count, length,
-        vocabulary]`.
+        """Reads tokens `[count, length]`.
+
+        Returns the new state, and logits `[count, length, vocabulary]`.
         """
         carry, hidden = jax.lax.scan(self.lstm, carry, self.embedding(tokens.T))
         return carry, self.output(hidden).swapaxes(0, 1)
 
 
 def init(config: Any, key: Array) -> nnx.State:
-    """Weights of a new model."""
+    """Returns the weights of a new model."""
     return nnx.split(CharLSTM(config, nnx.Rngs(key)))[1]
 
 
 def model_of(config: Any, params: nnx.State) -> CharLSTM:
-    """The model that has these weights."""
+    """Returns the model with these weights."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: CharLSTM(config, nnx.Rngs(0))))
     return nnx.merge(graphdef, params)
 
 
 def loss(params: nnx.State, config: Any, tokens: Array) -> Array:
-    """Nats per character, for sequences `[count, length + 1]`, each read from a blank state."""
+    """Returns nats per character for sequences `[count, length + 1]`, each from a blank state."""
     model = model_of(config, params)
     _, logits = model(tokens[:, :-1], model.blank(len(tokens)))
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 def sample(config: Any, params: nnx.State, key: Array, length: int, temperature: float) -> str:
-    """Writes text after a line feed; below temperature 1 it prefers the likely, above it the
-    unlikely.
+    """Samples text after a line feed.
+
+    A temperature below 1 makes likely characters even more likely; above 1 less so.
     """
     model = model_of(config, params)
 

@@ -1,4 +1,4 @@
-"""The optimizer of a config: corruption of gradients if asked for, a clip by name, SGD or Adam."""
+"""Builds the optimizer of a config: optional gradient corruption, a clip by name, SGD or Adam."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,27 +15,25 @@ Transform = optax.GradientTransformationExtraArgs
 
 
 def layer(path: str) -> str:
-    """The layer of a parameter: `"output/kernel" -> "output"`."""
+    """Returns the layer of a parameter: `"output/kernel" -> "output"`."""
     return path.split("/")[0]
 
 
 def clip_layers(limits: dict[str, float]) -> Transform:
-    """Cuts each element of a layer's gradient at the limit of that layer, and leaves layers without
-    one alone.
+    """Clips by value, with a limit for each layer; layers without a limit are not clipped.
 
-    Clipping by value, told as the `clamp` of the largest element: so the state records the largest
-    element of each layer. The numbers of Graves (2013), 10 for LSTM layers and 100 for the output,
-    are for other derivatives, those by activations, cut on their way back through the network; here
-    they limit the gradient of the weights.
+    The norm is linf with the response `clamp`, so the state records the largest element of each
+    layer. The limits of Graves (2013), 10 for LSTM layers and 100 for the output, are meant for
+    derivatives with respect to activations, in the backward pass. Here they limit the gradients of
+    the weights.
     """
     scope = scopes.group(lambda path: layer(path) if layer(path) in limits else None)
     return optaxclip.clip(limits, scope=scope, norm=norms.linf(), response=responses.clamp)
 
 
-CLIPS: dict[
-    str, Callable[..., Any]
-] = {  # threshold -> transform; without a threshold, the method's default
-    "none": lambda threshold=None: telemetry.monitor(),  # measures all the same
+# threshold -> transform; without a threshold, the default of the method
+CLIPS: dict[str, Callable[..., Any]] = {
+    "none": lambda threshold=None: telemetry.monitor(),  # measures but does not clip
     "value": lambda threshold=0.01: optaxclip.clip_by_value(threshold),
     "norm": lambda threshold=0.25: optaxclip.clip_by_norm(threshold),
     "global_norm": lambda threshold=0.25: optaxclip.clip_by_global_norm(threshold),
@@ -54,10 +52,10 @@ OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
 
 
 def chosen(option: str, name: str, table: dict[str, Any]) -> Any:
-    """The entry of a table.
+    """Returns the entry of a table.
 
     Raises:
-        ValueError: it has none of this name.
+        ValueError: the table has no entry of this name.
     """
     if name not in table:
         raise ValueError(f"config.{option} is {name!r}; choose one of {', '.join(table)}")
@@ -65,14 +63,14 @@ def chosen(option: str, name: str, table: dict[str, Any]) -> Any:
 
 
 def make_clip(config: Any) -> Transform:
-    """The clip that the config names, at its threshold, or at its limits of layers."""
+    """Returns the clip that the config names, with its threshold or its limits of layers."""
     threshold = dict(config.layers) if config.clip == "layers" else config.threshold
     clip = chosen("clip", config.clip, CLIPS)
     return clip() if threshold is None else clip(threshold)
 
 
 def corrupt(share: float, key: Array) -> optax.GradientTransformation:
-    """Multiplies a random share of all gradients by 100; which ones, the key and the step tell."""
+    """Multiplies a random share of all gradients by 100; key and step decide which ones."""
 
     def factor(step: Any) -> Array:
         return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, step), share), 100.0, 1.0)
@@ -81,7 +79,7 @@ def corrupt(share: float, key: Array) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: Any, key: Array) -> optax.GradientTransformation:
-    """Corruption, then the clip and the optimizer, guarded together if the config says so."""
+    """Chains corruption, clip and optimizer; a guard wraps the last two if the config says so."""
     descend = chosen("optimizer", config.optimizer, OPTIMIZERS)(config.learning_rate)
     optimizer = optax.chain(make_clip(config), descend)
     if config.skip_nonfinite:

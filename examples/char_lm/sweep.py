@@ -1,7 +1,7 @@
-"""The table of the README: validation loss of SGD and Adam, clean and with corrupted batches, under
-several clips.
+"""Measures the table of the README: validation loss of SGD and Adam with different clips.
 
-The seeds of a cell are one vmapped program. The table is saved, and printed, after every row.
+Some rows have corrupted batches. The seeds of a cell are one vmapped program. The table is saved
+after every row, and printed at the end.
 """
 
 import json
@@ -36,47 +36,44 @@ CLIPS = {
     "ZClip 2.5": {"clip": "zclip", "threshold": 2.5},
     "AGC 0.05": {"clip": "agc", "threshold": 0.05},
     "layers 10/100": {"clip": "layers"},
+    # a batch has 768 characters, and the loss is their mean
     "layers 10/768, 100/768": {
         "clip": "layers",
         "layers": {"lstm": 10 / 768, "output": 100 / 768},
-    },  # characters in a batch
+    },
 }
 SEED = flags.DEFINE_integer("seed", 0, "The first of the seeds.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs in each cell.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Of each run.")
 OUT = flags.DEFINE_string("out", "results/char_lm_sweep", "Folder of results.json.")
-CHOSEN = flags.DEFINE_multi_enum(
-    "row", list(ROWS), list(ROWS), "Which rows; may be given several times."
-)
+CHOSEN = flags.DEFINE_multi_enum("row", list(ROWS), list(ROWS), "A row to measure; repeatable.")
 
 
 def measure(config: FrozenConfigDict, steps: int, seeds: Array) -> dict[str, Any]:
-    """Validation loss of each seed, and the share of its steps that were clipped."""
+    """Returns the validation loss of each seed, and the share of its steps that were clipped."""
 
     def run(seed: Array, state: Any) -> tuple[Array, Array]:
         state, _ = advance(config, steps, seed, state)
         metrics = telemetry.metrics(state.opt_state)
         return validate(config, state.params), metrics["clip/clipped_steps"] / metrics["clip/steps"]
 
-    # One after the other: under vmap the decompositions of two orthogonal initializers can wait for
-    # each other for ever on CPU.
+    # one seed after the other: on CPU, the batched decompositions of two orthogonal initializers
+    # can deadlock under vmap
     states = jax.jit(partial(jax.lax.map, partial(start, config)))(seeds)
     losses, shares = jax.jit(jax.vmap(run))(seeds, states)
-    return {
-        "loss": np.where(np.isfinite(losses), losses, np.array(None)).tolist(),
-        "clipped_share": shares.tolist(),
-    }
+    losses = np.where(np.isfinite(losses), losses, np.array(None))
+    return {"loss": losses.tolist(), "clipped_share": shares.tolist()}
 
 
 def table(rows: dict[str, Any]) -> str:
-    """The losses in Markdown."""
+    """Returns the losses as a Markdown table."""
+
+    def text(loss: float | None) -> str:
+        return "NaN" if loss is None else f"{loss:.2f}" if loss < 10 else f"{loss:.3g}"
+
     lines = [["optimizer", *CLIPS], ["---"] * (1 + len(CLIPS))]
     for name, cells in rows.items():
-        told = (
-            ["NaN" if x is None else f"{x:.2f}" if x < 10 else f"{x:.3g}" for x in cell["loss"]]
-            for cell in cells.values()
-        )
-        lines.append([name, *map(", ".join, told)])
+        lines.append([name, *(", ".join(map(text, cell["loss"])) for cell in cells.values())])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -93,9 +90,8 @@ def main(argv: list[str]) -> None:
             config.update(ROWS[row] | clip)
             rows[row][name] = measure(FrozenConfigDict(config), STEPS.value, seeds)
             bar.update()
-        file.write_text(
-            json.dumps({"seed": SEED.value, "steps": STEPS.value, "rows": rows}, allow_nan=False)
-        )
+        results = {"seed": SEED.value, "steps": STEPS.value, "rows": rows}
+        file.write_text(json.dumps(results, allow_nan=False))
     bar.close()
     print(table(rows))
 

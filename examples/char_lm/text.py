@@ -1,4 +1,4 @@
-"""Real text that is on every machine: the documentation topics of Python's own standard library.
+"""Real text that needs no download: the documentation topics of Python's standard library.
 
 About 465 000 characters, of which the last tenth is for validation. Every version of Python has
 a slightly different text, so results of different versions are close, but not the same.
@@ -17,12 +17,12 @@ STREAMS = 64
 
 
 def encode(text: str) -> Array:
-    """Positions in the vocabulary, int32 `[characters]`."""
+    """Returns indices in the vocabulary, int32 `[characters]`."""
     return jnp.array([VOCABULARY.index(character) for character in text], jnp.int32)
 
 
 def decode(tokens: Array) -> str:
-    """The text again."""
+    """Returns the text of tokens."""
     return "".join(VOCABULARY[token] for token in np.asarray(tokens))
 
 
@@ -30,13 +30,14 @@ TRAIN, VALIDATION = jnp.split(encode(TEXT), [len(TEXT) * 9 // 10])
 
 
 def batch(key: Array, count: int, length: int) -> Array:
-    """Tokens from random places of the training text, `[count, length + 1]`: inputs, and one later
-    the targets.
+    """Draws random pieces of the training text, tokens `[count, length + 1]`.
+
+    The first `length` tokens of a piece are the inputs, the last `length` tokens the targets.
     """
     starts = jax.random.randint(key, (count, 1), 0, len(TRAIN) - length)
     return TRAIN[starts + jnp.arange(length + 1)]
 
 
 def validation() -> Array:
-    """The whole validation text but for a remainder, as a few long streams `[64, characters]`."""
+    """Returns the validation text as 64 long streams `[64, characters]`, without a remainder."""
     return VALIDATION[: len(VALIDATION) // STREAMS * STREAMS].reshape(STREAMS, -1)

@@ -1,8 +1,7 @@
-"""Training that can be killed at any time: started again, it goes on bit for bit as if nothing had
-been.
+"""Training that resumes from its last checkpoint, bit for bit as if never interrupted.
 
-All that a step draws at random is a function of the seed and the number of the step, so weights,
-the state of the optimizer (clips included) and that number are the whole state of a run.
+Random draws depend only on the seed and the number of the step. So the state of a run is the
+weights, the state of the optimizer (clips included) and that number.
 """
 
 import json
@@ -25,11 +24,11 @@ from tqdm import tqdm
 
 from optaxclip import telemetry
 
-FREE = ("steps", "every", "characters", "temperature")  # settings that no step depends on
+FREE = ("steps", "every", "characters", "temperature")  # settings that do not affect any step
 
 
 class State(NamedTuple):
-    """A run after so many steps."""
+    """The state of a run."""
 
     params: Any
     opt_state: Any
@@ -37,12 +36,12 @@ class State(NamedTuple):
 
 
 def keys(seed: Any) -> Array:
-    """Of weights, batches, corruption, sampled text."""
+    """Returns the keys of weights, batches, corruption and sampled text."""
     return jax.random.split(jax.random.key(seed), 4)
 
 
 def start(config: Any, seed: Any) -> State:
-    """A run that has not begun."""
+    """Returns the state of a run before its first step."""
     weights, _, corruption, _ = keys(seed)
     params = init(config, weights)
     return State(params, make_optimizer(config, corruption).init(params), jnp.zeros((), jnp.int32))
@@ -50,7 +49,7 @@ def start(config: Any, seed: Any) -> State:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def advance(config: Any, steps: int, seed: Any, state: State) -> tuple[State, Array]:
-    """So many steps in one program; returns the training loss of each as well."""
+    """Takes `steps` steps in one program; returns the new state and the training losses."""
     _, batches, corruption, _ = keys(seed)
     optimizer = make_optimizer(config, corruption)
 
@@ -65,12 +64,12 @@ def advance(config: Any, steps: int, seed: Any, state: State) -> tuple[State, Ar
 
 @partial(jax.jit, static_argnums=0)
 def validate(config: Any, params: Any) -> Array:
-    """Nats per character of the validation text."""
+    """Returns nats per character of the validation text."""
     return loss(params, config, validation())
 
 
 def keep_settings(settings: dict[str, Any], folder: Path) -> None:
-    """Writes the settings to `config.json`, and compares them with what is there already.
+    """Writes the settings to `config.json`; if the file exists, checks that they are the same.
 
     Raises:
         ValueError: the folder has a run with other settings, or with the text of another version of
@@ -89,8 +88,9 @@ def keep_settings(settings: dict[str, Any], folder: Path) -> None:
 
 
 def log(writer: SummaryWriter, state: State, **losses: float) -> None:
-    """Writes the losses, and what the clips did last, for TensorBoard, which has no use for
-    infinite limits and NaN.
+    """Writes the losses and the metrics of the clips for TensorBoard.
+
+    It leaves out infinite limits and NaN, which TensorBoard cannot draw.
     """
     numbers = losses | telemetry.metrics(state.opt_state, state.params)
     for name, value in numbers.items():
@@ -99,18 +99,13 @@ def log(writer: SummaryWriter, state: State, **losses: float) -> None:
 
 
 def train(config: Any, workdir: str) -> State:
-    """Trains, or goes on with the run that is in the folder; returns its last state, after some
-    text that it wrote.
-    """
+    """Trains, or resumes the run in the folder; prints sampled text and returns the last state."""
     folder, seed = Path(workdir).resolve(), config.seed
-    settings = FrozenConfigDict(
-        {name: value for name, value in config.to_dict().items() if name not in FREE}
-    )
+    kept = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    settings = FrozenConfigDict(kept)
     keep_settings(settings.to_dict(), folder)
-    state = start(settings, seed)
-    with ocp.CheckpointManager(
-        folder / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    ) as checkpoints:
+    state, last_two = start(settings, seed), ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(folder / "checkpoints", options=last_two) as checkpoints:
         if (last := checkpoints.latest_step()) is not None:
             state = checkpoints.restore(last, args=ocp.args.StandardRestore(state))
         done = int(state.step)
@@ -119,9 +114,8 @@ def train(config: Any, workdir: str) -> State:
             tqdm(total=config.steps, initial=done) as bar,
         ):
             while (done := int(state.step)) < config.steps:
-                state, losses = advance(
-                    settings, min(config.every, config.steps - done), seed, state
-                )
+                count = min(config.every, config.steps - done)
+                state, losses = advance(settings, count, seed, state)
                 numbers = {
                     "loss": float(losses.mean()),
                     "validation_loss": float(validate(settings, state.params)),

@@ -235,7 +235,7 @@ def test_a_folder_has_one_run(whole):
 
 
 def events(folder):
-    """What TensorBoard reads: records of a length, a checksum of it, an event, a checksum of that."""
+    """Reads TensorBoard's records: length, checksum of the length, event, checksum of the event."""
     for file in folder.glob("events*"):
         data = file.read_bytes()
         while data:

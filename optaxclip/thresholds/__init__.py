@@ -1,7 +1,8 @@
-"""How large a size may be: rules by what they remember.
+"""Threshold rules: how large a size may be.
 
-`fixed` remembers nothing, `moments` averages, `ranks` quantiles; `combine` makes rules of rules. A
-rule sees arrays of sizes, never a tree, and works for a block of any shape.
+The modules are named for what their rules remember: `fixed` nothing, `moments` averages, `ranks`
+quantiles. `combine` builds rules from rules. A rule sees arrays of sizes of any shape, never a
+tree.
 """
 
 from optaxclip.thresholds.combine import at_least as at_least

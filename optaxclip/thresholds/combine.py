@@ -1,6 +1,4 @@
-"""Rules made of rules: one after the other, the smaller, the larger, one that gives way, one for
-each group.
-"""
+"""Rules built from rules: `join at_most at_least with_fallback by_global_norm reset_after`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,15 +15,15 @@ from optaxclip.thresholds.fixed import as_threshold
 
 
 def join(thresholds: Sequence[ThresholdLike], boundaries: Sequence[int | Array]) -> Threshold:
-    """Uses one threshold after the other, as `optax.join_schedules` does with schedules.
+    """Switches from one threshold to the next at given updates, like `optax.join_schedules`.
 
-    All of them learn from the first update on, and a schedule among them sees the number of all
-    updates. (The schedules of `optax.join_schedules` see the number since their own boundary.)
+    All thresholds learn from the first update on. A schedule among them sees the number of all
+    updates; with `optax.join_schedules` it would see the number since its boundary.
 
     Args:
         thresholds: each a number, a schedule or a rule.
-        boundaries: the update from which on the next threshold is used, in ascending order: one
-            fewer than thresholds.
+        boundaries: the update at which each next threshold begins, in ascending order: one fewer
+            than thresholds.
 
     Raises:
         TypeError: a threshold has the wrong type, or a boundary is not an integer.
@@ -60,8 +58,8 @@ def at_most(threshold: Any, bound: Any) -> Threshold:
     """The smaller of two limits: `threshold`, but never above `bound`.
 
     Raises:
-        TypeError: one of the two is not a threshold.
-        ValueError: one of the two is a negative number or NaN.
+        TypeError: `threshold` or `bound` is not a threshold.
+        ValueError: `threshold` or `bound` is a negative number or NaN.
     """
     return _combine(
         [threshold, bound], ["threshold", "bound"], lambda limits, context: jnp.minimum(*limits)
@@ -72,8 +70,8 @@ def at_least(threshold: Any, bound: Any) -> Threshold:
     """The larger of two limits: `threshold`, but never below `bound`.
 
     Raises:
-        TypeError: one of the two is not a threshold.
-        ValueError: one of the two is a negative number or NaN.
+        TypeError: `threshold` or `bound` is not a threshold.
+        ValueError: `threshold` or `bound` is a negative number or NaN.
     """
     return _combine(
         [threshold, bound], ["threshold", "bound"], lambda limits, context: jnp.maximum(*limits)
@@ -81,12 +79,13 @@ def at_least(threshold: Any, bound: Any) -> Threshold:
 
 
 def with_fallback(threshold: Any, fallback: Any) -> Threshold:
-    """The first limit, and the second where the first is infinite: for groups whose rule knows too
-    little yet.
+    """Uses `fallback` where the limit of `threshold` is infinite.
+
+    A rule in its warm-up has no limit yet; the fallback limits those groups.
 
     Raises:
-        TypeError: one of the two is not a threshold.
-        ValueError: one of the two is a negative number or NaN.
+        TypeError: `threshold` or `fallback` is not a threshold.
+        ValueError: `threshold` or `fallback` is a negative number or NaN.
     """
 
     def choose(limits: list[Array], context: Context) -> Array:
@@ -96,67 +95,67 @@ def with_fallback(threshold: Any, fallback: Any) -> Threshold:
 
 
 def by_global_norm(threshold: Any) -> Threshold:
-    r"""One factor for the whole tree: a size's share of a limit to their joint l2 norm, :math:`c_i
-    = s_i \min(1, c / \|s\|)`.
+    r"""Scales all groups by one factor, so that their joint l2 norm is at most the threshold.
 
-    With `norms.l2()` it clips by the global norm, in the same read of the gradients, at any scope.
-    In a dict of thresholds it has only its own group. Sizes that are not finite do not count.
+    .. math:: c_i = s_i \min(1, c / \|s\|)
+
+    With `norms.l2()` it clips by the global norm at any scope, with the same read of the gradients.
+    In a dict of thresholds it sees only the sizes of its group. Sizes that are not finite do not
+    count.
 
     Args:
-        threshold: for the joint norm, a number or a schedule.
+        threshold: the limit :math:`c` of the joint norm, a number or a schedule.
 
     Raises:
-        TypeError: it is not a threshold, or one that learns or is relative to parameters.
-        ValueError: it is a negative number or NaN.
+        TypeError: `threshold` is not a threshold, or it learns or is relative to the parameters.
+        ValueError: `threshold` is a negative number or NaN.
     """
     rule = as_threshold(threshold)
     _validate.memoryless("threshold", rule)
 
     def limit(sizes: Array, state: Any, context: Context) -> Array:
-        # blocks by the axes along which they are split: two messages for each kind
-        alike: dict[Any, list[Array]] = {}
+        # group the blocks by the mapped axes they are sharded over: two all-reduces per group
+        by_axes: dict[Any, list[Array]] = {}
         for block in context.blocks or (sizes,):
-            alike.setdefault(_sharding.varying(block) or (), []).append(
-                jnp.where(jnp.isfinite(block), block, 0)
-            )
-        tops = [
-            _sharding.largest(
-                jnp.max(jnp.stack([jnp.max(block, initial=0) for block in blocks])), axes
-            )
-            for axes, blocks in alike.items()
-        ]
-        top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops)))  # only a scale
-        parts = [
+            finite = jnp.where(jnp.isfinite(block), block, 0)
+            by_axes.setdefault(_sharding.varying(block) or (), []).append(finite)
+        tops = []
+        for axes, blocks in by_axes.items():
+            top = jnp.max(jnp.stack([jnp.max(block, initial=0) for block in blocks]))
+            tops.append(_sharding.largest(top, axes))
+        # scale by the largest size, so that no square over- or underflows; it needs no derivative
+        top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops)))
+        squares = [
             _sharding.total(sum(jnp.sum(share(block, top) ** 2) for block in blocks), axes)
-            for axes, blocks in alike.items()
+            for axes, blocks in by_axes.items()
         ]
-        norm = jnp.sqrt(jnp.where(top > 0, sum(parts), 1))  # in tops
+        norm = jnp.sqrt(jnp.where(top > 0, sum(squares), 1))  # in units of the largest size
         return responses.rescale(sizes, top, rule.limit(top, state, context) / norm)
 
     return rule._replace(limit=limit)
 
 
 def reset_after(threshold: Any, patience: int | Array) -> Threshold:
-    """The rule, but what was over its limit so many times in a row is no spike: it starts afresh
-    from there.
+    """Resets the rule after `patience` clipped steps in a row.
 
-    Guards rules that take long to follow a lasting change, or never do. It belongs around the rule
-    itself: what another limit besides cuts, as in `at_most(reset_after(rule, 50), 1.0)`, is none of
-    its business.
+    It treats the new level as normal instead of as a spike, for rules that follow a lasting change
+    slowly or never. Wrap the rule itself. In `at_most(reset_after(rule, 50), 1.0)`, steps that only
+    the bound 1.0 clips do not count.
 
     Args:
-        threshold: a threshold, anything that `as_threshold` takes.
-        patience: how many sizes in a row have to be over the limit. A rule that often clips by its
-            nature needs more: the least decile clips ten in a row every few steps.
+        threshold: a number, a schedule or a rule.
+        patience: how many sizes in a row must exceed the limit. A rule that often clips needs more:
+            with the lowest decile as the limit, ten in a row exceed it every few steps.
 
     Raises:
-        TypeError: `threshold` is none, or `patience` is not an integer.
+        TypeError: `threshold` is not a threshold, or `patience` is not an integer.
         ValueError: `threshold` is a negative number or NaN, or `patience` is below 1.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
-        >>> from optaxclip import thresholds
-        >>> clip = optaxclip.clip(thresholds.reset_after(thresholds.growth(1.0), patience=3), optaxclip.scopes.tree())
+        >>> from optaxclip import scopes, thresholds
+        >>> rule = thresholds.reset_after(thresholds.growth(1.0), patience=3)
+        >>> clip = optaxclip.clip(rule, scopes.tree())
         >>> state = clip.init(jnp.zeros(1))
         >>> for size in 1.0, 10.0, 10.0, 10.0, 10.0:
         ...     updates, state = clip.update(jnp.array([size]), state)
@@ -185,16 +184,16 @@ def reset_after(threshold: Any, patience: int | Array) -> Threshold:
     return Threshold(lambda sizes: (rule.init(sizes), count(sizes)), limit, learn, rule.uses_params)
 
 
-FAR, LASTING = 1e4, 10
+FAR, LASTING = 1e4, 10  # how many times off the usual size, and how many in a row
 
 
 def ignore_outliers(rule: Threshold) -> Threshold:
-    """The rule, but a size ten thousand times off the usual is no observation, unless ten in a row
-    are: then it starts afresh.
+    """Hides single outliers from a rule: sizes ten thousand times off the usual.
 
-    So a single 1e30, finite though it is, leaves no trace in what the rule remembers. The usual
-    follows the sizes by no more than a factor of 2 a step, hence one size, however far off, hardly
-    moves it. Every rule of this package that learns has this guard already, but `rms_multiple`.
+    A single finite 1e30 leaves no trace in the state of the rule. After ten outliers in a row the
+    rule restarts at the new level. The usual size follows the sizes by at most a factor of 2
+    per step, so one outlier hardly moves it. Every rule of this package that learns already has
+    this guard, except `rms_multiple`.
 
     Args:
         rule: a rule that learns.
@@ -228,25 +227,23 @@ def ignore_outliers(rule: Threshold) -> Threshold:
     return Threshold(init, limit, learn, rule.uses_params)
 
 
-def _lasts(so: Array, streak: Array, needed: int | Array) -> tuple[Array, Array]:
-    """Whether it is so for the last of as many steps in a row as are needed, and how many in a row
-    it has been since then.
+def _lasts(holds: Array, streak: Array, needed: int | Array) -> tuple[Array, Array]:
+    """Returns whether the condition has now held for `needed` steps in a row, and the new streak.
+
+    The streak restarts at zero when it has.
     """
-    streak = jnp.where(so, streak + 1, 0)
-    accepted = so & (streak >= needed)
+    streak = jnp.where(holds, streak + 1, 0)
+    accepted = holds & (streak >= needed)
     return accepted, jnp.where(accepted, 0, streak)
 
 
 def _select(where: Array, yes: Any, no: Any) -> Any:
-    """The one state or the other, for each group; with the dtypes of the second, and split over
-    devices as it is.
-    """
+    """Selects one of two states for each group, with the dtypes and sharding of `no`."""
 
     def select(one: Any, other: Any) -> Array:
         other = jnp.asarray(other)
-        return jnp.where(where, _sharding.sharded_like(jnp.asarray(one), other), other).astype(
-            other.dtype
-        )
+        one = _sharding.sharded_like(jnp.asarray(one), other)
+        return jnp.where(where, one, other).astype(other.dtype)
 
     return jax.tree.map(select, yes, no)
 
@@ -254,17 +251,15 @@ def _select(where: Array, yes: Any, no: Any) -> Any:
 def _combine(
     thresholds: Sequence[Any], names: Sequence[str], choose: Callable[[list[Array], Context], Array]
 ) -> Threshold:
-    """Rules side by side, all of which learn, and a choice between their limits."""
+    """Runs rules side by side: all of them learn, and `choose` combines their limits."""
     rules = [
         as_threshold(threshold, name=name)
         for threshold, name in zip(thresholds, names, strict=True)
     ]
 
     def limit(sizes: Array, states: tuple[Any, ...], context: Context) -> Array:
-        return choose(
-            [rule.limit(sizes, state, context) for rule, state in zip(rules, states, strict=True)],
-            context,
-        )
+        pairs = zip(rules, states, strict=True)
+        return choose([rule.limit(sizes, state, context) for rule, state in pairs], context)
 
     def learn(
         sizes: Array, clipped_sizes: Array, states: tuple[Any, ...], context: Context
@@ -283,39 +278,39 @@ def _combine(
 
 
 def side_by_side(rules: Sequence[Threshold], order: Sequence[int] | None = None) -> Threshold:
-    """One rule for a block `[groups]`, made of a rule for each group; its state has theirs in this
-    order.
+    """Makes one rule for sizes `[groups]` from a rule for each group.
+
+    Its state is the tuple of their states, in this order.
     """
     order = range(len(rules)) if order is None else order
-    place = {i: k for k, i in enumerate(order)}
+    position = {i: k for k, i in enumerate(order)}
 
     def one(block: Any, i: int) -> Any:
         return None if block is None else block[i : i + 1]
 
     def each(function: Callable[..., Any], context: Context, *blocks: Array) -> list[Any]:
-        """`function(i, *blocks of group i, context of group i)` for every group."""
-        own = [
-            context._replace(param_sizes=one(context.param_sizes, i), blocks=())
-            for i in range(len(rules))
-        ]
-        return [
-            function(i, *[one(block, i) for block in blocks], own[i]) for i in range(len(rules))
-        ]
+        """Calls `function(i, *blocks of group i, context of group i)` for every group."""
+        results = []
+        for i in range(len(rules)):
+            of_group = context._replace(param_sizes=one(context.param_sizes, i), blocks=())
+            results.append(function(i, *[one(block, i) for block in blocks], of_group))
+        return results
 
     def init(sizes: Array) -> tuple[Any, ...]:
         return tuple(rules[i].init(one(sizes, i)) for i in order)
 
     def limit(sizes: Array, states: tuple[Any, ...], context: Context) -> Array:
-        limits = each(
-            lambda i, size, own: rules[i].limit(size, states[place[i]], own), context, sizes
-        )
+        def limit_one(i: int, size: Array, context: Context) -> Array:
+            return rules[i].limit(size, states[position[i]], context)
+
+        limits = each(limit_one, context, sizes)
         return jnp.concatenate([jnp.broadcast_to(limit, (1,)) for limit in limits])
 
     def learn(
         sizes: Array, clipped_sizes: Array, states: tuple[Any, ...], context: Context
     ) -> tuple[Any, ...]:
-        def learn_one(i: int, size: Array, clipped: Array, own: Context) -> Any:
-            return rules[i].learn(size, clipped, states[place[i]], own)
+        def learn_one(i: int, size: Array, clipped: Array, context: Context) -> Any:
+            return rules[i].learn(size, clipped, states[position[i]], context)
 
         learned = each(learn_one, context, sizes, clipped_sizes)
         return tuple(learned[i] for i in order)
@@ -324,12 +319,11 @@ def side_by_side(rules: Sequence[Threshold], order: Sequence[int] | None = None)
 
 
 def observed(rule: Threshold) -> Threshold:
-    """The rule, but a size that is zero or not finite is no observation: the state of that group
-    stands. Limits are checked.
+    """Keeps the state of a group whose size is zero or not finite, and checks the limits.
 
     Raises:
-        TypeError: a limit is no number (on `update`).
-        ValueError: limits do not belong to the sizes (on `update`).
+        TypeError: a limit is not a number (on `update`).
+        ValueError: limits do not broadcast against the sizes (on `update`).
     """
 
     def limit(sizes: Array, state: Any, context: Context) -> Array:

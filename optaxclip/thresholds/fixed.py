@@ -1,4 +1,4 @@
-"""Rules that remember nothing: a constant, a schedule, a share of the parameters' size."""
+"""Rules without memory: a constant, a schedule, a share of the parameters' size."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,8 +16,8 @@ def constant(value: ArrayLike) -> Threshold:
     """The same limit for every group at every step.
 
     Args:
-        value: the limit, not negative; a traced number may be anything, and counts as 0 where it
-            is negative or NaN. `float("inf")` never clips.
+        value: the limit, not negative. A traced number counts as 0 where it is negative or NaN.
+            `float("inf")` never clips.
 
     Raises:
         TypeError: `value` is not a number.
@@ -28,13 +28,13 @@ def constant(value: ArrayLike) -> Threshold:
 
 
 def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
-    """A limit that depends on the step, such as any Optax schedule.
+    """A limit that depends on the step, for example any Optax schedule.
 
     Args:
         schedule: `step -> limit`; a limit that is negative or NaN counts as 0.
 
     Raises:
-        TypeError: `schedule` is not a function, or what it returns is no number.
+        TypeError: `schedule` is not a function, or does not return a number.
 
     Example:
         >>> import jax.numpy as jnp, optax, optaxclip
@@ -60,14 +60,14 @@ def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
 
 
 def relative_to_params(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
-    r"""A share of the parameters' own size, :math:`\lambda \max(\|w\|, \epsilon)`.
+    r"""A share of the size of the parameters, :math:`\lambda \max(\|w\|, \epsilon)`.
 
     The parameters are measured by the scope and norm of the clip; `update` needs them.
 
     Args:
-        ratio: the share :math:`\lambda`, anything that `as_threshold` takes.
-        floor: :math:`\epsilon`, below which a parameter counts as that large: without it, what
-            starts at zero could never move.
+        ratio: the share :math:`\lambda`: a number, a schedule or a rule.
+        floor: :math:`\epsilon`; smaller parameters count as this large, because a parameter that
+            starts at zero could never move otherwise.
 
     Raises:
         TypeError: `floor` is not a number.
@@ -85,12 +85,12 @@ def relative_to_params(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
 
 
 def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
-    """The rule that is meant where a user passes a threshold.
+    """Makes a rule of anything that a user may pass as a threshold.
 
     Args:
         threshold: a number or scalar array, traced or not (`constant`), a function of the step
-            (`scheduled`), or a rule already.
-        name: of the argument, for the message.
+            (`scheduled`), or a rule.
+        name: the name of the argument, for error messages.
 
     Raises:
         TypeError: it is none of these.
@@ -107,7 +107,7 @@ def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
 
 
 def as_thresholds(threshold: Any, *, name: str = "threshold") -> Threshold | dict[str, Threshold]:
-    """Like `as_threshold`, and for a dict from group name to thresholds the rules of the groups.
+    """Like `as_threshold`; a dict from group name to thresholds becomes a dict of rules.
 
     Raises:
         TypeError: one of them is not a threshold.
@@ -121,7 +121,7 @@ def as_thresholds(threshold: Any, *, name: str = "threshold") -> Threshold | dic
 
 
 def negated(bound: Any, *, name: str) -> Threshold:
-    """The rule for how far below zero a value may be, from a lower bound.
+    """Makes the rule for how far below zero a value may be, from a lower bound.
 
     Raises:
         TypeError: `bound` is neither a number nor a schedule.

@@ -1,8 +1,7 @@
-"""Rules that remember averages of the sizes: their mean, their deviation, the last one.
+"""Rules that remember averages of the sizes: their mean, their deviation, the last size.
 
-All arithmetic is relative to the mean or in logarithms, so that a rule does the same at every
-scale, and a deviation never counts as less than a thousandth of the mean: what hardly varies has no
-spikes.
+All arithmetic is relative to the mean or in logarithms, so a rule behaves the same at every scale.
+A deviation counts as at least a thousandth of the mean: sizes that hardly vary have no spikes.
 """
 
 from typing import Literal, NamedTuple
@@ -22,12 +21,12 @@ STARTS = ("mean", "least")
 
 
 class Moments(NamedTuple):
-    """Arrays of the block's shape.
+    """Count, mean and variance: arrays of the shape of the sizes.
 
     Attributes:
         seen: int32, how many sizes.
-        mean: of the sizes, or of their logarithms.
-        variance: of the sizes divided by their mean, or of their logarithms.
+        mean: mean of the sizes, or of their logarithms.
+        variance: variance of the sizes divided by their mean, or of their logarithms.
     """
 
     seen: Array
@@ -43,26 +42,26 @@ def ema(
     start: Literal["mean", "least"] = "mean",
     of: Literal["clipped", "raw"] = "clipped",
 ) -> Threshold:
-    r"""Learns the clipped size: a multiple of its exponential moving average, :math:`c = \lambda
-    \gamma`.
+    r"""Learns the clipped size: the limit is a multiple of its exponential moving average.
 
-    .. math:: \gamma \leftarrow \beta \gamma + (1 - \beta) \min(s, \lambda \gamma)
+    .. math:: c = \lambda \gamma, \qquad
+        \gamma \leftarrow \beta \gamma + (1 - \beta) \min(s, \lambda \gamma)
 
-    The average starts as the mean or the least of the first sizes, which are not limited here. It
-    rises by no more than :math:`\beta + (1 - \beta) \lambda` a step: 693 steps to double with the
-    defaults. With `of="raw"` it averages :math:`s` itself, so it follows a lasting change in about
-    :math:`1 / (1 - \beta)` steps.
+    The average starts as the mean or the minimum of the first sizes, which are not limited. It
+    grows by at most a factor of :math:`\beta + (1 - \beta) \lambda` per step; with the defaults it
+    takes 693 steps to double. With `of="raw"` it averages :math:`s` itself, so it follows a lasting
+    change in about :math:`1 / (1 - \beta)` steps.
 
     Args:
         factor: :math:`\lambda`, how many times the average a size may be.
         decay: :math:`\beta`.
         warmup: how many sizes the average starts from, at least one.
-        start: `"mean"` or `"least"` of them.
-        of: which sizes the average is of, `"clipped"` or `"raw"`.
+        start: whether it starts as the `"mean"` or the `"least"` of these sizes.
+        of: whether to average `"clipped"` or `"raw"` sizes.
 
     Raises:
-        TypeError: `factor` or `decay` is not a number, or `warmup` not an integer.
-        ValueError: one of them is out of range, or `start` or `of` is another word.
+        TypeError: `factor` or `decay` is not a number, or `warmup` is not an integer.
+        ValueError: a number is out of range, or `start` or `of` is another word.
 
     References:
         Wang et al., [AdaGC](https://arxiv.org/abs/2502.11034), 2025, with `start="least"`.
@@ -96,23 +95,24 @@ def ema(
 def zscore(
     z: float | Array = 2.5, *, decay: float | Array = 0.97, warmup: int | Array = 25
 ) -> Threshold:
-    r"""Learns the size cut at its own limit: what is over :math:`z_0` deviations is a spike, and
-    the higher the lower cut.
+    r"""Learns the size clipped at this limit: larger spikes get lower limits.
 
-    .. math:: z = (s - \mu) / \sigma, \qquad c = \mu + z_0^2 \sigma / z \text{ if } z > z_0 \text{, else } \infty
+    .. math:: z = (s - \mu) / \sigma, \qquad
+        c = \mu + z_0^2 \sigma / z \text{ if } z > z_0 \text{, else } \infty
 
-    :math:`\mu` and :math:`\sigma^2` are those of the first sizes, which are not limited, then
-    moving averages. Known failure: a lasting change by many deviations is never accepted; see
-    `reset_after`.
+    A size more than :math:`z_0` standard deviations above the mean is a spike. :math:`\mu` and
+    :math:`\sigma^2` start as the mean and variance of the first sizes, which are not limited; then
+    they are moving averages. Known failure: a lasting change by many deviations is never accepted;
+    see `reset_after`.
 
     Args:
-        z: :math:`z_0`, deviations above the mean from which on a size is a spike.
-        decay: of the averages.
-        warmup: how many sizes they start from, at least one.
+        z: :math:`z_0`, the number of deviations above the mean at which a spike begins.
+        decay: decay of the averages.
+        warmup: how many sizes the averages start from, at least one.
 
     Raises:
-        TypeError: `z` or `decay` is not a number, or `warmup` not an integer.
-        ValueError: one of them is out of range.
+        TypeError: `z` or `decay` is not a number, or `warmup` is not an integer.
+        ValueError: a number is out of range.
 
     References:
         Kumar et al., [ZClip](https://arxiv.org/abs/2504.02507), 2025.
@@ -126,21 +126,18 @@ def zscore(
         deviation = _deviation(state.variance)
         score = (sizes / mean - 1) / deviation
         spike = ~_blocks.is_early(state.seen, warmup) & (score > z)
-        return jnp.where(
-            spike, mean * (1 + z * z * deviation / jnp.where(spike, score, 1)), jnp.inf
-        )
+        lowered = mean * (1 + z * z * deviation / jnp.where(spike, score, 1))
+        return jnp.where(spike, lowered, jnp.inf)
 
     def learn(sizes: Array, clipped_sizes: Array, state: Moments, context: Context) -> Moments:
         cut = jnp.minimum(sizes, limit(sizes, state, context))
-        early, mean = (
-            _blocks.is_early(state.seen, warmup),
-            jnp.where(state.seen > 0, state.mean, cut),
-        )
+        early = _blocks.is_early(state.seen, warmup)
+        mean = jnp.where(state.seen > 0, state.mean, cut)
         weight = jnp.where(early, 1 / (state.seen + 1), 1 - decay)
         offset = cut / mean - 1
         growth = 1 + weight * offset
-        # The paper's moving variance is about the new mean on both sides; that of the first sizes
-        # is the exact one.
+        # the paper's moving variance takes both deviations from the new mean; in the warm-up the
+        # variance is exact
         square = offset**2 * (1 - weight) * jnp.where(early, 1, 1 - weight)
         variance = ((1 - weight) * state.variance + weight * square) / growth**2
         return Moments(_blocks.one_more(state.seen), mean * growth, variance)
@@ -149,22 +146,22 @@ def zscore(
 
 
 def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) -> Threshold:
-    r"""Learns the raw size's logarithm: a size :math:`k` deviations above its mean goes back to the
-    geometric mean.
+    r"""Learns the raw size's logarithm: outliers are set to the geometric mean.
 
     .. math:: \log s \ge m + k \sigma \;\Rightarrow\; c = e^m \text{, else } \infty
 
-    :math:`m` and :math:`\sigma` are moving averages that include the current size, and plain ones
-    as long as those weigh it more (the first `1 / (1 - decay)` sizes).
+    :math:`m` and :math:`\sigma` are the mean and deviation of the logarithms, by exponential moving
+    averages that include the current size. For the first :math:`1 / (1 - \beta)` sizes they are
+    plain averages instead, where :math:`\beta` is the decay.
 
     Args:
-        deviations: :math:`k`; with fewer than :math:`k^2 + 1` sizes seen, none can be so many
-            deviations off.
-        decay: of the averages.
+        deviations: :math:`k`. Among fewer than :math:`k^2 + 1` sizes none can be that many
+            deviations above the mean.
+        decay: :math:`\beta`, decay of the averages.
 
     Raises:
-        TypeError: one of the two is not a number.
-        ValueError: one of the two is out of range.
+        TypeError: `deviations` or `decay` is not a number.
+        ValueError: `deviations` or `decay` is out of range.
 
     References:
         Chorowski et al., [End-to-end continuous speech recognition using attention-based recurrent
@@ -181,7 +178,7 @@ def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) 
 
     def limit(sizes: Array, state: Moments, context: Context) -> Array:
         now = learn(sizes, sizes, state, context)
-        # The original's floor, a deviation of 1e-4.
+        # TensorFlow's contrib has the same floor, a deviation of 1e-4
         trigger = now.mean + deviations * jnp.sqrt(jnp.maximum(now.variance, 1e-8))
         return jnp.where(_blocks.logarithm(sizes) >= trigger, jnp.exp(now.mean), jnp.inf)
 
@@ -191,20 +188,21 @@ def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) 
 def window_zscore(
     deviations: float | Array = 3.0, *, window: int = 128, warmup: int | Array = 64
 ) -> Threshold:
-    r"""Learns the raw size: so many deviations above the mean of the last ones, :math:`c = \mu + k
-    \sigma`.
+    r"""Learns the raw size: the limit is mean plus deviations of the last sizes.
 
-    The current size is not among them. Known failure: one spike raises the limit until it leaves
-    the window.
+    .. math:: c = \mu + k \sigma
+
+    The window excludes the current size. Known failure: one spike raises the limit until the spike
+    leaves the window.
 
     Args:
         deviations: :math:`k`.
-        window: how many of the last sizes are remembered, each a float per group.
-        warmup: how many there must be before there is a limit, at most `window`.
+        window: how many of the last sizes to remember, each a float per group.
+        warmup: how many sizes to see before there is a limit, at most `window`.
 
     Raises:
-        TypeError: `deviations` is not a number, or one of the others not an integer.
-        ValueError: one of them is out of range.
+        TypeError: `deviations` is not a number, or `window` or `warmup` is not an integer.
+        ValueError: an argument is out of range.
     """
     _validate.number("deviations", deviations)
     _validate.count("window", window)
@@ -214,7 +212,7 @@ def window_zscore(
         count, last = state
         n = jnp.maximum(count, 1)
         mean = jnp.where(count > 0, jnp.sum(last / n, 0), 1)
-        # zeros are places not yet filled
+        # zeros are slots that are not filled yet
         variance = jnp.sum(jnp.where(last > 0, last / mean - 1, 0) ** 2, 0) / n
         early = _blocks.is_early(count, jnp.minimum(warmup, window))
         return jnp.where(early, jnp.inf, mean * (1 + deviations * _deviation(variance)))
@@ -235,14 +233,13 @@ def window_zscore(
 
 
 def growth(factor: float | Array = 1.01) -> Threshold:
-    r"""Learns the clipped size: no more than a multiple of the last one, :math:`c = \gamma
-    \|g_{t-1}\|`.
+    r"""Learns the clipped size: the limit is a multiple of it, :math:`c = \gamma s_{t-1}`.
 
-    The first is not limited. Known failure: after a small gradient it takes :math:`\ln r / \ln
-    \gamma` steps to grow by :math:`r` again, 231 to tenfold.
+    The first size is not limited. Known failure: after a small gradient it takes :math:`\ln r / \ln
+    \gamma` steps to grow by a factor of :math:`r`, which is 231 steps for tenfold.
 
     Args:
-        factor: :math:`\gamma`, how many times the last size the next may be.
+        factor: :math:`\gamma`, the largest ratio of one size to the one before.
 
     Raises:
         TypeError: `factor` is not a number.
@@ -264,13 +261,12 @@ def growth(factor: float | Array = 1.01) -> Threshold:
 def rms_multiple(
     factor: float | Array = 5000.0, *, decay: float | Array = 0.999, warmup: int | Array = 20
 ) -> Threshold:
-    r"""Learns the clipped size: so many times its mean square, :math:`c = \sqrt{\theta v}`.
+    r"""Learns the clipped size: the limit is a multiple of its root mean square.
 
-    .. math:: v \leftarrow \beta v + (1 - \beta) \min(s, c)^2
+    .. math:: c = \sqrt{\theta v}, \qquad v \leftarrow \beta v + (1 - \beta) \min(s, c)^2
 
-    :math:`v` starts at zero and is not corrected for that. It is one float for each size and is
-    kept as its root, which leaves the float range no sooner than the sizes do. Where it is zero
-    there is no limit.
+    :math:`v` starts at zero and is not corrected for that. Where it is zero there is no limit. The
+    state is :math:`\sqrt v`, one float per size; it over- or underflows no sooner than the sizes.
 
     Args:
         factor: :math:`\theta`.
@@ -278,8 +274,8 @@ def rms_multiple(
         warmup: number of updates without a limit.
 
     Raises:
-        TypeError: `factor` or `decay` is not a number, or `warmup` not an integer.
-        ValueError: one of them is out of range.
+        TypeError: `factor` or `decay` is not a number, or `warmup` is not an integer.
+        ValueError: an argument is out of range.
 
     References:
         Huang et al., [SPAM](https://arxiv.org/abs/2501.06842), 2025.
@@ -304,16 +300,16 @@ def mean_to_rms(*, decay: float | Array = 0.7, square_decay: float | Array = 0.9
     r"""Learns the raw size: its mean over its root mean square, :math:`c = \hat m / \sqrt{\hat v}`.
 
     Both are moving averages that include the current size, corrected for starting at zero. The
-    limit has no unit: it is 1 for steady sizes; with the defaults 0.95 at a huge spike, and 1.41 at
-    most. It is meant for the response `normalize`.
+    limit has no unit: it is 1 for steady sizes. With the defaults it is 0.95 at a huge spike, and
+    1.41 at most. It is meant for the response `normalize`.
 
     Args:
-        decay: of the mean :math:`m`.
-        square_decay: of the mean square :math:`v`.
+        decay: decay of the mean :math:`m`.
+        square_decay: decay of the mean square :math:`v`.
 
     Raises:
-        TypeError: one of the two is not a number.
-        ValueError: one of the two is out of range.
+        TypeError: `decay` or `square_decay` is not a number.
+        ValueError: `decay` or `square_decay` is out of range.
 
     References:
         Huang et al., [Stable-SPAM](https://arxiv.org/abs/2502.17055), 2025.
@@ -335,7 +331,7 @@ def mean_to_rms(*, decay: float | Array = 0.7, square_decay: float | Array = 0.9
             return -jnp.expm1(count * jnp.log(jnp.asarray(decay, sizes.dtype)))
 
         known = root > 0
-        # shares, so that derivatives stay floats
+        # divide both by the root first, so that the derivative does not overflow
         ratio = share(mean, root) / jnp.where(known, share(root, root), 1)
         return jnp.where(known, ratio * jnp.sqrt(weight(square_decay)) / weight(decay), jnp.inf)
 
@@ -357,8 +353,9 @@ def _deviation(variance: Array) -> Array:
 
 
 def _mean_square_root(root: Array, size: Array, decay: float | Array) -> Array:
-    """Root of the moving average of squares, which are taken relative to the larger, so that none
-    leaves the float range.
+    """Returns the root of the moving average of squares.
+
+    It squares values relative to the larger of the two, so no square over- or underflows.
     """
     top = jax.lax.stop_gradient(jnp.maximum(root, size))  # only a scale
     mean = decay * share(root, top) ** 2 + (1 - decay) * share(size, top) ** 2

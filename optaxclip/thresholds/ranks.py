@@ -1,4 +1,4 @@
-"""Rules that remember ranks: which share of the sizes is smaller, whatever their scale."""
+"""Rules that remember ranks: which share of the sizes is smaller than a given size."""
 
 import math
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from optaxclip.thresholds.combine import ignore_outliers
 def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshold:
     r"""Learns the raw size: a quantile of the last ones, :math:`c = Q_q(s_{t-w+1}, \dots, s_t)`.
 
-    As `numpy.quantile`, with linear interpolation. The current size is among them, so the first is
-    never clipped.
+    It interpolates linearly, like `numpy.quantile`. The window includes the current size, so the
+    first size is never clipped.
 
     Args:
         q: share of the sizes that are smaller, between 0 and 1.
-        window: how many are remembered, each a float per group.
-        lagged: leave the current size out, and set no limit before the window is full.
+        window: how many sizes to remember, each a float per group.
+        lagged: whether to exclude the current size, and to set no limit before the window is full.
 
     Raises:
-        TypeError: `q` is not a number, or `window` not an integer.
+        TypeError: `q` is not a number, or `window` is not an integer.
         ValueError: `q` is not between 0 and 1, or `window` is below 1.
 
     Example:
@@ -56,17 +56,17 @@ def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshol
     def limit(sizes: Array, state: tuple[Array, Array], context: Context) -> Array:
         count, last = state if lagged else learn(sizes, sizes, state, context)
         ordered = jnp.sort(last, 0)
-        found = _interpolated(lambda rank: _take(ordered, rank), q, count)
-        return jnp.where(count < window, jnp.inf, found) if lagged else found
+        limits = _interpolated(lambda rank: _take(ordered, rank), q, count)
+        return jnp.where(count < window, jnp.inf, limits) if lagged else limits
 
     return ignore_outliers(Threshold(init, limit, learn))
 
 
 class Sketch(NamedTuple):
-    """Ranks of a whole history, in arrays that end in the block's shape.
+    """Ranks of a whole history, in arrays whose last axes are the axes of the sizes.
 
     Attributes:
-        first: `[1024, ...]`, the first sizes in ascending order, `inf` where there is none yet.
+        first: `[1024, ...]`, the first sizes in ascending order; `inf` in empty slots.
         origin: logarithm of the size at the middle of the bins.
         counts: int32 `[1024, ...]`, how many sizes were in this bin or a lower one.
     """
@@ -77,22 +77,23 @@ class Sketch(NamedTuple):
 
 
 FIRST, BINS = 1024, 1024
-WIDTH = 2 * math.log(1.01)  # of a bin, in logarithms: its middle is within 1 % of all of it
+WIDTH = 2 * math.log(1.01)  # of a bin, in logarithms: every size in it is within 1 % of its middle
 
 
 def middle(origin: Any, number: Any) -> Any:
-    """Logarithm of the middle of the bin with this number, from 0."""
+    """Returns the logarithm of the middle of a bin; bins are numbered from 0."""
     return origin + (number - BINS // 2 + 0.5) * WIDTH
 
 
 def quantile_sketch(q: float | Array) -> Threshold:
     r"""Learns the raw size: a quantile of the whole history, :math:`c = Q_q(s_1, \dots, s_t)`.
 
-    Exact (as `numpy.quantile`) for the first 1024 sizes, later within 1 % of the two sizes that it
-    is interpolated from, if they are within a factor of 26 000 of the middle of the bins. That
-    starts as the first size and follows the quantile; what is further off counts in the last bin. 8
-    KiB for each group: 1024 floats and 1024 logarithmic bins of integers, which are halved before
-    they overflow, first after :math:`2^{30}` sizes.
+    The first 1024 sizes are kept, so the quantile is exact (like `numpy.quantile`). After that it
+    is within 1 % of the two sizes that it is interpolated from. Sizes are counted in logarithmic
+    bins. The middle of the bins starts at the first size and follows the quantile. A size more than
+    a factor of 26 000 from the middle counts in the outermost bin. State: 8 KiB per group, 1024
+    floats and 1024 integers. The counts are halved before they overflow, first after :math:`2^{30}`
+    sizes.
 
     Args:
         q: share of the sizes that are smaller, between 0 and 1.
@@ -124,23 +125,22 @@ def quantile_sketch(q: float | Array) -> Threshold:
 def quantile_tracker(
     q: float | Array = 0.9, rate: float | Array = 0.2, *, initial: float | Array | None = None
 ) -> Threshold:
-    r"""Learns whether the raw size was within the limit: it moves until a share :math:`q` of them
-    are.
+    r"""Learns whether the raw size was within the limit, and moves the limit accordingly.
 
     .. math:: c \leftarrow c \exp(-\eta (1[s \le c] - q))
 
-    One float for each group. The current size is not known to the limit, but for the first, which
-    it starts from.
+    The limit settles where a share :math:`q` of the sizes is within it. State: one float per group.
+    The limit starts at the first size; after that it does not depend on the current size.
 
     Args:
-        q: share of the sizes that are to be within, between 0 and 1.
-        rate: :math:`\eta`; the limit rises by :math:`e^{\eta q}` or falls by :math:`e^{\eta (1 -
-            q)}` a step.
-        initial: where the limit starts instead of at the first size.
+        q: share of the sizes that shall be within the limit, between 0 and 1.
+        rate: :math:`\eta`; per step the limit rises by a factor of :math:`e^{\eta q}` or falls by
+            :math:`e^{\eta (1 - q)}`.
+        initial: the first limit; None for the first size.
 
     Raises:
-        TypeError: one of them is not a number.
-        ValueError: `q` is not between 0 and 1, or one of the others is not positive.
+        TypeError: an argument is not a number.
+        ValueError: `q` is not between 0 and 1, or `rate` or `initial` is not positive.
 
     References:
         Andrew, Thakkar, McMahan and Ramaswamy, [Differentially private learning with adaptive
@@ -162,10 +162,10 @@ def quantile_tracker(
 
 
 class History(NamedTuple):
-    """What `remember` knows, in arrays that end in the block's shape.
+    """State of `remember`, in arrays whose last axes are the axes of the sizes.
 
     Attributes:
-        last: `[window, ...]`, the last sizes, newest first, 0 where there is none yet.
+        last: `[window, ...]`, the last sizes, newest first; 0 in empty slots.
         sketch: ranks of all sizes.
     """
 
@@ -174,11 +174,12 @@ class History(NamedTuple):
 
 
 def remember(window: int) -> Threshold:
-    r"""Learns the raw size, sets no limit, :math:`c = \infty`: the last sizes, and a sketch of all
-    as in `quantile_sketch`.
+    r"""Learns the raw size and sets no limit, :math:`c = \infty`.
+
+    The state holds the last sizes, and a sketch of all sizes as in `quantile_sketch`.
 
     Args:
-        window: how many of the last sizes are remembered, each a float per group.
+        window: how many of the last sizes to remember, each a float per group.
 
     Raises:
         TypeError: `window` is not an integer.
@@ -202,21 +203,22 @@ def _empty(sizes: Array) -> Sketch:
 
 
 def _with(sketch: Sketch, sizes: Array) -> Sketch:
-    """The sketch of one more size."""
+    """Adds one size to the sketch."""
     first, origin, counts = sketch
     logarithm = _blocks.logarithm(sizes)
     origin = jnp.where(counts[-1] == 0, logarithm, origin)
-    bin_of = jnp.clip(jnp.floor((logarithm - origin) / WIDTH) + BINS // 2, 0, BINS - 1).astype(
-        jnp.int32
-    )
+    bin_of = jnp.floor((logarithm - origin) / WIDTH) + BINS // 2
+    bin_of = jnp.clip(bin_of, 0, BINS - 1).astype(jnp.int32)
     counts = jnp.where(counts[-1] < 2**30, counts, counts // 2) + (bin_of <= _rows(counts))
+    # inserts the size into the sorted array; one that is larger than all of a full array drops out
     below = jnp.concatenate([jnp.zeros_like(first[:1]), first[:-1]])
     return Sketch(jnp.maximum(below, jnp.minimum(first, sizes)), origin, counts)
 
 
 def _centred(sketch: Sketch, q: float | Array) -> Sketch:
-    """Moves the bins by one if the quantile has left their middle half; at the ends two bins become
-    one.
+    """Moves the bins by one if the quantile has left their middle half.
+
+    At the end that is cut off, two bins become one.
     """
     first, origin, counts = sketch
     lean = _bin(counts, jnp.asarray(q * (counts[-1] - 1), jnp.int32)) - BINS // 2
@@ -228,12 +230,12 @@ def _centred(sketch: Sketch, q: float | Array) -> Sketch:
 
 
 def _bin(counts: Array, rank: Array) -> Array:
-    """The bin of the size with this rank, from 0."""
+    """Returns the bin of the size with this rank; ranks are counted from 0."""
     return jnp.minimum(jnp.sum(counts <= rank, 0, dtype=jnp.int32), BINS - 1)
 
 
 def _interpolated(size_at: Callable[[Array], Array], q: float | Array, count: Array) -> Array:
-    """The quantile between the two sizes next to its rank."""
+    """Interpolates the quantile between the two sizes next to its rank."""
     last = jnp.maximum(count - 1, 0)
     rank = q * last
     lower = jnp.clip(jnp.floor(rank).astype(jnp.int32), 0, last)
@@ -242,10 +244,10 @@ def _interpolated(size_at: Callable[[Array], Array], q: float | Array, count: Ar
 
 
 def _take(ordered: Array, rank: Array) -> Array:
-    """The size with this rank, from 0."""
+    """Returns the size with this rank, counted from 0."""
     return jnp.sum(jnp.where(_rows(ordered) == rank, ordered, 0), 0)
 
 
 def _rows(array: Array) -> Array:
-    """Numbers 0, 1, ... along the first axis, to compare with arrays of the block's shape."""
+    """Returns 0, 1, ... along the first axis, to compare with arrays of the shape of the sizes."""
     return jnp.arange(array.shape[0]).reshape(-1, *[1] * (array.ndim - 1))

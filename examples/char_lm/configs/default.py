@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of weights, batches, corruption and sampled text
     config.steps = 1000
-    config.every = 50  # steps in one compiled program; after it there is a checkpoint, and a line for TensorBoard
+    config.every = 50  # steps in one compiled program, between checkpoints and TensorBoard events
 
     config.embed = 32
     config.units = 128
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.threshold = config_dict.placeholder(float)  # of the clip; None: its default
     # the thresholds of clip "layers", instead
     config.layers = ConfigDict({"lstm": 10.0, "output": 100.0})
-    config.skip_nonfinite = False  # leave a step out if its gradient is not finite
+    config.skip_nonfinite = False  # whether to skip steps with a gradient that is not finite
     config.corrupt = 0.0  # share of the batches whose gradient is multiplied by 100
 
     config.characters = 400  # of sampled text in the end
