@@ -2,6 +2,8 @@
 of them on the first.
 """
 
+import gc
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +12,17 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
 jax.config.update("jax_num_cpu_devices", 8)
+
+from compiling import FLAGS  # noqa: E402 (found on the path above)
+
+os.environ.setdefault("XLA_FLAGS", FLAGS)  # read when the first program is compiled
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")

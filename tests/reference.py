@@ -74,7 +74,7 @@ def along(axes_of):
 
 
 def fan_in(shape):
-    """Brock et al. 2021: vectors whole; dense [in, out] by column; convolutions by their last axis."""
+    """Brock et al. 2021: whole vectors; dense [in, out] by column; convolutions by last axis."""
     if sum(n != 1 for n in shape) <= 1:
         return range(len(shape))
     return [0] if len(shape) in (2, 3) else range(len(shape) - 1)
@@ -183,7 +183,7 @@ def autoclip(sizes, q=0.1, window=None):
 
 
 def lagged_quantile(sizes, q, window):
-    """TRELLIS: a quantile of the last sizes before the current one, as soon as there are so many."""
+    """TRELLIS: a quantile of the last sizes before the current one, once there are so many."""
     return [
         np.quantile(sizes[t - window : t], q) if t >= window else math.inf
         for t in range(len(sizes))

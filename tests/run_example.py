@@ -1,4 +1,4 @@
-"""Runs an example, in a process of its own or, where a table of it is to be shorter, in this one."""
+"""Runs an example in a process of its own or, to shorten one of its tables, in this one."""
 
 import json
 import os

@@ -139,7 +139,7 @@ def test_what_is_computed_further_back_is_computed_from_the_clipped_derivative()
     assert_close(jax.grad(loss, (0, 1))(w, z), (through * z, through * w))
 
 
-def test_a_parameter_used_many_times_has_in_time_a_sum_of_clipped_terms_and_under_vmap_a_clipped_sum():
+def test_a_parameter_used_many_times_has_in_time_clipped_terms_and_under_vmap_a_clipped_sum():
     scales = jnp.arange(1.0, 11.0)
 
     def in_time(w):
@@ -855,7 +855,10 @@ RULES = [
     ids=["schedule", "constant", "learns", "relative", "in a dict", "schedule in a dict"],
 )
 def test_a_threshold_that_needs_steps_memory_or_parameters_is_refused(threshold):
-    message = r"^threshold must be a number, got .*; a backward pass has neither steps nor memory, so pass .* schedule\(step\)$"
+    message = (
+        "^threshold must be a number, got .*; a backward pass has neither steps nor "
+        r"memory, so pass .* schedule\(step\)$"
+    )
     with pytest.raises(TypeError, match=message):
         clip_cotangent(jnp.ones(2), threshold)
 

@@ -459,7 +459,10 @@ def test_the_share_that_is_carried_over_may_be_traced_and_injected():
     "clip", [1.0, None, optaxclip.clip_by_value, "value"], ids=lambda x: str(x)[:9]
 )
 def test_what_is_no_transform_is_refused(clip):
-    words = rf"^clip must be a GradientTransformation, got {re.escape(repr(clip))}; pass one such as optaxclip\.clip_by_value"
+    words = (
+        f"^clip must be a GradientTransformation, got {re.escape(repr(clip))}; pass one "
+        r"such as optaxclip\.clip_by_value"
+    )
     with pytest.raises(TypeError, match=words):
         optaxclip.error_feedback(clip)
 
@@ -489,7 +492,10 @@ def test_what_is_no_share_is_refused(decay, error, words):
 def test_updates_of_another_tree_are_refused():
     clip = optaxclip.error_feedback(optax.clip(1.0))
     state = clip.init({"a": jnp.ones(1), "b": jnp.ones(2)})
-    words = r"^updates has another structure than the tree that state was made for, got .*; call init on a tree .*"
+    words = (
+        "^updates has another structure than the tree that state was made for, got .*; "
+        "call init on a tree .*"
+    )
     with pytest.raises(ValueError, match=words):
         clip.update({"a": jnp.ones(1)}, state)
 

@@ -67,14 +67,22 @@ LABELS = {"w": "one", "b": "other"}
 OPTAX = {
     **plain(
         optax,
-        *"adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan add_decayed_weights amsgrad apply_every".split(),
-        *"centralize chain fromage identity keep_params_nonnegative lamb lars lion normalize_by_update_norm".split(),
-        *"novograd optimistic_adam optimistic_adam_v2 optimistic_gradient_descent polyak_sgd radam rmsprop rprop".split(),
-        *"scale_by_adadelta scale_by_adam scale_by_adamax scale_by_adan scale_by_amsgrad scale_by_belief".split(),
-        *"scale_by_distance_over_gradients scale_by_factored_rms scale_by_lbfgs scale_by_learning_rate scale_by_lion".split(),
-        *"scale_by_novograd scale_by_optimistic_gradient scale_by_param_block_norm scale_by_param_block_rms".split(),
-        *"scale_by_polyak scale_by_radam scale_by_rms scale_by_rprop scale_by_rss scale_by_sign scale_by_sm3".split(),
-        *"scale_by_stddev scale_by_trust_ratio scale_by_yogi set_to_zero sgd sign_sgd signum sm3 yogi zero_nans".split(),
+        *"adabelief adadelta adafactor adagrad adam adamax".split(),
+        *"adamaxw adamw adan add_decayed_weights amsgrad apply_every".split(),
+        *"centralize chain fromage identity".split(),
+        *"keep_params_nonnegative lamb lars lion normalize_by_update_norm".split(),
+        *"novograd optimistic_adam optimistic_adam_v2 optimistic_gradient_descent".split(),
+        *"polyak_sgd radam rmsprop rprop".split(),
+        *"scale_by_adadelta scale_by_adam scale_by_adamax".split(),
+        *"scale_by_adan scale_by_amsgrad scale_by_belief".split(),
+        *"scale_by_distance_over_gradients scale_by_factored_rms".split(),
+        *"scale_by_lbfgs scale_by_learning_rate scale_by_lion".split(),
+        *"scale_by_novograd scale_by_optimistic_gradient".split(),
+        *"scale_by_param_block_norm scale_by_param_block_rms".split(),
+        *"scale_by_polyak scale_by_radam scale_by_rms".split(),
+        *"scale_by_rprop scale_by_rss scale_by_sign scale_by_sm3".split(),
+        *"scale_by_stddev scale_by_trust_ratio scale_by_yogi set_to_zero sgd".split(),
+        *"sign_sgd signum sm3 yogi zero_nans".split(),
     ),
     "MultiSteps": Row(lambda: optax.MultiSteps(SGD, 2)),
     "adaptive_grad_clip": Row(lambda: optax.adaptive_grad_clip(0.1)),
@@ -143,7 +151,8 @@ CONTRIB = {
     **plain(
         optax.contrib,
         *"acprop ademamix adopt cocob dadapt_adamw dog dowg galore madgrad momo".split(),
-        *"momo_adam muon normalize prodigy reduce_on_plateau scale_by_acprop scale_by_ademamix scale_by_adopt".split(),
+        *"momo_adam muon normalize prodigy".split(),
+        *"reduce_on_plateau scale_by_acprop scale_by_ademamix scale_by_adopt".split(),
         *"scale_by_cocob scale_by_galore scale_by_madgrad scale_by_simplified_ademamix".split(),
         *"schedule_free_adamw schedule_free_sgd simplified_ademamix".split(),
     ),
@@ -185,7 +194,8 @@ MORE = {
     ),
 }
 NO_OPTIMIZERS = {  # what is returned by these functions, that do not say what they return, is none
-    *"WrappedSchedule matrix_inverse_pth_root schedule_free_eval_params sigmoid_binary_cross_entropy".split(),
+    *"WrappedSchedule matrix_inverse_pth_root".split(),
+    *"schedule_free_eval_params sigmoid_binary_cross_entropy".split(),
     *"update_infinity_moment update_moment update_moment_per_elem_norm".split(),
 }
 ROWS = OPTAX | CONTRIB | MORE

@@ -701,7 +701,7 @@ def test_low_precision():
 
 
 def every_operation(p, x, places):
-    """Uses each operation that has a rule; the gradients by `w`, `kernel` and `table` are factors."""
+    """Uses each operation with a rule; the gradients by `w`, `kernel` and `table` are factors."""
     mixed = jnp.squeeze(jnp.concatenate(jnp.split(p["mixed"], 2, 1), 1)[None], 0).T.reshape(
         1, 64, 64
     )[0]

@@ -49,7 +49,7 @@ def both(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def around(both):
-    """On the larger mesh, the states before and after the bad step, and after the one that follows."""
+    """On the larger mesh, the states before and after the bad step, and after the next one."""
     init, step = COMPILED[4, 2]
     state, states = init(), []
     for done in range(1, BAD + 2):

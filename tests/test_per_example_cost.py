@@ -3,6 +3,7 @@ rows of the benchmark.
 """
 
 import jax
+from compiling import optimized
 
 from benchmarks.per_example import MODELS, counted, rows_of
 
@@ -16,7 +17,7 @@ def figures(title):
     params = jax.eval_shape(model.init, jax.random.key(0), batch[0][0])
     found, rows = [], rows_of(model)
     for name in "plain", "clipped_grad", "optax":
-        cost = counted(jax.jit(rows[name]).lower(params, *batch).compile())
+        cost = counted(optimized(jax.jit(rows[name]).lower(params, *batch)))
         found.append((cost["flops"], cost["temporary memory"]))
     return found
 

@@ -495,7 +495,8 @@ def test_matplotlib_is_imported_when_something_is_drawn_and_pyplot_never():
 import sys
 from optaxclip import plots
 assert not any(name.startswith("matplotlib") for name in sys.modules)
-numbers = {"clip/" + name: [1.0, 2.0] for name in ("steps", "size_before", "size_after", "limit", "clipped_share")}
+names = "steps", "size_before", "size_after", "limit", "clipped_share"
+numbers = {"clip/" + name: [1.0, 2.0] for name in names}
 plots.sizes(numbers).figure.savefig(sys.argv[1])
 assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
@@ -524,10 +525,16 @@ def test_a_history_is_checked(draw):
         ([{"loss": 1.0, 0: 2.0}], r"\['loss', '0'\]"),
         ([{"clip/steps": 1}], "."),
     ):
-        words = f"^history has no metrics of a clip, only {keys}.*; pass what telemetry.metrics gave at each step$"
+        words = (
+            f"^history has no metrics of a clip, only {keys}.*; pass what "
+            "telemetry.metrics gave at each step$"
+        )
         with pytest.raises(ValueError, match=words):
             draw(wrong)
-    words = r"^history has arrays of shape {}; give them one axis of steps, and at most one more, of seeds$"
+    words = (
+        "^history has arrays of shape {}; give them one axis of steps, and at "
+        "most one more, of seeds$"
+    )
     for wrong, shape in (
         (rows[0], r"\(\)"),
         (by_hand(np.ones((2, 3, 4)), 1.0), r"\(2, 3, 4\)"),
@@ -538,7 +545,9 @@ def test_a_history_is_checked(draw):
     clip = optaxclip.clip_by_global_norm(1.0)
     with pytest.raises(
         ValueError,
-        match="^history has no step that was done, got steps=0; record telemetry.metrics after each",
+        match=(
+            "^history has no step that was done, got steps=0; record telemetry.metrics after each"
+        ),
     ):
         draw([telemetry.metrics(clip.init(PARAMS))])
 
@@ -562,7 +571,10 @@ def test_a_group_is_one_of_the_history():
         ValueError, match="^group must be one of 'enc/w', 'head', got 'w'; choose one of these$"
     ):
         plots.sizes(recorded(), group="w")
-    words = r"^history has no groups by name, got group='enc/w'; record telemetry.metrics\(opt_state, params\)$"
+    words = (
+        "^history has no groups by name, got group='enc/w'; record "
+        r"telemetry.metrics\(opt_state, params\)$"
+    )
     with pytest.raises(ValueError, match=words):
         plots.sizes(run(SIZES, params=None), group="enc/w")
 
@@ -588,7 +600,9 @@ def test_a_state_has_a_monitor_that_has_seen_something():
     monitor = telemetry.monitor()
     with pytest.raises(
         ValueError,
-        match="^opt_state has a monitor of 'tree' that saw nothing; pass a state after some updates$",
+        match=(
+            "^opt_state has a monitor of 'tree' that saw nothing; pass a state after some updates$"
+        ),
     ):
         plots.histogram(monitor.init(PARAMS))
     leaves = monitored(SIZES * [1, 0], scope=scopes.leaf())
@@ -605,6 +619,9 @@ def test_a_state_has_a_monitor_that_has_seen_something():
     ):
         plots.histogram(state(), group="head")
     for group in "tree", None:
-        words = r"^opt_state has several monitors of 'tree'; pass the state of one, such as opt_state\[0\]$"
+        words = (
+            "^opt_state has several monitors of 'tree'; pass the state of one, "
+            r"such as opt_state\[0\]$"
+        )
         with pytest.raises(ValueError, match=words):
             plots.histogram((state(), state()), group=group)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compiling import optimized
 
 import optaxclip
 from optaxclip import scopes
@@ -210,7 +211,10 @@ def test_axes_can_depend_on_the_leaf_and_none_leaves_it_alone():
 @pytest.mark.parametrize("argument", ["axes", "batch_axes"])
 def test_a_function_that_chooses_an_axis_that_is_not_there_is_told_so(argument, axes):
     scope = scopes.unit(**{argument: lambda path, leaf: axes})
-    advice = rf"^{argument} chose .* for the leaf 'a/w' of shape \(2, 3\); return axes that it has, or None to leave it alone$"
+    advice = (
+        rf"^{argument} chose .* for the leaf 'a/w' of shape \(2, 3\); return axes that "
+        "it has, or None to leave it alone$"
+    )
     with pytest.raises(ValueError, match=advice):
         optaxclip.clip(1.0, scope=scope).init({"a": {"w": jnp.ones((2, 3))}})
     with pytest.raises(ValueError, match=advice):
@@ -353,7 +357,7 @@ def test_many_leaves_share_the_kernels_that_take_their_factors():
     def slices(leaves):
         clip = optaxclip.clip_by_norm(1.0)
         grads = [jnp.ones(3)] * leaves
-        program = jax.jit(clip.update).lower(grads, clip.init(grads)).compile().as_text()
+        program = optimized(jax.jit(clip.update).lower(grads, clip.init(grads))).as_text()
         return len(set(re.findall(r"slice=\{[^}]*\}", program)))
 
     # of the root of their number in each of two steps, and two factors

@@ -36,9 +36,8 @@ class Rule(NamedTuple):
     knows: int  # how many ordinary sizes it has to have seen until it clips spikes
     after_spike: int = 0  # how many steps until it clips a second spike like the first
     patience: int = 30  # sizes over the limit in a row that noise does not make
-    after_fall: int | None = (
-        80  # how many until it clips spikes after a fall to a tenth; None: all history weighs the same
-    )
+    # how many until it clips spikes after a fall to a tenth; None: all history weighs the same
+    after_fall: int | None = 80
     keeps: float = 0.75  # what is left of a gradient of the usual size, at least
     spike: float = 3.0  # what is left of a spike, in usual sizes, at most
     scopes: tuple[str, ...] = ("tree", "leaf", "unit")

@@ -131,11 +131,16 @@ def test_in_shard_map_the_types_tell(case):
     if case.name == "spectral_clip":
         with pytest.raises(
             ValueError,
-            match=r"updates has at 'both' a matrix that is split along .*; clip under jit, or gather",
+            match=(
+                "updates has at 'both' a matrix that is split along .*; clip under jit, or gather"
+            ),
         ):
             mapped(make(case))
     elif case.name == "adaptive_grad_clip":
-        words = r"sharded_over must be given for a scope finer than a leaf, where a leaf of shape \(2, 2\) is split along"
+        words = (
+            "sharded_over must be given for a scope finer than a leaf, where a leaf of "
+            r"shape \(2, 2\) is split along"
+        )
         with pytest.raises(ValueError, match=words):
             mapped(make(case))
         assert_same(mapped(make(case, sharded_over=FAN_IN)), whole(TRANSFORMS.index(case)))
@@ -156,7 +161,9 @@ def test_in_shard_map_without_types_the_names_tell(case):
     ):  # elements are measured where they are
         with pytest.raises(
             ValueError,
-            match="sharded_over must be given where JAX does not track what differs between devices",
+            match=(
+                "sharded_over must be given where JAX does not track what differs between devices"
+            ),
         ):
             mapped(make(case), check_vma=False)
     names = FAN_IN if case.name == "adaptive_grad_clip" else SPLIT
@@ -353,7 +360,10 @@ def test_a_loss_that_differs_between_devices_is_refused():
 
     with pytest.raises(
         ValueError,
-        match=r"value must be the same on all devices, got one that varies along \('x',\); pass jax.lax.pmean",
+        match=(
+            "value must be the same on all devices, got one that varies along "
+            r"\('x',\); pass jax.lax.pmean"
+        ),
     ):
         in_parts(lambda x: run(x, lambda loss: loss), (P("x"),), jnp.ones(4))
     assert (

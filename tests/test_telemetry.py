@@ -191,7 +191,10 @@ def test_the_steps_that_guards_in_guards_skipped_are_counted():
     ],
 )
 def test_an_optimizer_in_place_of_its_state_is_refused(read, transform):
-    words = f"opt_state must be a state, got the {type(transform).__name__} that makes it; pass the state that init or"
+    words = (
+        f"opt_state must be a state, got the {type(transform).__name__} that makes it; "
+        "pass the state that init or"
+    )
     with pytest.raises(TypeError, match="^" + words):
         read(transform)
 
@@ -490,7 +493,10 @@ def test_the_memories_of_several_runs_are_not_mixed(read):
     states = jax.vmap(lambda x: monitor.update(x, monitor.init(x))[1])(jnp.ones((3, 2)))
     with pytest.raises(
         ValueError,
-        match=r"opt_state must be of one run, got one that is vmapped over \(3,\); pass one of them",
+        match=(
+            "opt_state must be of one run, got one that is vmapped over "
+            r"\(3,\); pass one of them"
+        ),
     ):
         read(states)
     assert read(jax.tree.map(lambda x: x[0], states))

@@ -1,4 +1,4 @@
-"""The temporal order task is what it says, every run is trained on its own, and clipping decides."""
+"""The temporal order task is what it says, each run is trained on its own, and clipping decides."""
 
 import json
 import re

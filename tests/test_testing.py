@@ -70,46 +70,58 @@ def grow(sizes, clipped_sizes, state, context):
 
 
 BROKEN_RULES = {
-    "every array of the state must end in the shape of the sizes, .*3.*, but all of it is \\(\\).*zeros_like": Threshold(
-        lambda sizes: jnp.zeros(()), limit, keep
-    ),
+    (
+        "every array of the state must end in the shape of the sizes, .*3.*, but all of "
+        "it is \\(\\).*zeros_like"
+    ): Threshold(lambda sizes: jnp.zeros(()), limit, keep),
     "init must use only shape and dtype of the sizes, but .* depends on them": Threshold(
         lambda sizes: sizes, limit, keep
     ),
-    "limit must return numbers that broadcast against the sizes, .*, but got shape .*return one for each": Threshold(
-        jnp.ones_like, lambda sizes, state, context: jnp.ones((7, *sizes.shape)), keep
-    ),
-    "limit must return numbers that broadcast against the sizes, .*, but got None; return one for each": Threshold(
-        jnp.ones_like, lambda sizes, state, context: None, keep
-    ),
+    (
+        "limit must return numbers that broadcast against the sizes, .*, but got shape "
+        ".*return one for each"
+    ): Threshold(jnp.ones_like, lambda sizes, state, context: jnp.ones((7, *sizes.shape)), keep),
+    (
+        "limit must return numbers that broadcast against the sizes, .*, but got "
+        "None; return one for each"
+    ): Threshold(jnp.ones_like, lambda sizes, state, context: None, keep),
     "a rule must be a program for any numbers, but .*; choose with jnp.where": Threshold(
         jnp.ones_like, lambda sizes, state, context: state if context.step < 3 else 2 * state, keep
     ),
     "learn must return a state as init does, .*float32.*, but returned .*int32.*astype": Threshold(
         jnp.ones_like, limit, lambda sizes, clipped, state, context: jnp.ones_like(state, jnp.int32)
     ),
-    "learn must return a state as init does, .*, but returned .*keep the structure and every shape": Threshold(
+    (
+        "learn must return a state as init does, .*, but returned .*keep the "
+        "structure and every shape"
+    ): Threshold(
         lambda sizes: jnp.ones((5, *sizes.shape)), lambda sizes, state, context: state[0], grow
     ),
-    "a limit must be at least 0, and inf .*, but before anything was learned limits were .*nan.*; return jnp.inf": Threshold(
-        lambda sizes: sizes * jnp.nan, limit, keep
-    ),
-    "a limit must be at least 0, and inf .*, but after the sizes .*1.0, 3.0.* limits were .*-1.*; return jnp.inf": Threshold(
+    (
+        "a limit must be at least 0, and inf .*, but before anything was learned limits "
+        "were .*nan.*; return jnp.inf"
+    ): Threshold(lambda sizes: sizes * jnp.nan, limit, keep),
+    (
+        "a limit must be at least 0, and inf .*, but after the sizes .*1.0, 3.0.* limits "
+        "were .*-1.*; return jnp.inf"
+    ): Threshold(
         jnp.ones_like,
         lambda sizes, state, context: jnp.where(context.step < 2, state, -state),
         keep,
     ),
-    "groups must not know of each other, but the limit of one was .* alone and .* beside others; .*elementwise": Threshold(
-        jnp.ones_like, limit, lambda sizes, clipped, state, context: state + sizes.sum(0)
-    ),
+    (
+        "groups must not know of each other, but the limit of one was .* alone and .* "
+        "beside others; .*elementwise"
+    ): Threshold(jnp.ones_like, limit, lambda sizes, clipped, state, context: state + sizes.sum(0)),
     "jit must change nothing, but a limit was 1.0 without it and 2.0 with it": Threshold(
         jnp.ones_like,
         lambda sizes, state, context: state * (1 + isinstance(sizes, jax.core.Tracer)),
         keep,
     ),
-    "limits must have finite derivatives, but those by the sizes .* were .*(nan|inf).*; guard roots": Threshold(
-        jnp.ones_like, lambda sizes, state, context: jnp.sqrt(sizes - sizes), keep
-    ),
+    (
+        "limits must have finite derivatives, but those by the sizes .* were "
+        ".*(nan|inf).*; guard roots"
+    ): Threshold(jnp.ones_like, lambda sizes, state, context: jnp.sqrt(sizes - sizes), keep),
 }
 
 
@@ -125,8 +137,13 @@ def forgetful():
 
 
 BROKEN_SCOPES = {
-    "a scope must find the same groups every time, but found .*'a'.* and then .*'e'.*decide by path": forgetful(),
-    "the groups of .* must be the same under jit, but it became .* instead of .*decide by shape": Scope(
+    (
+        "a scope must find the same groups every time, but found .*'a'.* and then "
+        ".*'e'.*decide by path"
+    ): forgetful(),
+    (
+        "the groups of .* must be the same under jit, but it became .* instead of .*decide by shape"
+    ): Scope(
         axes=lambda path, leaf: () if isinstance(leaf, jax.core.Tracer) else tuple(range(leaf.ndim))
     ),
 }
@@ -164,12 +181,14 @@ def only_floats(x):
 
 
 BROKEN_TRANSFORMS = {
-    "updates must keep structure, shapes, dtypes and weak types, .*bfloat16.*, but became .*float32.*cast back": of_floats(
-        lambda x: x.astype(jnp.float32)
-    ),
-    "the state must keep structure, shapes, dtypes and weak types, .*int32.*, but became .*float32": remembering(
-        lambda updates, state: state + 1.5, dtype=jnp.int32
-    ),
+    (
+        "updates must keep structure, shapes, dtypes and weak types, .*bfloat16.*, but "
+        "became .*float32.*cast back"
+    ): of_floats(lambda x: x.astype(jnp.float32)),
+    (
+        "the state must keep structure, shapes, dtypes and weak types, .*int32.*, "
+        "but became .*float32"
+    ): remembering(lambda updates, state: state + 1.5, dtype=jnp.int32),
     "what is no float must pass, but there was TypeError.*; leave it alone": stateless(only_floats),
     "what is no float must pass, but .*integer.* became float32.* from int32": stateless(
         lambda x: x * x.dtype.type(1) * 0.5
@@ -179,7 +198,10 @@ BROKEN_TRANSFORMS = {
             state + sum(jnp.mean(x) for x in jax.tree.leaves(updates)).astype(jnp.float32)
         )
     ),
-    "what is no float must count nothing, but beside it .* became .* instead of .*; do not measure it": optax.stateless(
+    (
+        "what is no float must count nothing, but beside it .* became .* instead of "
+        ".*; do not measure it"
+    ): optax.stateless(
         lambda updates, params: jax.tree.map(
             lambda x: (
                 x / len(jax.tree.leaves(updates)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
@@ -193,10 +215,14 @@ BROKEN_TRANSFORMS = {
     "jit must change nothing, but .* was .* without it and .* with it": of_floats(
         lambda x: x * (0.5 if isinstance(x, jax.core.Tracer) else 0.25)
     ),
-    "no number may become larger or change its sign, but .* was .* and became .*; pass shrinks=False": of_floats(
-        lambda x: -x
-    ),
-    "what is not finite must not be learned, but a step after nan there was NaN at .*; keep the old state": remembering(
+    (
+        "no number may become larger or change its sign, but .* was .* and became "
+        ".*; pass shrinks=False"
+    ): of_floats(lambda x: -x),
+    (
+        "what is not finite must not be learned, but a step after nan there was NaN at "
+        ".*; keep the old state"
+    ): remembering(
         lambda updates, state: state + jnp.sum(jax.tree.leaves(updates)[0]).astype(jnp.float32) * 0
     ),
 }

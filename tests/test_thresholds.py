@@ -287,7 +287,10 @@ def test_groups_without_a_limit_and_limits_without_a_group_are_named():
     advice = r"no limit for the groups \['head'\]; add one for each, float\('inf'\) for no limit"
     with pytest.raises(ValueError, match=advice):
         optaxclip.clip({"body": 1.0}, scope=BY_LAYER).init(GRADS)
-    advice = r"limits for \['haed'\], but the tree has only the groups \['body', 'head'\]; remove or rename them"
+    advice = (
+        r"limits for \['haed'\], but the tree has only the groups \['body', 'head'\]; "
+        "remove or rename them"
+    )
     with pytest.raises(ValueError, match=advice):
         optaxclip.clip({"body": 1.0, "haed": 1.0}, scope=BY_LAYER).init(GRADS)
     with pytest.raises(ValueError, match=r"only the groups \['tree'\]"):

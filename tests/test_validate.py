@@ -248,7 +248,10 @@ REFUSALS = {
             ("n", np.array(2)),
             {},
             TypeError,
-            'n must be a Python value, got array(2); convert it, or with optax.inject_hyperparams pass static_args="n"',
+            (
+                "n must be a Python value, got array(2); convert it, or with "
+                'optax.inject_hyperparams pass static_args="n"'
+            ),
         ),
         (
             ("n", np.ones(2)),
@@ -373,7 +376,10 @@ REFUSALS = {
             f"state must be the ClipState that init returned, got {found}; {advice}",
         )
         for advice, values in {
-            "pass the state of this very transform (a chain has a tuple of states, and is updated as a whole)": [
+            (
+                "pass the state of this very transform (a chain has a tuple of states, and "
+                "is updated as a whole)"
+            ): [
                 ((CLIP_STATE, optax.EmptyState()), "tuple"),
                 (((CLIP_STATE,), ()), "tuple"),
                 (optax.ScaleByScheduleState(0), "ScaleByScheduleState"),
@@ -397,7 +403,10 @@ REFUSALS = {
             ("axes", value),
             {},
             TypeError,
-            f'axes must be a Python value, got {value!r}; convert it, or with optax.inject_hyperparams pass static_args="axes"',
+            (
+                f"axes must be a Python value, got {value!r}; convert it, or with "
+                'optax.inject_hyperparams pass static_args="axes"'
+            ),
         )
         for value in (np.array(0), jnp.array(0))
     ],
@@ -595,7 +604,10 @@ REFUSALS = {
             ("threshold", thresholds.relative_to_params(0.1), "loss"),
             {},
             ValueError,
-            'threshold is relative to the parameters, got it with watch="loss"; pass watch="norm" or another rule',
+            (
+                'threshold is relative to the parameters, got it with watch="loss"; pass '
+                'watch="norm" or another rule'
+            ),
         )
     ],
     "loss": [
@@ -603,7 +615,10 @@ REFUSALS = {
             (None,),
             {},
             ValueError,
-            'watch="loss" needs the loss, got none; call update(updates, state, params, value=loss)',
+            (
+                'watch="loss" needs the loss, got none; call update(updates, '
+                "state, params, value=loss)"
+            ),
         ),
         (
             (np.ones(3),),
@@ -937,7 +952,10 @@ def test_axis_name_is_refused_by_every_function_that_has_sharded_over(name):
 def test_a_scope_has_to_be_chosen():
     with pytest.raises(
         TypeError,
-        match=r"^clip\(\) needs a scope: scopes.tree\(\) for the global norm, scopes.element\(\) for",
+        match=(
+            r"^clip\(\) needs a scope: scopes.tree\(\) for the global norm, "
+            r"scopes.element\(\) for"
+        ),
     ):
         optaxclip.clip(1.0)
 
@@ -986,13 +1004,19 @@ BAD_NUMBERS = [
     (
         np.ones(2),
         ValueError,
-        r"must be one number, got an array of shape \(2,\); give groups limits of their own with a dict",
+        (
+            r"must be one number, got an array of shape \(2,\); give groups limits of "
+            "their own with a dict"
+        ),
     ),
     ("1.0", TypeError, r"must be a real number, got '1\.0' \(str\); pass a float such as 1\.0"),
     (
         None,
         TypeError,
-        r"must be a real number, got None \(NoneType\); pass a float .*; float\(.inf.\) as a threshold means",
+        (
+            r"must be a real number, got None \(NoneType\); pass a float .*; float\(.inf.\) "
+            "as a threshold means"
+        ),
     ),
     (True, TypeError, r"must be a real number, got True \(bool\); pass a float such as 1\.0"),
     (1j, TypeError, r"must be a real number, got 1j \(complex\); pass a float such as 1\.0"),
@@ -1064,7 +1088,9 @@ def test_bounds_that_differ_by_sign_refuse_complex_updates():
     for grads in jnp.array([1j]), {"a": jnp.ones(2), "b": jnp.array([1j])}:
         with pytest.raises(
             TypeError,
-            match="^bounds that differ by sign need real updates, got complex64; cut complex numbers",
+            match=(
+                "^bounds that differ by sign need real updates, got complex64; cut complex numbers"
+            ),
         ):
             optaxclip.clip_by_value(-1.0, 1.0).init(grads)
 
@@ -1150,7 +1176,10 @@ def test_parts_that_were_not_called_are_refused():
     ):
         with pytest.raises(
             TypeError,
-            match=rf"^{name} must be a {name.title()}, got <function .*>; pass one such as {re.escape(example)}$",
+            match=(
+                f"^{name} must be a {name.title()}, got <function .*>; pass one such as "
+                f"{re.escape(example)}$"
+            ),
         ):
             optaxclip.clip(1.0, **{"scope": scopes.tree(), name: part})
 
@@ -1160,7 +1189,10 @@ def test_parts_that_were_not_called_are_refused():
     "name, make", [("axes", scopes.unit), ("batch_axes", scopes.unit), ("batch_axes", scopes.leaf)]
 )
 def test_axes_are_checked_when_they_are_given(name, make, axes):
-    words = f"{name} must be axes or a function (path, leaf) -> axes, got {axes!r}; pass one such as (0, 1)"
+    words = (
+        f"{name} must be axes or a function (path, leaf) -> axes, got {axes!r}; "
+        "pass one such as (0, 1)"
+    )
     with pytest.raises(TypeError, match=exactly(words)):
         make(**{name: axes})
 
@@ -1224,7 +1256,10 @@ def test_none_as_a_threshold_is_told_how_to_switch_clipping_off(name):
     first = next(iter(inspect.signature(make).parameters))
     with pytest.raises(
         TypeError,
-        match=rf"^{first} must be .*, got None .*float\(\"inf\"\) as a threshold means no clipping$",
+        match=(
+            rf"^{first} must be .*, got None .*float\(\"inf\"\) as a "
+            "threshold means no clipping$"
+        ),
     ):
         make(**{first: None} | ({"scope": scopes.tree()} if name == "clip" else {}))
 
@@ -1296,7 +1331,10 @@ def test_parameters_are_checked_when_a_limit_needs_them(make, params, words):
 )
 def test_parameters_have_the_structure_of_the_updates(params, found):
     clip = optaxclip.adaptive_grad_clip()
-    words = f"params has another structure than updates, got {found}; pass the params that these are updates of"
+    words = (
+        f"params has another structure than updates, got {found}; pass the params that "
+        "these are updates of"
+    )
     with pytest.raises(ValueError, match=exactly(words)):
         clip.update(GRADS, clip.init(GRADS), params)
 
@@ -1471,7 +1509,10 @@ SPARSE = {
 def test_sparse_leaves_are_refused(make, kind):
     transform, grads = make(), {"a": {"b": SPARSE[kind]}, "c": jnp.ones(2)}
     state = transform.init(jax.tree.map(jnp.ones_like, {"a": {"b": jnp.ones(3)}, "c": jnp.ones(2)}))
-    words = f"updates must be a tree of dense arrays, got a {kind} at 'a/b'; pass its todense(), or clip the data of its sum_"
+    words = (
+        f"updates must be a tree of dense arrays, got a {kind} at 'a/b'; pass its "
+        "todense(), or clip the data of its sum_"
+    )
     with pytest.raises(TypeError, match="^" + re.escape(words)):
         transform.update(grads, state)
 

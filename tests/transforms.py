@@ -1,4 +1,4 @@
-"""The table of public transforms: for each, what it is in NumPy. The contract runs over all of it."""
+"""The table of public transforms, and what each is in NumPy. The contract runs over all of it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

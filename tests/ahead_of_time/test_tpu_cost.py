@@ -73,7 +73,7 @@ def test_by_value_costs_nothing():
     assert with_adam(optaxclip.clip_by_value(1.0)).units == pytest.approx(7, abs=1e-3)
 
 
-def test_adaptive_grad_clip_reads_gradients_and_parameters_once_more_in_no_more_kernels_than_in_optax():
+def test_adaptive_grad_clip_reads_both_trees_once_more_in_no_more_kernels_than_in_optax():
     ours, peer = (
         with_adam(optaxclip.adaptive_grad_clip(0.01)),
         with_adam(optax.adaptive_grad_clip(0.01)),

@@ -58,7 +58,7 @@ def on_layer(optimizer, where, topology="v5e:4x4"):
 TRANSFORMS = {case.name: case for case in reversed(CASES + SCALERS) if case.name != "spectral_clip"}
 # Limits other than one message, and one read of the gradients on top of Adam's 7 units.
 MESSAGES = {
-    "clip_by_value": 2,  # measures nothing, but records the largest size and the share of what was clipped
+    "clip_by_value": 2,  # measures nothing, but records the largest size and the clipped share
     "spam_clip": 2,
     "error_feedback": 2,
     "adaptive_grad_clip": 3,  # of gradients and parameters, in one; and those two
@@ -68,7 +68,7 @@ UNITS = {
     "adaptive_grad_clip": 9,  # reads the parameters, too
     "clippy": 9,
     "spam_clip": 9,  # reads and writes a mean for each element
-    "scale_by_stable_adam": 9,  # is Adam itself, and measures gradients over the root of its second moment
+    "scale_by_stable_adam": 9,  # is Adam, and measures gradients over the root of its second moment
     "error_feedback": 13,  # reads and writes what it carries, and stores the sum
 }
 TEMPORARY = {"error_feedback": 1.01}

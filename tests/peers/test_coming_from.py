@@ -942,7 +942,10 @@ def optax_per_example(there, here):
 
 @line(
     "`optax.per_example_layer_norm_clip(grads, 1.0)[0]`",
-    '`per_example.aggregate(1.0 / 2**0.5, scope=scopes.leaf(), reduce="sum").update(grads, None)[0]`',
+    (
+        "`per_example.aggregate(1.0 / 2**0.5, scope=scopes.leaf(), "
+        'reduce="sum").update(grads, None)[0]`'
+    ),
     "Same for two layers: Optax gives each of K layers the limit C / √K, here you give it",
 )
 def optax_per_layer(there, here):
@@ -1011,8 +1014,8 @@ def privately(code, grads):
 @line(
     "`clip_pytree(grads, 1.0)[0]`",
     "`clip_by_global_norm(1.0).update(grads, None)[0]`",
-    'Same. jax_privacy makes a NaN zero and keeps the rest; here all is NaN, or all zero with `nonfinite="zero"`. Where '
-    "squares overflow it returns zeros",
+    "Same. jax_privacy makes a NaN zero and keeps the rest; here all is NaN, or all "
+    'zero with `nonfinite="zero"`. Where squares overflow it returns zeros',
 )
 def privacy_clip(there, here):
     for grads in LARGE, SMALL:
@@ -1114,7 +1117,10 @@ def privacy_clipped_grad(there, here):
 )
 @line(
     "`jax_privacy.clipped_grad(batch_loss, l2_clip_norm=0.5, batch_argnums=(1, 2))(params, x, y)`",
-    '`per_example.clipped_grad(batch_loss, 0.5, reduce="sum", keep_batch_axis=True)(params, x, y)[1]`',
+    (
+        '`per_example.clipped_grad(batch_loss, 0.5, reduce="sum", '
+        "keep_batch_axis=True)(params, x, y)[1]`"
+    ),
     "Same: the loss gets batches of one. That is the default there, and not here",
 )
 @line(
