@@ -23,6 +23,7 @@ from optaxclip._measure import measure
 from optaxclip._numerics import cast_like, factors, harmless, multiply, widen
 from optaxclip._record import Recorder
 from optaxclip._rules import Rules, initial_state, is_placeholder, placeholder_state
+from optaxclip._transform import transform
 from optaxclip._types import ClipState, Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_thresholds
 
@@ -137,7 +138,7 @@ def clip(
             return ClipState(step, placeholder_state(threshold, scope, params), recorder.unread())
         layout = lay_out(scope, params, weights=relative)
         if isinstance(threshold, dict):
-            _validate.names(threshold, layout.names)
+            _validate.names(threshold, layout.keys)
         sizes = _no_sizes(norm, layout, sharded_over)
         learned = initial_state(threshold, layout, sizes)
         return ClipState(step, learned, recorder.first(layout, sizes))
@@ -166,7 +167,7 @@ def clip(
         step = jnp.asarray(optax.safe_increment(state.step))
         return layout.rebuild(clipped), ClipState(step, learned, reading)
 
-    return optax.GradientTransformationExtraArgs(init, _sharding.in_their_mesh(update))
+    return transform(init, update)
 
 
 def _measure(
@@ -175,10 +176,10 @@ def _measure(
     """MEASURE: how large each group of numbers is."""
     weights = layout.matching(params) if norm.uses_params else None
     names = layout.names_of_axes(sharded_over)
-    sizes = measure(norm, leaves, weights, layout.axes, layout.groups, names)
-    if layout.axes is None:
-        return Blocks.of(sizes, group_of=layout.group_of)
-    return Blocks.of(sizes, layout.gradients)
+    if layout.axes is not None:
+        return Blocks.of(measure(norm, leaves, weights, layout.axes, None, names), layout.gradients)
+    sizes = measure(norm, leaves, weights, layout.parts, layout.groups, names)
+    return Blocks.of(sizes, group_of=layout.group_of)
 
 
 def _respond(
@@ -262,7 +263,8 @@ def _no_sizes(norm: Norm, layout: Layout, sharded_over: Any) -> list[Array]:
     names = [_sharding.bound(axes) for axes in layout.names_of_axes(sharded_over)]
 
     def sizes_of(leaves: list[Any]) -> list[Array]:
-        return measure(norm, leaves, leaves, layout.axes, layout.groups, names)
+        groups = None if layout.axes is not None else layout.groups
+        return measure(norm, leaves, leaves, layout.parts, groups, names)
 
     shapes = jax.eval_shape(sizes_of, layout.gradients)
     if layout.axes is None:
@@ -277,7 +279,7 @@ def _check(state: Any, layout: Layout, threshold: Any) -> None:
     if names is not None:
         _validate.same_groups(layout.names, names.known)
     if isinstance(threshold, dict):
-        _validate.names(threshold, layout.names)
+        _validate.names(threshold, layout.keys)
 
 
 def _check_finite(layout: Layout, sizes: Blocks) -> None:

@@ -11,6 +11,7 @@ from optaxclip import _validate, scopes
 from optaxclip._layout import lay_out
 from optaxclip._numerics import cast_like, wide, widen
 from optaxclip._rules import is_placeholder
+from optaxclip._transform import transform
 
 MODES = ("residual", "estimate")
 
@@ -119,7 +120,7 @@ def error_feedback(
             clipped = layout.rebuild(map(_estimate, layout.of(clipped), new, layout.gradients))
         return clipped, ErrorFeedbackState(layout.replaced(state.memory, new), clip_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transform(init, update)
 
 
 def _estimate(step: Array | None, after: Array, gradient: Any) -> Array:

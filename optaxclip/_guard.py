@@ -15,6 +15,7 @@ from optaxclip._layout import lay_out
 from optaxclip._measure import measure
 from optaxclip._numerics import widen
 from optaxclip._selection import select, select_early
+from optaxclip._transform import transform
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, reset_after
 from optaxclip.thresholds.fixed import as_threshold
@@ -126,7 +127,7 @@ def skip_nonfinite(
             )
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(lambda params: _start(optimizer, params), update)
+    return transform(lambda params: _start(optimizer, params), update)
 
 
 @_validate.checks_keywords
@@ -229,7 +230,7 @@ def skip_spikes(
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
         return updates, state._replace(watch=Watch(size, limit, learned))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transform(init, update)
 
 
 def _learning_limits(rule: Threshold) -> Threshold:
@@ -256,7 +257,7 @@ def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
         passed = {name: x for name, x in extra_args.items() if takes_all or name in takes}
         return inner.update(updates, state, params, **passed)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return transform(inner.init, update)
 
 
 def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:

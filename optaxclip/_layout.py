@@ -1,5 +1,6 @@
 """A tree as a scope sees it: which leaves are measured, their paths, groups and axes."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from optaxclip import _validate
+from optaxclip import _sharding, _validate
 from optaxclip._sharding import Names, is_names, names_of
 from optaxclip._types import Axes, Scope
 
@@ -27,8 +28,13 @@ class Layout(NamedTuple):
         gradients: the arrays there.
         paths: of the gradients; no two are the same.
         names: of the groups; with `axes`, the paths.
-        groups: for each group, which of the gradients it has; empty with `axes`.
-        axes: for each gradient the axes measured together; None if leaves are measured whole.
+        keys: for each group its name in a dict of thresholds: that of its stack, if it is of one.
+        groups: for each group, the positions of its units, counted over all gradients; where no
+            gradient is a stack, each has one unit. Empty with `axes`.
+        axes: for each gradient the axes measured together, if parts of it have their own sizes;
+            None where leaves are measured whole, or layer by layer in groups.
+        parts: for each gradient the axes measured together; all of them, but for stacks.
+        by_shape: whether `axes` go by the lengths of a leaf's axes.
     """
 
     treedef: Any
@@ -37,8 +43,11 @@ class Layout(NamedTuple):
     gradients: list[Any]
     paths: list[str]
     names: list[str]
+    keys: list[str]
     groups: Sequence[list[int]] = ()
     axes: Sequence[Axes] | None = None
+    parts: Sequence[Axes] = ()
+    by_shape: bool = False
 
     @property
     def blocks(self) -> int:
@@ -57,10 +66,18 @@ class Layout(NamedTuple):
         return [value for i in sorted(rest) if hasattr(value := _inside(self.nodes[i]), "dtype")]
 
     @property
-    def group_of(self) -> list[int]:
-        """For each gradient its group, where leaves are measured whole."""
+    def group_of(self) -> list[Any]:
+        """For each gradient its group; for a stack an array of groups that broadcasts against it."""
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
-        return [group_of[k] for k in range(len(self.gradients))]
+        positions, start = [], 0
+        for gradient, part in zip(self.gradients, self.parts, strict=True):
+            shape = [1 if axis in part else n for axis, n in enumerate(jnp.shape(gradient))]
+            count = math.prod(shape)
+            units = np.array([group_of[k] for k in range(start, start + count)], np.int32)
+            stacked = len(part) < len(shape)
+            positions.append(units.reshape(shape) if stacked else group_of[start])
+            start += count
+        return positions
 
     def of(self, tree: Any) -> list[Any]:
         """The leaves of a tree of this structure that stand where the gradients do."""
@@ -105,7 +122,15 @@ class Layout(NamedTuple):
                 f"{sharded_over!r} for updates of structure {self.treedef}; give each part its "
                 f"names, () for none"
             ) from error
-        return [chosen[i] for i in self.measured]
+        names = [chosen[i] for i in self.measured]
+        if self.by_shape:
+            leaves = zip(self.paths, self.gradients, self.axes or (), names, strict=True)
+            for path, leaf, axes, given in leaves:
+                lengths = [jnp.shape(leaf)[axis] for axis in axes]
+                short = len(axes) > 1 and sum(n != 1 for n in lengths) <= 1
+                split = _sharding.varying(leaf) if given is None else _sharding.bound(given)
+                _validate.units(path, jnp.shape(leaf), split if short else ())
+        return names
 
     def filled(self, arrays: Iterable[Array]) -> Any:
         """A tree like the updates: these arrays where the gradients are, and a zero for any other
@@ -170,25 +195,50 @@ def lay_out(scope: Scope, tree: Any, params: Any = None, *, weights: bool = Fals
             _validate.sparse(path, leaf)
             _validate.leaf(path, leaf)
     numbers = [
-        i for i, leaf in enumerate(present) if _is_float(leaf) or (weights and _is_quantized(leaf))
+        i
+        for i, leaf in enumerate(present)
+        if (_is_float(leaf) or (weights and _is_quantized(leaf)))
+        and not _holds_statistics(keys[i])
+        and (scope.where is None or scope.where(paths[i]))
     ]
-    numbers = [i for i in numbers if not _holds_statistics(keys[i])]
     names = {i: _group_of(scope, paths[i]) for i in numbers}
-    axes = {
-        i: () if scope.axes is None else scope.axes(paths[i], jnp.asarray(present[i]))
-        for i in numbers
-    }
+    axes = {i: _axes_of(scope, paths[i], present[i]) for i in numbers}
     measured = [i for i in numbers if names[i] is not None and axes[i] is not None]
-    found = [paths[i] for i in measured]
-    layout = Layout(treedef, nodes, measured, [present[i] for i in measured], found, names=found)
+    gradients, found = [present[i] for i in measured], [paths[i] for i in measured]
+    parts = [axes[i] or () for i in measured]
+    layout = Layout(treedef, nodes, measured, gradients, found, found, found, parts=parts)
     if scope.axes is not None:
-        return layout._replace(axes=[axes[i] or () for i in measured])
+        return layout._replace(axes=parts, by_shape=scope.by_shape)
     if scope.group is None:
         return layout._replace(groups=[[k] for k in range(len(measured))])
-    groups: dict[str | None, list[int]] = {}
-    for k, i in enumerate(measured):
-        groups.setdefault(names[i], []).append(k)
-    return layout._replace(groups=list(groups.values()), names=list(groups))
+    return _grouped(layout, [str(names[i]) for i in measured])
+
+
+def _grouped(layout: Layout, names: list[str]) -> Layout:
+    """The layout with groups of leaves of one name; a stack has a group for each of its layers."""
+    groups: dict[tuple[str, Any], list[int]] = {}
+    lengths: dict[str, Any] = {}
+    start = 0
+    for name, gradient, part in zip(names, layout.gradients, layout.parts, strict=True):
+        stack = tuple(n for axis, n in enumerate(jnp.shape(gradient)) if axis not in part)
+        if stack:
+            _validate.stack(name, lengths.setdefault(name, stack), stack)
+        for k, index in enumerate(np.ndindex(*stack)):
+            groups.setdefault((name, index), []).append(start + k)
+        start += math.prod(stack)
+    full = ["/".join(map(str, (name, *index))) for name, index in groups]
+    return layout._replace(
+        groups=list(groups.values()), names=full, keys=[name for name, _ in groups]
+    )
+
+
+def _axes_of(scope: Scope, path: str, leaf: Any) -> Axes | None:
+    """The axes measured together: all but those of a stack, or what the scope says."""
+    leaf = jnp.asarray(leaf)
+    if scope.axes is not None:
+        return scope.axes(path, leaf)
+    stacked = () if scope.batch is None else scope.batch(path, leaf)
+    return tuple(axis for axis in range(leaf.ndim) if axis not in stacked)
 
 
 def by_path(tree: Any) -> dict[str, Any]:

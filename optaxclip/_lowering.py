@@ -241,7 +241,8 @@ class Blocks:
         stacks: the arrays.
         members: for each stack, the positions of its blocks.
         shapes: of the blocks.
-        group_of: for each leaf its group, where leaves are measured whole; None elsewhere.
+        group_of: for each leaf its group, where leaves are measured whole, or an array of groups
+            that broadcasts against it; None elsewhere.
     """
 
     def __init__(
@@ -249,13 +250,13 @@ class Blocks:
         stacks: list[Array],
         members: list[list[int]],
         shapes: list[tuple[int, ...]],
-        group_of: list[int] | None,
+        group_of: list[Any] | None,
     ):
         self.stacks, self.members, self.shapes, self.group_of = stacks, members, shapes, group_of
 
     @classmethod
     def of(
-        cls, sizes: list[Array], leaves: Sequence[Any] = (), group_of: list[int] | None = None
+        cls, sizes: list[Array], leaves: Sequence[Any] = (), group_of: list[Any] | None = None
     ) -> "Blocks":
         """The blocks of these sizes, of these leaves."""
         groups: dict[Hashable, list[int]] = {}
@@ -312,8 +313,12 @@ class Blocks:
         if len(vectors[0]) == 1:
             whole = tuple(shared_vector(jnp.concatenate(vectors)))
             return [whole] * len(self.group_of)
-        rows = columns(jnp.stack(vectors))
-        return [tuple(rows[group]) for group in self.group_of]
+        stack = jnp.stack(vectors)
+        rows = columns(stack) if any(isinstance(group, int) for group in self.group_of) else []
+        return [
+            tuple(rows[group]) if isinstance(group, int) else tuple(stack[:, group])
+            for group in self.group_of
+        ]
 
     def table(self, column: Callable[..., Array], *others: "Blocks") -> Array:
         """`jnp.stack([column(*block) for block in zip(self, *others)], axis=1)`.

@@ -67,15 +67,16 @@ def measure(
         leaves: arrays of floats or complex numbers, of any precision.
         params: their parameters, for norms that use them.
         axes: for each leaf the axes that are measured together; None measures whole leaves.
-        groups: without axes, positions of the leaves that share a norm; None measures each leaf.
+        groups: for each group the positions of the leaves that share a norm; with axes, of their
+            units, counted over all leaves. None measures each leaf, or with axes each unit, alone.
         sharded_over: for each leaf the mapped axes over which what is measured together is sharded,
             or None to read them from the leaf's type. (The type says over which mesh axes a leaf
             varies, not which of its own axes they shard. So a leaf of which parts are measured
             needs the names.)
 
     Returns:
-        Sizes, in float32 or wider: one vector `[groups]`; with `axes`, one array for each leaf, in
-        which those axes have length 1. (Without any axes, every element has a size.)
+        Sizes, in float32 or wider: one vector `[groups]`; with axes and no groups, one array for
+        each leaf, in which those axes have length 1. (Without any axes, every element has a size.)
 
     Example:
         >>> import jax.numpy as jnp
@@ -90,16 +91,17 @@ def measure(
     """
     for names in sharded_over or ():
         _sharding.all_bound("sharded_over", names)
-    if axes is not None and not any(axes):
+    in_blocks = axes is not None and groups is None
+    if in_blocks and not any(axes or ()):
         return magnitudes(norm, leaves, params)
     if not leaves:
-        return [jnp.zeros((0,))] if axes is None else []
+        return [] if in_blocks else [jnp.zeros((0,))]
     plan = plan_of(leaves, axes, groups, sharded_over)
     if norm.magnitude is not jnp.abs:
         # It may close over traced numbers, which the cache of compiled programs must not keep.
         leaves = magnitudes(norm, leaves, params)
         norm = norm._replace(magnitude=_itself, uses_params=False)
-    if axes is None:
+    if not in_blocks:
         leaves = promoted_together(leaves)
     return _measured(norm, plan, list(leaves))
 
@@ -201,7 +203,7 @@ def plan_of(
         if given is None and len(part) < jnp.ndim(leaf):
             _validate.whole("sharded_over", jnp.shape(leaf), names)
         split.append(names)
-    if axes is not None:
+    if axes is not None and groups is None:
         return Plan(parts, None, tuple(split))
     groups = groups if groups is not None else [[k] for k in range(len(leaves))]
     return Plan(parts, tuple(map(tuple, groups)), tuple(split))

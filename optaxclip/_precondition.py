@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 from optaxclip import _validate, scopes
 from optaxclip._layout import lay_out
 from optaxclip._numerics import cast_like
 from optaxclip._rules import is_placeholder
+from optaxclip._transform import transform
 
 
 class PreconditionedState(NamedTuple):
@@ -43,6 +45,8 @@ def clip_after(
             weights = layout._replace(gradients=layout.matching(params)).floats()
         gradients = layout.floats()
         steps, inner_state = inner.update(gradients, state.inner, weights)
+        # Adam's mean takes the dtype of the gradients; a state must keep the dtypes that it has.
+        inner_state = jax.tree.map(cast_like, inner_state, state.inner)
         steps = layout.rebuild(layout.of(steps))
         clipped, clip_state = clip.update(
             steps, state.clip, params, measured=measured(gradients, inner_state)
@@ -51,4 +55,4 @@ def clip_after(
         out = [cast_like(like if x is None else x, like) for x, like in parts]
         return layout.rebuild(out), PreconditionedState(inner_state, clip_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transform(init, update)

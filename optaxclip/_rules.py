@@ -111,7 +111,7 @@ def rules_of(threshold: Thresholds, layout: Layout) -> list[Threshold]:
     """The rule of each block of sizes."""
     if isinstance(threshold, Threshold):
         return [observed(threshold)] * layout.blocks
-    rules = [observed(threshold[name]) for name in layout.names]
+    rules = [observed(threshold[key]) for key in layout.keys]
     return [side_by_side(rules, _order(layout.names))] if layout.axes is None else rules
 
 

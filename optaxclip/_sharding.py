@@ -203,24 +203,6 @@ def compiled_on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def in_their_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with the explicit mesh of its traced arguments as the mesh of the context, if
-    there is none.
-
-    Under `jax.vmap`, JAX joins what is mapped over an axis of that mesh with constants only there.
-    """
-
-    @functools.wraps(function)
-    def run(*args: Any, **keywords: Any) -> Any:
-        mesh = explicit_mesh([x for x in jax.tree.leaves(args) if isinstance(x, Tracer)])
-        if mesh is None or not jax.sharding.get_abstract_mesh().empty:
-            return function(*args, **keywords)
-        with jax.sharding.use_abstract_mesh(mesh):
-            return function(*args, **keywords)
-
-    return run
-
-
 def batch_axes(batch: Any) -> Any:
     """How an explicit mesh splits the first axis of the arrays: by the first of them that it
     splits; None if none is.

@@ -42,10 +42,18 @@ class Scope(NamedTuple):
             name leaves the leaf alone. Without it, every leaf is its own group.
         axes: `(path, leaf) -> axes measured together`, for scopes finer than a leaf;
             `None` as axes leaves the leaf alone. Without it, leaves are measured whole.
+        where: `path -> bool`, which leaves are measured and clipped; all without it.
+        batch: `(path, leaf) -> axes` along which a leaf is a stack of layers, for groups of leaves:
+            each layer of a group has its own size.
+        by_shape: whether `axes` goes by the lengths of a leaf's axes, so that it can't be trusted
+            with one device's part of a leaf.
     """
 
     group: Callable[[str], str | None] | None = None
     axes: Callable[[str, Any], Axes | None] | None = None
+    where: Callable[[str], bool] | None = None
+    batch: Callable[[str, Any], Axes] | None = None
+    by_shape: bool = False
 
 
 class Norm(NamedTuple):

@@ -608,6 +608,33 @@ def whole(name: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
         )
 
 
+def units(path: str, shape: tuple[int, ...], axes: tuple[Any, ...] | None) -> None:
+    """Refuses to guess the units of one device's part of a leaf.
+
+    Raises:
+        ValueError: the leaf is sharded.
+    """
+    if axes or axes is None:
+        raise ValueError(
+            f"scope must say what a unit of the leaf {path!r} is, whose part here has the shape "
+            f"{shape}: a length of 1 may be one device's share of a longer axis; "
+            "pass scopes.unit(axes=...), such as axes=0"
+        )
+
+
+def stack(name: str, lengths: tuple[int, ...], other: tuple[int, ...]) -> None:
+    """Refuses stacks of different lengths in one group.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if lengths != other:
+        raise ValueError(
+            f"batch_axes must give stacks of one length in the group {name!r}, got {lengths} and "
+            f"{other}; give each its own group, or return None for a leaf that is no stack"
+        )
+
+
 def not_relative(name: str, rule: Any, watched: str) -> None:
     """Refuses a rule that needs the parameters where there is nothing of theirs to measure.
 

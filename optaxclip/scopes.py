@@ -7,23 +7,59 @@ from optaxclip import _validate
 from optaxclip._types import Axes, Scope
 
 AxesOf = Callable[[str, Any], int | Sequence[int] | None]
+Where = Callable[[str], bool]
+BatchAxes = int | Sequence[int] | AxesOf
 
 
-def tree() -> Scope:
-    """All leaves together: one size for the whole tree."""
-    return Scope(group=lambda path: "tree")
+def tree(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> Scope:
+    """All leaves together: one size for the whole tree.
+
+    Args:
+        where: `path -> bool`. Leaves that it refuses are neither measured nor clipped.
+        batch_axes: axes along which leaves are stacks, of layers that are scanned over or of members
+            of an ensemble; or `(path, leaf) -> axes`. Each index has its own size, joint over the
+            leaves. Leaves without these axes are one more group.
+
+    Raises:
+        TypeError: `where` is not a function of a path, or `batch_axes` are no axes.
+        ValueError: on `init` or `update`: stacks have different lengths.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> from optaxclip import scopes, telemetry
+        >>> layers = scopes.tree(batch_axes=lambda path, leaf: 0 if "layers" in path else None)
+        >>> clip = optaxclip.clip_by_global_norm(1.0, scope=layers)
+        >>> grads = {"layers": jnp.array([[3.0, 4.0], [0.3, 0.4]]), "head": jnp.array([2.0])}
+        >>> updates, state = clip.update(grads, None)
+        >>> print(updates["layers"], updates["head"])
+        [[0.6 0.8]
+         [0.3 0.4]] [1.]
+        >>> telemetry.group_names(state.reading)
+        ['tree', 'tree/0', 'tree/1']
+    """
+    return _groups(lambda path: "tree", where, batch_axes)
 
 
-def group(name_of: Callable[[str], str | None]) -> Scope:
+def group(
+    name_of: Callable[[str], str | None],
+    *,
+    where: Where | None = None,
+    batch_axes: BatchAxes | None = None,
+) -> Scope:
     """Leaves of one name together.
 
     Args:
         name_of: `path -> name`, with paths such as `"encoder/0/kernel"`; None means that
             the leaf is neither measured nor clipped.
+        where: as for `tree`.
+        batch_axes: as for `tree`, in each group; the layers of the stacks in group `"layers"` are
+            the groups `"layers/0"`, `"layers/1"`, ... In a dict of thresholds `"layers"` stands for
+            all of them.
 
     Raises:
-        TypeError: `name_of` is not a function of a path, or (on `init` or `update`) what it returns
-            is no name.
+        TypeError: `name_of` or `where` is not a function of a path, `batch_axes` are no axes, or
+            (on `init` or `update`) `name_of` returns something other than a name.
+        ValueError: on `init` or `update`: stacks of one group have different lengths.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -31,38 +67,37 @@ def group(name_of: Callable[[str], str | None]) -> Scope:
         >>> by_layer = scopes.group(lambda path: path.split("/")[0])
         >>> clip = optaxclip.clip({"body": 1.0, "head": 0.1}, scope=by_layer)
         >>> grads = {"body": {"w": jnp.array([3.0, 4.0])}, "head": {"w": jnp.array([0.05])}}
-        >>> clip.update(grads, clip.init(grads))[0]
-        {'body': {'w': Array([0.6, 0.8], dtype=float32)}, 'head': {'w': Array([0.05], dtype=float32)}}
+        >>> updates, _ = clip.update(grads, clip.init(grads))
+        >>> print(updates["body"]["w"], updates["head"]["w"])
+        [0.6 0.8] [0.05]
     """
     _validate.function("name_of", name_of, 'lambda path: path.split("/")[0]', takes=1)
-    return Scope(group=name_of)
+    return _groups(name_of, where, batch_axes)
 
 
-def leaf(*, batch_axes: int | Sequence[int] | AxesOf | None = None) -> Scope:
+def leaf(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> Scope:
     """Every leaf by itself.
 
     Args:
+        where: as for `tree`.
         batch_axes: axes along which a leaf is a stack of layers, each measured by itself
-            (layers scanned over have theirs in front, `0`); or `(path, leaf) -> axes`.
+            (layers that are scanned over have theirs in front, `0`); or `(path, leaf) -> axes`.
 
     Raises:
-        TypeError: `batch_axes` is neither axes nor a function that chooses some.
+        TypeError: `where` is not a function of a path, or `batch_axes` are no axes.
     """
+    _check_where(where)
     if batch_axes is None:
-        return Scope()
-    stacked = _axes_function("batch_axes", batch_axes, lambda leaf: ())
-
-    return Scope(
-        axes=lambda path, leaf: _rest(
-            _normalize("batch_axes", stacked(path, leaf), path, leaf), leaf
-        )
-    )
+        return Scope(where=where)
+    stacked = _batch(batch_axes)
+    return Scope(axes=lambda path, leaf: _rest(stacked(path, leaf), leaf), where=where)
 
 
 def unit(
     axes: int | Sequence[int] | AxesOf | None = None,
     *,
-    batch_axes: int | Sequence[int] | AxesOf | None = None,
+    where: Where | None = None,
+    batch_axes: BatchAxes | None = None,
 ) -> Scope:
     """Every output unit by itself: the weights that feed one output share a size.
 
@@ -78,40 +113,75 @@ def unit(
     Args:
         axes: the axes measured together instead; or `(path, leaf) -> axes`, where None leaves the
             leaf alone. A leaf with too few axes for a fixed choice is one unit.
+        where: as for `tree`.
         batch_axes: axes along which a leaf is a stack of layers; not counted in the conventions.
 
     Raises:
-        TypeError: `axes` or `batch_axes` is neither axes nor a function that chooses some.
-        ValueError: a function chose an axis that a leaf does not have (on `init` or `update`).
+        TypeError: `axes` or `batch_axes` is neither axes nor a function that chooses some, or
+            `where` is not a function of a path.
+        ValueError: on `init` or `update`: a function chose an axis that a leaf does not have; or
+            the convention would go by the length of one device's part of a leaf.
 
     References:
         Brock et al., [High-performance large-scale image recognition without
         normalization](https://arxiv.org/abs/2102.06171), 2021.
     """
-    stacked = _axes_function(
-        "batch_axes", () if batch_axes is None else batch_axes, lambda leaf: ()
-    )
-    chosen = (
-        None if axes is None else _axes_function("axes", axes, lambda leaf: tuple(range(leaf.ndim)))
-    )
+    _check_where(where)
+    stacked = _batch(() if batch_axes is None else batch_axes)
+    if axes is None:
+        return Scope(
+            axes=lambda path, leaf: _fan_in(_rest(stacked(path, leaf), leaf), leaf),
+            where=where,
+            by_shape=True,
+        )
+    chosen = _axes_function("axes", axes, lambda leaf: tuple(range(leaf.ndim)))
 
     def measured_together(path: str, leaf: Any) -> Axes | None:
-        if chosen is not None:
-            own = chosen(path, leaf)
-            return None if own is None else _normalize("axes", own, path, leaf)
-        layer = _rest(_normalize("batch_axes", stacked(path, leaf), path, leaf), leaf)
-        return (
-            layer
-            if sum(leaf.shape[axis] != 1 for axis in layer) <= 1
-            else layer[: 1 if len(layer) < 4 else -1]
-        )
+        given = chosen(path, leaf)
+        return None if given is None else _normalize("axes", given, path, leaf)
 
-    return Scope(axes=measured_together)
+    return Scope(axes=measured_together, where=where)
 
 
-def element() -> Scope:
-    """Every number by itself."""
-    return Scope(axes=lambda path, leaf: ())
+def element(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> Scope:
+    """Every number by itself.
+
+    Args:
+        where: as for `tree`.
+        batch_axes: accepted like everywhere, and of no effect: nothing is finer than an element.
+
+    Raises:
+        TypeError: `where` is not a function of a path, or `batch_axes` are no axes.
+    """
+    _check_where(where)
+    _batch(() if batch_axes is None else batch_axes)
+    return Scope(axes=lambda path, leaf: (), where=where)
+
+
+def _groups(
+    name_of: Callable[[str], str | None], where: Where | None, batch_axes: BatchAxes | None
+) -> Scope:
+    _check_where(where)
+    batch = None if batch_axes is None else _batch(batch_axes)
+    return Scope(group=name_of, where=where, batch=batch)
+
+
+def _check_where(where: Where | None) -> None:
+    if where is not None:
+        _validate.function("where", where, 'lambda path: "norm" not in path', takes=1)
+
+
+def _fan_in(layer: Axes, leaf: Any) -> Axes:
+    """The axes of the fan-in among those of one layer, by convention."""
+    if sum(leaf.shape[axis] != 1 for axis in layer) <= 1:
+        return layer
+    return layer[:1] if len(layer) < 4 else layer[:-1]
+
+
+def _batch(batch_axes: BatchAxes) -> Callable[[str, Any], Axes]:
+    """The axes of a stack, counted from the front."""
+    stacked = _axes_function("batch_axes", batch_axes, lambda leaf: ())
+    return lambda path, leaf: _normalize("batch_axes", stacked(path, leaf), path, leaf)
 
 
 def _axes_function(

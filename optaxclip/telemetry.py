@@ -61,7 +61,8 @@ def metrics(opt_state: Any, params: Any = None, prefix: str = "clip") -> dict[st
     | `clip/size_before` | largest size before clipping |
     | `clip/size_after`, `clip/limit` | of the same group |
     | `clip/scale` | smallest ratio of size after to size before |
-    | `clip/clipped_share` | share of the group over its limit, mean over groups |
+    | `clip/clipped_share` | share of the group over its limit, mean over groups; of elements, 1 \
+if any in the leaf was clipped, and the exact share with `record="full"` |
     | `clip/largest` | index of the largest group in `group_names(reading)` |
     | `clip/steps` | steps that the clip has seen |
     | `clip/clipped_steps` | steps with something clipped |

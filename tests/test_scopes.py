@@ -10,7 +10,7 @@ import reference
 from compiling import optimized
 
 import optaxclip
-from optaxclip import scopes
+from optaxclip import norms, scopes, telemetry, thresholds
 
 
 def random_leaves(shapes, seed=0):
@@ -363,3 +363,87 @@ def test_many_leaves_share_the_kernels_that_take_their_factors():
     # of the root of their number in each of two steps, and two factors
     assert slices(100) <= 2 * 10 + 2
     assert slices(101) <= 2 * 11 + 2
+
+
+# Leaves that are left out, and stacks of layers in groups
+
+
+WITH_OPTIONS = {
+    "tree": scopes.tree,
+    "group": functools.partial(scopes.group, lambda path: path[0]),
+    "leaf": scopes.leaf,
+    "unit": scopes.unit,
+    "element": scopes.element,
+}
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_leaves_that_where_refuses_are_neither_measured_nor_clipped(name):
+    grads = {"a": jnp.full((2, 3), 9.0), "b": jnp.full((2, 3), jnp.nan)}
+    updates, state = clipped(WITH_OPTIONS[name](where=lambda path: path != "b"), grads, 1.0)
+    np.testing.assert_array_equal(updates["b"], grads["b"])
+    assert float(jnp.linalg.norm(updates["a"])) < 3 and state.reading.nonfinite_steps == 0
+    with pytest.raises(TypeError, match="^where must be a function, got .b.; pass one such as lambda path"):
+        WITH_OPTIONS[name](where="b")
+
+
+STACKS = {
+    "layers": {"w": jnp.arange(24.0).reshape(3, 2, 4) - 7, "b": jnp.array([[1.0], [9.0], [0.1]])},
+    "head": jnp.array([3.0, 4.0]),
+}
+
+
+def in_layers(path, leaf):
+    return 0 if path.startswith("layers") else None
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("norm", [norms.l2(), norms.l1(), norms.linf(), norms.rms(), norms.lp(3)])
+def test_each_layer_of_a_stack_is_clipped_as_a_tree_by_itself(norm, jit):
+    scope = scopes.group(lambda path: path.split("/")[0], batch_axes=in_layers)
+    clip = optaxclip.clip(0.5, scope, norm=norm)
+    update = jax.jit(clip.update) if jit else clip.update
+    updates, state = update(STACKS, clip.init(STACKS))
+    alone = optaxclip.clip(0.5, scopes.tree(), norm=norm)
+    sizes = []
+    for k in range(3):
+        layer = jax.tree.map(lambda x, k=k: x[k], STACKS["layers"])
+        expected, one = alone.update(layer, alone.init(layer))
+        sizes.append(one.reading.size_before[0])
+        for leaf, want in zip(*map(jax.tree.leaves, (updates["layers"], expected)), strict=True):
+            np.testing.assert_allclose(leaf[k], want, rtol=1e-6)
+    names = telemetry.group_names(state.reading)
+    assert names == ["head", "layers/0", "layers/1", "layers/2"]
+    np.testing.assert_allclose(state.reading.size_before[1:], sizes, rtol=1e-6)
+
+
+def test_a_rule_learns_for_each_layer_and_a_dict_names_the_stack():
+    scope = scopes.group(lambda path: path.split("/")[0], batch_axes=in_layers)
+    clip = optaxclip.clip({"layers": thresholds.ema(1.0), "head": 1.0}, scope)
+    state = clip.init(STACKS)
+    for scale in 1.0, 2.0:
+        updates, state = clip.update(jax.tree.map(lambda x, s=scale: s * x, STACKS), state)
+    for leaf, want in zip(
+        *map(jax.tree.leaves, (updates["layers"], STACKS["layers"])), strict=True
+    ):
+        np.testing.assert_allclose(leaf, want, rtol=1e-5)
+    assert float(jnp.linalg.norm(updates["head"])) == pytest.approx(1)
+
+
+def test_members_of_an_ensemble_share_a_norm_over_all_leaves():
+    params = jax.vmap(lambda k: {"w": k * jnp.ones((2, 2)), "b": k * jnp.ones(3)})(
+        jnp.arange(1.0, 5)
+    )
+    updates, state = clipped(scopes.tree(batch_axes=0), params, 1.0)
+    assert telemetry.group_names(state.reading) == [f"tree/{k}" for k in range(4)]
+    np.testing.assert_allclose(state.reading.size_before, np.sqrt(7) * np.arange(1, 5), rtol=1e-6)
+    np.testing.assert_allclose(updates["w"], np.full((4, 2, 2), 1 / np.sqrt(7)), rtol=1e-6)
+
+
+def test_stacks_of_other_lengths_are_refused():
+    grads = {"a": jnp.ones((2, 3)), "b": jnp.ones((4, 3))}
+    words = (
+        "^batch_axes must give stacks of one length in the group 'tree', got .2,. and .4,.; give"
+    )
+    with pytest.raises(ValueError, match=words):
+        clipped(scopes.tree(batch_axes=0), grads)

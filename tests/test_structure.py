@@ -15,7 +15,7 @@ PACKAGE = Path(optaxclip.__file__).parent
 # Each module may import only modules of earlier levels, and its own package.
 LEVELS = [
     {"_types", "_validate", "_numerics", "_sharding", "_jax", "_programs", "_factored"},
-    {"_selection"},
+    {"_selection", "_transform"},
     {"_lowering"},
     {"norms", "responses"},
     {

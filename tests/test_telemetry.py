@@ -241,8 +241,10 @@ def test_names_are_those_of_the_leaves_that_a_mask_lets_through():
 
 
 def test_units_and_elements_are_told_by_leaf():
-    for scope, share in (scopes.unit(), [1, 1]), (scopes.element(), [0.5, 1]):
-        state = stepped(optaxclip.clip(1.0, scope=scope))
+    # of elements, whether any was clipped; the exact share if it is asked for
+    cases = [(scopes.unit(), True, [1, 1]), (scopes.element(), True, [1, 1])]
+    for scope, record, share in [*cases, (scopes.element(), "full", [0.5, 1])]:
+        state = stepped(optaxclip.clip(1.0, scope=scope, record=record))
         found = telemetry.metrics(state, GRADS)
         assert found["clip/size_before"] == 12 and found["clip/size_before/enc/w"] == 4
         assert [found["clip/clipped_share/enc/w"], found["clip/clipped_share/head"]] == share
