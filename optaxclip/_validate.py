@@ -1,4 +1,4 @@
-"""The words of every refusal: which argument, what it was, and what to do."""
+"""Argument checks. Every message names the argument, its value, and the fix."""
 
 import functools
 import inspect
@@ -29,15 +29,14 @@ def number(
     exclusive: bool = False,
     others: str = "",
 ) -> None:
-    """Refuses all but one real number from `low` to `high` (`exclusive`: the ends not allowed
-    either).
+    """Checks that `value` is one real number from `low` to `high`.
 
-    A traced number cannot be looked at and passes. What may stand there besides, `others`, is a
-    part of the advice.
+    With `exclusive` the ends are not allowed. A traced number has no value yet, so it passes.
+    `others` names what else the argument may be, as a part of the advice.
 
     Raises:
         TypeError: `value` is not a real number.
-        ValueError: it is an array of several numbers, NaN, or out of range.
+        ValueError: `value` is an array of more than one number, NaN, or out of range.
     """
     array, real = _is_number(value)
     if not real:
@@ -51,29 +50,30 @@ def number(
     if array and value.shape != ():
         raise ValueError(
             f"{name} must be one number, got an array of shape {value.shape}; give groups limits "
-            f"of their own "
-            "with a dict and scopes.group, or try several at once with jax.vmap"
+            "of their own with a dict and scopes.group, or try several at once with jax.vmap"
         )
     if isinstance(value, Tracer):
         return
-    # which needs no operation, and so can be looked at under `jit`
+    # NumPy, because an operation of JAX on a concrete array would be traced under `jit`
     value = np.asarray(value)[()] if array else value
     if not (low < value < high if exclusive else low <= value <= high):
         bounds = f"({low:g}, {high:g})" if exclusive else f"[{low:g}, {high:g}]"
         advice = "pass a number inside"
-        if (
-            array and value.dtype.itemsize < 4
-        ):  # 0.999 is 1 in bfloat16, and injected numbers get the dtype of the parameters
-            advice += f" that {value.dtype} has not rounded; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
+        if array and value.dtype.itemsize < 4:
+            # 0.999 is 1 in bfloat16, and injected numbers get the dtype of the parameters
+            advice += (
+                f" that {value.dtype} has not rounded; with optax.inject_hyperparams pass "
+                "hyperparam_dtype=jnp.float32"
+            )
         raise ValueError(f"{name} must be in {bounds}, got {value}; {advice}")
 
 
 def returned(name: str, value: Any) -> None:
-    """Refuses what a function of the step returned, if it is no number.
+    """Checks that a schedule returned a number.
 
     Raises:
-        TypeError: `value` is something else, such as a rule: then the function makes rules, and was
-            not called.
+        TypeError: `value` is something else. If it is a rule, the user passed the function that
+            makes rules without calling it.
     """
     if not _is_array(value):
         raise TypeError(
@@ -89,7 +89,7 @@ def called(name: str, value: Any) -> None:
     Raises:
         TypeError: `value` is a function of `optaxclip.thresholds` or `optaxclip.per_example`.
     """
-    made = getattr(value, "func", value)  # of a functools.partial
+    made = getattr(value, "func", value)  # looks inside a functools.partial
     package, module = ([*str(getattr(made, "__module__", "")).split("."), ""])[:2]
     if package != __package__ or module not in RULES or "." in made.__qualname__:
         return
@@ -102,17 +102,17 @@ def called(name: str, value: Any) -> None:
 
 
 def only_with(name: str, value: Any, default: Any, where: str, holds: bool) -> None:
-    """Refuses an argument that has no meaning here, unless it has its default.
+    """Refuses an argument that needs another one, unless it has its default.
 
     Raises:
-        ValueError: it has another value.
+        ValueError: the argument has another value and `holds` is False.
     """
     if not holds and isinstance(value, int | float) and value != default:
         raise ValueError(f"{name} needs {where}, got {name}={value!r} without it; leave it out")
 
 
 def boundaries(thresholds: Any, boundaries: Any) -> None:
-    """Refuses boundaries that are not counts in ascending order, one fewer than thresholds.
+    """Checks that boundaries are counts in ascending order, one fewer than thresholds.
 
     Raises:
         TypeError: one of the two is not a sequence, or a boundary is not an integer.
@@ -130,8 +130,7 @@ def boundaries(thresholds: Any, boundaries: Any) -> None:
     if not thresholds or len(boundaries) != len(thresholds) - 1:
         raise ValueError(
             f"boundaries must be one fewer than thresholds, got {len(boundaries)} for "
-            f"{len(thresholds)}; "
-            "pass the step at which each threshold but the first begins"
+            f"{len(thresholds)}; pass the step at which each threshold but the first begins"
         )
     for k, boundary in enumerate(boundaries):
         count(f"boundaries[{k}]", boundary, low=0, traced=True)
@@ -139,21 +138,21 @@ def boundaries(thresholds: Any, boundaries: Any) -> None:
     if sorted(known) != known:
         raise ValueError(
             f"boundaries must be in ascending order, got {boundaries}; sort them, and the "
-            f"thresholds with them"
+            "thresholds with them"
         )
 
 
 def count(
     name: str, value: Any, *, low: int = 1, high: int | None = None, traced: bool = False
 ) -> None:
-    """Refuses all but an integer of at least `low`, and at most `high` if that is given.
+    """Checks that `value` is an integer of at least `low` and at most `high`.
 
-    With `traced` one number in an array passes as well, of any real dtype, because schedules make
-    floats: such a count may only be compared. Without it the count decides about shapes.
+    With `traced`, a scalar array of any real dtype passes too, because schedules return floats. The
+    library only compares with such a count. Without `traced` the count decides shapes.
 
     Raises:
-        TypeError: `value` is not an integer, or an array where it must not be one.
-        ValueError: it is an array of several numbers, below `low`, or above `high`.
+        TypeError: `value` is not an integer, or is an array without `traced`.
+        ValueError: `value` is an array of more than one number, below `low`, or above `high`.
     """
     array, real = _is_number(value)
     if not real or not (array or isinstance(value, numbers.Integral)):
@@ -167,7 +166,7 @@ def count(
     if shape != ():
         raise ValueError(
             f"{name} must be one count, got an array of shape {shape}; try several at once with "
-            f"jax.vmap"
+            "jax.vmap"
         )
     if isinstance(value, Tracer):
         return
@@ -179,8 +178,9 @@ def count(
 
 
 def static(name: str, value: Any) -> None:
-    """Refuses an array, as `optax.inject_hyperparams` makes of every number, where a Python value
-    is needed.
+    """Refuses an array where a Python value is needed.
+
+    `optax.inject_hyperparams` makes an array of every number.
 
     Raises:
         TypeError: `value` is an array.
@@ -188,8 +188,7 @@ def static(name: str, value: Any) -> None:
     if isinstance(value, jax.Array | np.ndarray):
         raise TypeError(
             f"{name} must be a Python value, got {value!r}; convert it, or with "
-            f"optax.inject_hyperparams pass "
-            f'static_args="{name}"'
+            f'optax.inject_hyperparams pass static_args="{name}"'
         )
 
 
@@ -197,66 +196,62 @@ def memoryless(name: str, rule: Any) -> None:
     """Refuses a rule that learns, or that needs the parameters.
 
     Raises:
-        TypeError: `rule` does.
+        TypeError: `rule` learns or needs the parameters.
     """
     if rule.uses_params or _remembers(rule):
         does = "uses the parameters" if rule.uses_params else "learns"
         raise TypeError(
             f"{name} must be the same for all groups, got a rule that {does}; pass a number or a "
-            f"schedule"
+            "schedule"
         )
 
 
 def without_memory(name: str, rule: Any) -> None:
-    """Refuses a rule that learns from one size at a time, where a step has many.
+    """Refuses a rule that learns, where a step has the sizes of a whole batch.
 
     Raises:
-        TypeError: `rule` does.
+        TypeError: `rule` learns.
     """
     if _remembers(rule):
         raise TypeError(
             f"{name} must not learn from single sizes, got {rule!r}; pass a number, a schedule, or "
-            f"a rule for batches such as "
-            "per_example.quantile(0.5)"
+            "a rule for batches such as per_example.quantile(0.5)"
         )
 
 
 def batch(name: str, tree: Any) -> int:
-    """Refuses arrays that do not have the examples of one batch along their first axis; returns how
-    many they are.
+    """Checks that the first axis of all arrays is the batch; returns its length.
 
     Raises:
-        ValueError: there is no array, one has no axes, or they differ in length.
+        ValueError: there is no array, an array has no axes, or the lengths differ.
     """
-    shapes = {
-        jax.tree_util.keystr(path): jnp.shape(x)
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in leaves}
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) != 1 or () in lengths:
         raise ValueError(
             f"{name} must be arrays whose first axis is that of the examples, got shapes {shapes}; "
-            f"pass whole batches"
+            "pass whole batches"
         )
     return next(iter(shapes.values()))[0]
 
 
 def mask(name: str, value: Any, size: int) -> None:
-    """Refuses all but one truth value for each example.
+    """Checks that a mask is one boolean for each example.
 
     Raises:
         ValueError: `value` has another shape or dtype.
     """
-    if jnp.shape(value) != (size,) or jnp.result_type(value) != jnp.dtype(bool):
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != (size,) or dtype != jnp.dtype(bool):
         raise ValueError(
-            f"{name} must be bool of shape ({size},), got {jnp.result_type(value)} of shape "
-            f"{jnp.shape(value)}; "
-            "pass True for each example that is there"
+            f"{name} must be bool of shape ({size},), got {dtype} of shape {shape}; pass True for "
+            "each example that is there"
         )
 
 
 def divided(name: str, value: int, size: int) -> int:
-    """Refuses microbatches that do not make up the batch; returns how many they are.
+    """Checks that microbatches divide the batch; returns how many there are.
 
     Raises:
         ValueError: `value` does not divide `size`.
@@ -264,13 +259,13 @@ def divided(name: str, value: int, size: int) -> int:
     if size % value:
         raise ValueError(
             f"{name} must divide the batch, got {value} for {size} examples; pass another, or pad "
-            f"and mask the batch"
+            "and mask the batch"
         )
     return size // value
 
 
 def no_functions(name: str, values: Any) -> None:
-    """Refuses schedules and rules where there are neither steps nor memory.
+    """Refuses schedules and rules in a backward pass.
 
     Raises:
         TypeError: a function is among the values.
@@ -283,10 +278,10 @@ def no_functions(name: str, values: Any) -> None:
 
 
 def absolute(name: str, norm: Any) -> None:
-    """Refuses a norm that measures relative to the parameters, where there are none.
+    """Refuses a norm that is relative to the parameters, where there are no parameters.
 
     Raises:
-        TypeError: `norm` does.
+        TypeError: `norm` is relative to the parameters.
     """
     if norm.uses_params:
         raise TypeError(
@@ -295,7 +290,7 @@ def absolute(name: str, norm: Any) -> None:
 
 
 def scope_given(scope: Any) -> None:
-    """Refuses to choose a scope for the user.
+    """Checks that the user chose a scope.
 
     Raises:
         TypeError: `scope` is None.
@@ -308,25 +303,24 @@ def scope_given(scope: Any) -> None:
 
 
 def renamed(function: str, keywords: dict[str, Any]) -> None:
-    """Refuses `axis_name`, by its old name and its old meaning.
+    """Refuses the keyword `axis_name`, which is now `sharded_over`.
 
     Raises:
-        TypeError: it is among the keywords.
+        TypeError: `axis_name` is among the keywords.
     """
     if "axis_name" in keywords:
         raise TypeError(
             f"{function}() got axis_name={keywords['axis_name']!r}; the argument is sharded_over: "
-            f"the mapped axes over which "
-            "each leaf is sharded, or sharded_over=() for gradients that pmean made equal on all "
-            "devices"
+            "the mapped axes over which each leaf is sharded, or sharded_over=() for gradients "
+            "that pmean made equal on all devices"
         )
 
 
 def keywords(function: str, given: dict[str, Any], known: Iterable[str]) -> None:
-    """Refuses keywords that a function does not have, in its own name.
+    """Refuses keywords that a function does not have.
 
     Raises:
-        TypeError: one of those given is not known.
+        TypeError: a keyword is not known.
     """
     renamed(function, given)
     unknown = [name for name in given if name not in known]
@@ -338,7 +332,7 @@ def keywords(function: str, given: dict[str, Any], known: Iterable[str]) -> None
 
 
 def checks_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, with keywords of old names refused."""
+    """Makes a function refuse keywords of old names."""
 
     @functools.wraps(function)
     def checked(*args: P.args, **keywords: P.kwargs) -> R:
@@ -349,10 +343,10 @@ def checks_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def option(name: str, value: Any, options: Iterable[str | bool]) -> None:
-    """Refuses all but one of the `options`.
+    """Checks that `value` is one of the `options`.
 
     Raises:
-        ValueError: `value` is another one.
+        ValueError: `value` is not one of the `options`.
     """
     if value not in options:
         words = ", ".join(repr(word) for word in options)
@@ -360,10 +354,10 @@ def option(name: str, value: Any, options: Iterable[str | bool]) -> None:
 
 
 def part(name: str, value: Any, kind: type, example: str) -> None:
-    """Refuses all but a part of the type `kind`.
+    """Checks that a part of a clip has the type `kind`.
 
     Raises:
-        TypeError: `value` is something else, such as a part that was not called.
+        TypeError: `value` has another type, such as the function that makes the part.
     """
     if not isinstance(value, kind):
         raise TypeError(
@@ -372,11 +366,10 @@ def part(name: str, value: Any, kind: type, example: str) -> None:
 
 
 def transform(name: str, value: Any) -> None:
-    """Refuses all but an optimizer: something with functions `init` and `update`.
+    """Checks that `value` is an optimizer: it has functions `init` and `update`.
 
     Raises:
-        TypeError: `value` is something else, such as a function that makes optimizers and was not
-            called.
+        TypeError: `value` is something else, such as a function that makes optimizers.
     """
     has_both = callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
     if not has_both or isinstance(value, type):
@@ -387,7 +380,7 @@ def transform(name: str, value: Any) -> None:
 
 
 def function(name: str, value: Any, example: str, *, takes: int | None = None) -> None:
-    """Refuses what cannot be called, or not with as many arguments as it `takes`.
+    """Checks that `value` is a function that can be called with `takes` arguments.
 
     Raises:
         TypeError: `value` is not callable, or takes other arguments.
@@ -398,7 +391,7 @@ def function(name: str, value: Any, example: str, *, takes: int | None = None) -
         return
     try:
         signature = inspect.signature(value)
-    except ValueError:  # some of what is built in has none
+    except ValueError:  # some built-in functions have no signature
         return
     try:
         signature.bind(*range(takes))
@@ -410,26 +403,24 @@ def function(name: str, value: Any, example: str, *, takes: int | None = None) -
 
 
 def rule(name: str, value: Any) -> None:
-    """Refuses all but a rule, of functions that take what they will be given.
+    """Checks that `value` is a rule whose functions take the right number of arguments.
 
     Raises:
-        TypeError: `value` is no `Threshold`, or one of its functions takes other arguments.
+        TypeError: `value` is not a `Threshold`, or one of its functions takes other arguments.
     """
     part(name, value, Threshold, "thresholds.ema(2.0)")
     function(f"{name}.init", value.init, "lambda sizes: ...", takes=1)
     function(f"{name}.limit", value.limit, "lambda sizes, state, context: ...", takes=3)
-    function(
-        f"{name}.learn", value.learn, "lambda sizes, clipped_sizes, state, context: ...", takes=4
-    )
+    learn = "lambda sizes, clipped_sizes, state, context: ..."
+    function(f"{name}.learn", value.learn, learn, takes=4)
 
 
 def limits(value: Any, shape: tuple[int, ...]) -> None:
-    """Refuses what a rule gave as the limits of sizes of this shape, if they are no numbers or do
-    not belong to them.
+    """Checks that the limits of a rule are numbers that broadcast against the sizes.
 
     Raises:
-        TypeError: `value` is no array and no number.
-        ValueError: it does not broadcast against the sizes.
+        TypeError: `value` is neither an array nor a number.
+        ValueError: `value` does not broadcast against the sizes.
     """
     advice = "return one for each size, or one for all"
     if not _is_array(value):
@@ -445,40 +436,39 @@ def limits(value: Any, shape: tuple[int, ...]) -> None:
 
 
 def response(value: Any, shape: tuple[int, ...]) -> None:
-    """Refuses what a response made of a gradient of this shape, if it is something else.
+    """Checks that a response returned a gradient of the same shape.
 
     Raises:
-        TypeError: `value` is no array, or has another shape.
+        TypeError: `value` is not an array, or has another shape.
     """
     if not _is_array(value) or jnp.shape(value) != shape:
-        found = f"shape {jnp.shape(value)}" if _is_array(value) else repr(value)
+        got = f"shape {jnp.shape(value)}" if _is_array(value) else repr(value)
         raise TypeError(
-            f"response must return a gradient of the same shape, {shape}, but got {found}; return "
-            f"one such as gradient * factor"
+            f"response must return a gradient of the same shape, {shape}, but got {got}; return "
+            "one such as gradient * factor"
         )
 
 
 def state(value: Any, kind: type) -> None:
-    """Refuses a state that another transform made, or that a checkpoint has lost the type of.
+    """Refuses the state of another transform, and a state that lost its type in a checkpoint.
 
     Raises:
-        TypeError: `value` is not of the type `kind`.
+        TypeError: `value` does not have the type `kind`.
     """
     if isinstance(value, kind):
         return
-    plain = (
-        value is None
-        or isinstance(value, Mapping | list)
-        or (type(value) is tuple and not any(map(_is_named, value)))
-    )
+    plain = value is None or isinstance(value, Mapping | list)
+    plain = plain or (type(value) is tuple and not any(map(_is_named, value)))
     if plain or type(value).__name__ == "EmptyState":
         advice = (
             "restore with the state of init as the target, or start from init if the checkpoint "
-            "has no such state "
-            "(the order is update(updates, state, params))"
+            "has no such state (the order is update(updates, state, params))"
         )
     else:
-        advice = "pass the state of this very transform (a chain has a tuple of states, and is updated as a whole)"
+        advice = (
+            "pass the state of this very transform (a chain has a tuple of states, and is updated "
+            "as a whole)"
+        )
     raise TypeError(
         f"state must be the {kind.__name__} that init returned, got {type(value).__name__}; "
         f"{advice}"
@@ -486,20 +476,20 @@ def state(value: Any, kind: type) -> None:
 
 
 def not_a_transform(name: str, value: Any) -> None:
-    """Refuses an optimizer where its state is meant.
+    """Refuses an optimizer where its state is needed.
 
     Raises:
-        TypeError: `value` is one.
+        TypeError: `value` is an optimizer.
     """
     if isinstance(value, optax.GradientTransformation | optax.MultiSteps):
         raise TypeError(
             f"{name} must be a state, got the {type(value).__name__} that makes it; pass the state "
-            f"that init or update returned"
+            "that init or update returned"
         )
 
 
 def group_name(path: str, name: Any) -> None:
-    """Refuses a name of a group that cannot be one.
+    """Checks that the name of a group can be a key of a dict.
 
     Raises:
         TypeError: `name` is not hashable.
@@ -507,80 +497,75 @@ def group_name(path: str, name: Any) -> None:
     if not isinstance(name, Hashable):
         raise TypeError(
             f"name_of must return a name for {path!r}, got {name!r}; return a string, or None to "
-            f"leave the leaf alone"
+            "leave the leaf alone"
         )
 
 
 def axes_of(name: str, axes: Any, path: str) -> None:
-    """Refuses what a function chose as the axes of a leaf, if it is something else.
+    """Checks that a function returned axes of a leaf.
 
     Raises:
-        TypeError: `axes` is neither an integer nor several.
+        TypeError: `axes` is neither an integer nor a sequence of integers.
     """
-    several = axes if isinstance(axes, Sequence) else (axes,)
-    if not all(
-        isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in several
-    ):
+
+    def is_axis(axis: Any) -> bool:
+        return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
+
+    if not all(map(is_axis, axes if isinstance(axes, Sequence) else (axes,))):
         raise TypeError(
             f"{name} must return axes for {path!r}, got {axes!r}; return an integer, several in a "
-            f"tuple, or None"
+            "tuple, or None"
         )
 
 
 def leaf(path: str, value: Any) -> None:
-    """Refuses a leaf of a tree that is neither an array nor a number.
+    """Checks that a leaf of a tree is an array or a number.
 
     Raises:
         TypeError: `value` is something else.
     """
-    if (
-        not isinstance(value, numbers.Number)
-        and not hasattr(value, "dtype")
-        and not hasattr(value, "__jax_array__")
-    ):
+    is_array = hasattr(value, "dtype") or hasattr(value, "__jax_array__")
+    if not isinstance(value, numbers.Number) and not is_array:
         raise TypeError(
             f"updates must be a tree of arrays, got {value!r} at {path!r}; take it out, or hide it "
-            f"with optax.masked"
+            "with optax.masked"
         )
 
 
 def sparse(path: str, value: Any) -> None:
-    """Refuses a sparse array, whose numbers are no elements: several of one index are added up
-    later.
+    """Refuses sparse arrays: their stored numbers are not elements, since indices may repeat.
 
     Raises:
-        TypeError: `value` is one.
+        TypeError: `value` is sparse.
     """
     if is_sparse(value):
         raise TypeError(
             f"updates must be a tree of dense arrays, got a {type(value).__name__} at {path!r}; "
-            f"pass its todense(), "
-            "or clip the data of its sum_duplicates()"
+            "pass its todense(), or clip the data of its sum_duplicates()"
         )
 
 
-def names(given: Iterable[str], found: Iterable[str]) -> None:
-    """Refuses a dict of limits whose keys are not exactly the groups of the tree.
+def names(given: Iterable[str], groups: Iterable[str]) -> None:
+    """Checks that the keys of a dict of limits are the groups of the tree.
 
     Raises:
         ValueError: a group has no limit, or a limit has no group.
     """
-    given, found = set(given), set(found)
-    if given - found:
+    given, groups = set(given), set(groups)
+    if given - groups:
         raise ValueError(
-            f"threshold has limits for {sorted(given - found)}, but the tree has only the groups "
-            f"{sorted(found)}; "
-            "remove or rename them"
+            f"threshold has limits for {sorted(given - groups)}, but the tree has only the groups "
+            f"{sorted(groups)}; remove or rename them"
         )
-    if found - given:
+    if groups - given:
         raise ValueError(
-            f"threshold has no limit for the groups {sorted(found - given)}; add one for each, "
-            f"float('inf') for no limit"
+            f"threshold has no limit for the groups {sorted(groups - given)}; add one for each, "
+            "float('inf') for no limit"
         )
 
 
 def params_given(params: Any) -> None:
-    """Refuses to go on without parameters where a limit depends on them.
+    """Checks that parameters are given where a limit depends on them.
 
     Raises:
         ValueError: `params` is None.
@@ -593,58 +578,60 @@ def params_given(params: Any) -> None:
 
 
 def whole(name: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
-    """Refuses to guess which of a leaf's own axes the mapped axes split.
+    """Refuses to guess which array axes of a leaf are sharded over the mapped axes.
 
     Raises:
-        ValueError: the leaf is split.
+        ValueError: the leaf is sharded.
     """
     if axes:
         raise ValueError(
             f"{name} must be given for a scope finer than a leaf, where a leaf of shape {shape} is "
-            f"split along {axes}, "
-            "got None; pass those mapped axes along which the numbers that share a size are split, "
-            "() for none, "
-            "or a tree of such choices"
+            f"split along {axes}, got None; pass those mapped axes along which the numbers that "
+            "share a size are split, () for none, or a tree of such choices"
         )
 
 
 def not_relative(name: str, rule: Any, watched: str) -> None:
-    """Refuses a rule that needs the parameters where there is nothing of theirs to measure.
+    """Refuses a rule that is relative to the parameters, for a loss.
 
     Raises:
-        ValueError: `rule` does.
+        ValueError: `rule` is relative to the parameters.
     """
     if rule.uses_params:
         raise ValueError(
-            f'{name} is relative to the parameters, got it with watch="{watched}"; pass watch="norm" or another rule'
+            f'{name} is relative to the parameters, got it with watch="{watched}"; pass '
+            'watch="norm" or another rule'
         )
 
 
 def not_split(path: str, axes: tuple[Any, ...]) -> None:
-    """Refuses to decompose a part of a matrix.
+    """Refuses a sharded matrix: no device can compute its singular values.
 
     Raises:
-        ValueError: it is split along mapped axes.
+        ValueError: the matrix is sharded over mapped axes.
     """
     if axes:
         raise ValueError(
             f"updates has at {path!r} a matrix that is split along {axes}, of which no device "
-            f"knows the singular values; "
-            "clip under jit, or gather it first with jax.lax.all_gather"
+            "knows the singular values; clip under jit, or gather it first with "
+            "jax.lax.all_gather"
         )
 
 
 def mapped(name: str, missing: tuple[Any, ...], axes: tuple[Any, ...]) -> None:
-    """Refuses names of axes that are not mapped where they are used.
+    """Refuses names of axes that are not mapped at this point.
 
     Raises:
-        ValueError: a name is `missing` among the `axes` that are mapped.
+        ValueError: a name is `missing` among the mapped `axes`.
     """
     if not missing:
         return
     advice = f"pass some of {axes}, or () if every device has the whole of each leaf"
     if not axes:
-        advice = f"call this in shard_map, pmap or vmap with this axis_name, or leave {name} out, which is right under jit"
+        advice = (
+            f"call this in shard_map, pmap or vmap with this axis_name, or leave {name} out, "
+            "which is right under jit"
+        )
     raise ValueError(
         f"{name} must name mapped axes, got {missing} where {axes or 'none'} are mapped; {advice}"
     )
@@ -654,34 +641,31 @@ def tracked(name: str, given: Any, axes: tuple[Any, ...]) -> None:
     """Refuses to guess whether gradients are sharded.
 
     Raises:
-        ValueError: nothing is `given`.
+        ValueError: `given` is None.
     """
     if given is None:
         raise ValueError(
             f"{name} must be given where JAX does not track what differs between devices (pmap, or "
-            f"shard_map with "
-            f"check_vma=False), got None; pass those of {axes} over which each leaf is sharded or, "
-            f"for gradients that "
-            f"pmean made equal on all devices, {name}=()"
+            f"shard_map with check_vma=False), got None; pass those of {axes} over which each leaf "
+            f"is sharded or, for gradients that pmean made equal on all devices, {name}=()"
         )
 
 
 def not_mapped(name: str, axes: tuple[Any, ...]) -> None:
-    """Refuses scopes finer than a leaf for examples that are spread over mapped axes.
+    """Refuses scopes finer than a leaf for examples inside `shard_map` and `pmap`.
 
     Raises:
-        ValueError: there are such axes.
+        ValueError: there are mapped axes.
     """
     if axes:
         raise ValueError(
             f"{name} must not be finer than a leaf in a shard_map or pmap over {axes}, got one "
-            f"that is; "
-            "clip the examples under jit, or by leaves"
+            "that is; clip the examples under jit, or by leaves"
         )
 
 
 def one_run(name: str, runs: tuple[int, ...]) -> None:
-    """Refuses to mix the memories of several runs.
+    """Refuses a state that is vmapped over runs, because runs must not be mixed.
 
     Raises:
         ValueError: the state has leading axes.
@@ -694,23 +678,23 @@ def one_run(name: str, runs: tuple[int, ...]) -> None:
 
 
 def same_on_all(name: str, axes: tuple[Any, ...] | None) -> None:
-    """Refuses a number that differs between devices, by which each would decide otherwise.
+    """Refuses a number that varies over devices, because devices would decide differently.
 
     Raises:
-        ValueError: it is known to vary along mapped axes.
+        ValueError: the number varies over mapped axes.
     """
     if axes:
         raise ValueError(
             f"{name} must be the same on all devices, got one that varies along {axes}; pass "
-            f"jax.lax.pmean of it"
+            "jax.lax.pmean of it"
         )
 
 
 def loss(value: Any) -> None:
-    """Refuses to watch a loss that is missing, or is several numbers.
+    """Checks that the watched loss is one number.
 
     Raises:
-        ValueError: it is.
+        ValueError: the loss is missing, or is an array of more than one number.
     """
     if value is None:
         raise ValueError(
@@ -719,85 +703,75 @@ def loss(value: Any) -> None:
     if jnp.shape(value) != ():
         raise ValueError(
             f"value must be one number, got an array of shape {jnp.shape(value)}; pass the mean of "
-            f"the loss"
+            "the loss"
         )
 
 
 def same_structure(params: Any, treedef: Any) -> list[Any]:
-    """Refuses parameters that are no tree like the updates, to the leaves of these; returns what
-    stands where those do.
+    """Checks that parameters have the structure of the updates; returns their leaves.
 
     Raises:
-        ValueError: the structure differs.
+        ValueError: the structures differ.
     """
     try:
         return treedef.flatten_up_to(params)
     except (ValueError, TypeError) as error:
         updates = jax.tree.unflatten(treedef, range(treedef.num_leaves))
-        found, expected = (
-            {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
-            for tree in (params, updates)
-        )
+        in_params, in_updates = _paths(params), _paths(updates)
         raise ValueError(
-            f"params has another structure than updates, got {sorted(found - expected)[:3]} in "
-            f"params alone and "
-            f"{sorted(expected - found)[:3]} in updates alone; pass the params that these are "
-            f"updates of"
+            f"params has another structure than updates, got {sorted(in_params - in_updates)[:3]} "
+            f"in params alone and {sorted(in_updates - in_params)[:3]} in updates alone; pass the "
+            "params that these are updates of"
         ) from error
 
 
 def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
-    """Refuses a parameter that cannot be the one of a gradient of this shape.
+    """Checks that a parameter has the shape of its gradient.
 
     Raises:
-        ValueError: it is missing or has another shape.
+        ValueError: the parameter is missing or has another shape.
     """
-    found = None if param is None or isinstance(param, tuple) else jnp.shape(param)
-    if found != shape:
-        was = "nothing" if found is None else f"shape {found}"
+    got = None if param is None or isinstance(param, tuple) else jnp.shape(param)
+    if got != shape:
+        was = "nothing" if got is None else f"shape {got}"
         raise ValueError(
             f"params has {was} at {path!r}, where updates has shape {shape}; pass the params that "
-            f"these are updates of"
+            "these are updates of"
         )
 
 
 def same_groups(given: Sequence[str], known: Sequence[str] | None) -> None:
-    """Refuses updates whose groups are not those of the state; `known` is None where a state does
-    not tell.
+    """Checks that updates have the groups of the state; `known` is None if the state has no names.
 
     Raises:
-        ValueError: a group is missing, is new, or stands at another place.
+        ValueError: a group is missing or new, or the order differs.
     """
     if known is not None and list(given) != list(known):
-        new, gone = (
-            [name for name in these if name not in those][:3]
-            for these, those in ((given, known), (known, given))
-        )
-        how = (
-            f"{new} only in updates and {gone} only in state"
-            if new or gone
-            else "the same ones in another order"
-        )
+        new = [name for name in given if name not in known][:3]
+        gone = [name for name in known if name not in given][:3]
+        how = "the same ones in another order"
+        if new or gone:
+            how = f"{new} only in updates and {gone} only in state"
         raise ValueError(
             f"updates has {len(given)} groups, but state was made for {len(known)}, got {how}; "
-            f"call init on a tree with the "
-            "same leaves, or update(updates, state, params) if some gradients are None"
+            "call init on a tree with the same leaves, or update(updates, state, params) if some "
+            "gradients are None"
         )
 
 
 def state_tree(treedef: Any, tree: Any) -> None:
-    """Refuses a state whose trees are not like the updates.
+    """Checks that a tree in a state has the structure of the updates.
 
     Raises:
-        ValueError: the structure differs.
+        ValueError: the structures differ.
     """
     try:
         treedef.flatten_up_to(tree)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"updates has another structure than the tree that state was made for, got {treedef}; "
-            f"call init on a tree with the "
-            "same leaves, or update(updates, state, params) if some gradients are None"
+            "call init on a tree with the same leaves, or update(updates, state, params) if some "
+            "gradients are None"
         ) from error
 
 
@@ -805,14 +779,14 @@ def not_both(first: str, one: Any, second: str, other: Any, advice: str) -> None
     """Refuses two arguments that exclude each other.
 
     Raises:
-        TypeError: neither is None.
+        TypeError: both are given.
     """
     if one is not None and other is not None:
         raise TypeError(f"{first} and {second} are both given, got {one!r} and {other!r}; {advice}")
 
 
 def real(dtype: Any) -> None:
-    """Refuses complex updates where numbers are ordered.
+    """Refuses complex updates for bounds that differ by sign.
 
     Raises:
         TypeError: `dtype` is complex.
@@ -825,40 +799,44 @@ def real(dtype: Any) -> None:
 
 
 def _is_number(value: Any) -> tuple[bool, bool]:
-    """Whether it is an array, and whether it is real: booleans and complex numbers are not."""
-    array = isinstance(value, jax.Array | np.ndarray)
-    if array:
-        return True, jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
-            value.dtype, jnp.integer
-        )
+    """Returns whether it is an array, and whether it is real; booleans are not real."""
+    if isinstance(value, jax.Array | np.ndarray):
+        real = (jnp.floating, jnp.integer)
+        return True, any(jnp.issubdtype(value.dtype, kind) for kind in real)
     return False, isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
 
 
 def _is_named(value: Any) -> bool:
-    """Whether it is a NamedTuple, as states are, or a chain of them."""
+    """Returns whether it is a NamedTuple, like a state, or a chain of NamedTuples."""
     return hasattr(value, "_fields") or (isinstance(value, tuple) and any(map(_is_named, value)))
 
 
 def is_sparse(value: Any) -> bool:
-    """Whether it is a sparse array."""
-    # of JAX, SciPy and others, none of which need be imported
-    return hasattr(type(value), "todense")
+    """Returns whether it is a sparse array of JAX, SciPy or another library."""
+    return hasattr(type(value), "todense")  # by method, so that no library need be imported
 
 
 def _remembers(rule: Any) -> bool:
-    """Whether a rule has a state; found without an array, which would start JAX, perhaps before its
-    devices are chosen.
+    """Returns whether a rule has a state.
+
+    It uses shapes only: making an array would initialize JAX before the user chose devices.
     """
-    return bool(jax.tree.leaves(jax.eval_shape(rule.init, jax.ShapeDtypeStruct((1,), jnp.float32))))
+    sizes = jax.ShapeDtypeStruct((1,), jnp.float32)
+    return bool(jax.tree.leaves(jax.eval_shape(rule.init, sizes)))
+
+
+def _paths(tree: Any) -> set[str]:
+    """Returns the paths of the leaves of a tree."""
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _is_array(value: Any) -> bool:
-    """Whether it is an array or a real number."""
+    """Returns whether it is an array or a real number."""
     return isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Real)
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether an array of this shape has one number for each of an array of the other."""
+    """Returns whether an array of one shape broadcasts against another shape without growing it."""
     try:
         return np.broadcast_shapes(shape, to) == to
     except ValueError:
