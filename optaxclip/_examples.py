@@ -152,6 +152,21 @@ class Parts:
 
         return jax.tree.map(divided, total, like)
 
+    def measured(
+        self, mesh: Any, state: Any, mask: Array, reading: Reading, counted: Array
+    ) -> dict[str, Any]:
+        """Returns the measurements of a batch, by the names of `ExampleStats`."""
+        # all examples have the same limits
+        first = _sharding.automatic(mesh, lambda x: x[:1], _sharding.on_mesh(mesh), reading.limit)
+        return {
+            "sizes": reading.size_before,
+            "limits": _sharding.gathered(first, self.axes)[0],
+            "clipped": reading.clipped_share > 0,
+            "counted": counted,
+            "dropped": self.over_all(jnp.sum(mask & ~counted, dtype=jnp.int32)),
+            "state": self.next(state, reading, mask, counted, mesh),
+        }
+
     def next(
         self, state: Any, reading: Reading, mask: Array, counted: Array, mesh: Any
     ) -> ClipState:

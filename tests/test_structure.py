@@ -35,6 +35,7 @@ LEVELS = [
     },
     {"_record", "_states"},
     {"_clip", "_feedback", "_guard", "_precondition", "_spectral"},
+    {"_examples"},
     {"telemetry", "_backward", "per_example", "testing"},
     {"methods", "plots"},
     {"__init__"},
