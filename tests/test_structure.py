@@ -23,6 +23,8 @@ LEVELS = [
         "_jax",
         "_programs",
         "_selection",
+        "_factors",
+        "_factor_rules",
         "_factored",
         "responses",
     },
