@@ -17,6 +17,8 @@ LEVELS = [
     {
         "_types",
         "_validate",
+        "_validate.arguments",
+        "_validate.trees",
         "_numerics",
         "_sharding",
         "_packing",
