@@ -40,7 +40,7 @@ def main() -> None:
         "--out",
         type=Path,
         default=Path("results/benchmarks"),
-        help="where JSON, tables and pictures go",
+        help="where JSON, tables and plots go",
     )
     options = parser.parse_args()
     if unknown := set(options.names) - set(BENCHMARKS):

@@ -43,7 +43,7 @@ def batches(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def split(tree: Any, mesh: Mesh) -> Any:
+def shard(tree: Any, mesh: Mesh) -> Any:
     """Shards arrays over the processes by rows; replicates arrays that do not divide evenly."""
 
     def place(x: np.ndarray) -> jax.Array:
@@ -59,7 +59,7 @@ def train(seed: int, steps: int) -> dict[str, Any]:
     mesh = Mesh(np.array(jax.devices()), ("hosts",))
     x, y = batches(seed, steps)
     start = jax.device_get(MODEL.init(jax.random.key(seed), x[0, :1]))
-    params, opt_state = split(start, mesh), split(jax.device_get(OPTIMIZER.init(start)), mesh)
+    params, opt_state = shard(start, mesh), shard(jax.device_get(OPTIMIZER.init(start)), mesh)
 
     @jax.jit
     def step(params: Any, opt_state: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -72,7 +72,7 @@ def train(seed: int, steps: int) -> dict[str, Any]:
         return optax.apply_updates(params, updates), opt_state
 
     for batch in zip(x, y, strict=True):
-        params, opt_state = step(params, opt_state, *split(batch, mesh))
+        params, opt_state = step(params, opt_state, *shard(batch, mesh))
     metrics = telemetry.metrics(opt_state).items()
     counts = {name: float(x) for name, x in metrics if "steps" in name or "before" in name}
     whole = multihost_utils.process_allgather(params, tiled=True)

@@ -107,8 +107,8 @@ def train(
     every_step = jax.vmap(jax.vmap(step, (0, 0, None)), (0, None, 0))
 
     @jax.jit
-    def advance(runs: Any, *data: Array) -> Any:
-        return jax.lax.scan(lambda runs, batch: every_step(runs, thresholds, batch), runs, data)
+    def advance(runs: Any, x: Array, y: Array) -> Any:
+        return jax.lax.scan(lambda runs, batch: every_step(runs, thresholds, batch), runs, (x, y))
 
     runs = jax.vmap(jax.vmap(start, (None, 0)), (0, None))(keys, thresholds)
     for done in range(0, len(x), CHUNK):

@@ -103,12 +103,8 @@ def error_feedback(
         _validate.state_tree(layout.treedef, state.memory)
         memory = layout.of(state.memory)
         sums = [widen(g) + sign * m for g, m in zip(layout.gradients, memory, strict=True)]
-        narrow = []
-        for g, m, total in zip(layout.gradients, memory, sums, strict=True):
-            # where the memory is 0 take the gradient itself: -0. + 0. has other bits than -0.
-            wide = jnp.where(m == 0, widen(g), _within(total, g))
-            narrow.append(cast_like(wide, g))
-        clipped, clip_state = inner.update(layout.rebuild(narrow), state.clip, params, **extra_args)
+        seen = layout.rebuild(map(_seen, layout.gradients, memory, sums))
+        clipped, clip_state = inner.update(seen, state.clip, params, **extra_args)
 
         def remembered(kept: Array | None, total: Array, before: Array) -> Array:
             step = jnp.zeros_like(total) if kept is None else widen(kept)
@@ -121,6 +117,13 @@ def error_feedback(
         return clipped, ErrorFeedbackState(layout.replaced(state.memory, new), clip_state)
 
     return transform(init, update)
+
+
+def _seen(gradient: Any, memory: Array, total: Array) -> Array:
+    """Returns the input of the clip, in the gradient's dtype."""
+    # where the memory is 0 take the gradient itself: -0. + 0. has other bits than -0.
+    wide = jnp.where(memory == 0, widen(gradient), _within(total, gradient))
+    return cast_like(wide, gradient)
 
 
 def _estimate(step: Array | None, after: Array, gradient: Any) -> Array:

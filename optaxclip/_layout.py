@@ -129,7 +129,7 @@ class Layout(NamedTuple):
                 lengths = [jnp.shape(leaf)[axis] for axis in axes]
                 short = len(axes) > 1 and sum(n != 1 for n in lengths) <= 1
                 split = _sharding.varying(leaf) if given is None else _sharding.bound(given)
-                _validate.units(path, jnp.shape(leaf), split if short else ())
+                _validate.units(path, jnp.shape(leaf), split or () if short else ())
         return names
 
     def filled(self, arrays: Iterable[Array]) -> Any:

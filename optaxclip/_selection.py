@@ -72,6 +72,7 @@ def select_early(step: Step, ok: Array, inputs: Any, state: Any) -> tuple[Any, A
             return plainly(ok, constants, arrays, olds)
 
     early.defjvp(lambda primals, tangents: jax.jvp(plainly, primals, tangents))
+    # reordering could repeat or skip a print or a callback
     run = plainly if _programs.has_side_effects(program.jaxpr) else early
     outs = run(ok, program.consts, arrays, olds)
     return with_news(outs[: len(news)]), with_afters(outs[len(news) :])
@@ -82,6 +83,7 @@ def _olds(after: Any, before: Any) -> list[Any]:
 
     An array that the old state did not have counts as zeros: `optax.monitor` adds arrays.
     """
+    # by path, not by position: the new state may have more leaves
     known = dict(jax.tree_util.tree_leaves_with_path(before))
 
     def old(path: Any, new: Any) -> Any:

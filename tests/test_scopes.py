@@ -383,7 +383,9 @@ def test_leaves_that_where_refuses_are_neither_measured_nor_clipped(name):
     updates, state = clipped(WITH_OPTIONS[name](where=lambda path: path != "b"), grads, 1.0)
     np.testing.assert_array_equal(updates["b"], grads["b"])
     assert float(jnp.linalg.norm(updates["a"])) < 3 and state.reading.nonfinite_steps == 0
-    with pytest.raises(TypeError, match="^where must be a function, got .b.; pass one such as lambda path"):
+    with pytest.raises(
+        TypeError, match="^where must be a function, got .b.; pass one such as lambda path"
+    ):
         WITH_OPTIONS[name](where="b")
 
 

@@ -14,7 +14,19 @@ import optaxclip
 PACKAGE = Path(optaxclip.__file__).parent
 # Each module may import only modules of earlier levels, and its own package.
 LEVELS = [
-    {"_types", "_validate", "_numerics", "_sharding", "_jax", "_programs", "_factored"},
+    {
+        "_types",
+        "_validate",
+        "_validate.arguments",
+        "_validate.trees",
+        "_numerics",
+        "_sharding",
+        "_jax",
+        "_programs",
+        "_factors",
+        "_factor_rules",
+        "_factored",
+    },
     {"_selection", "_transform"},
     {"_lowering"},
     {"norms", "responses"},
@@ -27,6 +39,7 @@ LEVELS = [
     },
     {"_record", "_rules"},
     {"_clip", "_feedback", "_guard", "_precondition", "_spectral"},
+    {"_examples"},
     {"telemetry", "_backward", "per_example", "testing"},
     {"methods", "plots"},
     {"__init__"},

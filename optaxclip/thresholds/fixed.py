@@ -93,8 +93,8 @@ def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
         name: the name of the argument, for error messages.
 
     Raises:
-        TypeError: it is none of these.
-        ValueError: it is a negative number, NaN, or more than one number.
+        TypeError: `threshold` has another type.
+        ValueError: `threshold` is a negative number, NaN, or more than one number.
     """
     if isinstance(threshold, Threshold):
         _validate.rule(name, threshold)

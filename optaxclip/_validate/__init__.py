@@ -1,0 +1,57 @@
+"""Argument checks. Every message names the argument, its value, and the fix.
+
+`arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
+`update` get.
+"""
+
+from optaxclip._validate.arguments import absolute as absolute
+from optaxclip._validate.arguments import boundaries as boundaries
+from optaxclip._validate.arguments import called as called
+from optaxclip._validate.arguments import checks_keywords as checks_keywords
+from optaxclip._validate.arguments import count as count
+from optaxclip._validate.arguments import function as function
+from optaxclip._validate.arguments import keywords as keywords
+from optaxclip._validate.arguments import loss as loss
+from optaxclip._validate.arguments import memoryless as memoryless
+from optaxclip._validate.arguments import no_functions as no_functions
+from optaxclip._validate.arguments import not_both as not_both
+from optaxclip._validate.arguments import not_relative as not_relative
+from optaxclip._validate.arguments import number as number
+from optaxclip._validate.arguments import only_with as only_with
+from optaxclip._validate.arguments import option as option
+from optaxclip._validate.arguments import part as part
+from optaxclip._validate.arguments import renamed as renamed
+from optaxclip._validate.arguments import returned as returned
+from optaxclip._validate.arguments import rule as rule
+from optaxclip._validate.arguments import scope_given as scope_given
+from optaxclip._validate.arguments import static as static
+from optaxclip._validate.arguments import transform as transform
+from optaxclip._validate.arguments import without_memory as without_memory
+from optaxclip._validate.trees import axes_of as axes_of
+from optaxclip._validate.trees import batch as batch
+from optaxclip._validate.trees import divided as divided
+from optaxclip._validate.trees import group_name as group_name
+from optaxclip._validate.trees import is_sparse as is_sparse
+from optaxclip._validate.trees import leaf as leaf
+from optaxclip._validate.trees import limits as limits
+from optaxclip._validate.trees import mapped as mapped
+from optaxclip._validate.trees import mask as mask
+from optaxclip._validate.trees import names as names
+from optaxclip._validate.trees import not_a_transform as not_a_transform
+from optaxclip._validate.trees import not_mapped as not_mapped
+from optaxclip._validate.trees import not_split as not_split
+from optaxclip._validate.trees import one_run as one_run
+from optaxclip._validate.trees import parameter as parameter
+from optaxclip._validate.trees import params_given as params_given
+from optaxclip._validate.trees import real as real
+from optaxclip._validate.trees import response as response
+from optaxclip._validate.trees import same_groups as same_groups
+from optaxclip._validate.trees import same_on_all as same_on_all
+from optaxclip._validate.trees import same_structure as same_structure
+from optaxclip._validate.trees import sparse as sparse
+from optaxclip._validate.trees import stack as stack
+from optaxclip._validate.trees import state as state
+from optaxclip._validate.trees import state_tree as state_tree
+from optaxclip._validate.trees import tracked as tracked
+from optaxclip._validate.trees import units as units
+from optaxclip._validate.trees import whole as whole

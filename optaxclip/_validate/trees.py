@@ -1,0 +1,450 @@
+"""Checks of trees and states: what `init` and `update` get, and what parts make of it."""
+
+import numbers
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip._validate.arguments import is_array
+
+
+def batch(name: str, tree: Any) -> int:
+    """Checks that the first axis of all arrays is the batch; returns its length.
+
+    Raises:
+        ValueError: there is no array, an array has no axes, or the lengths differ.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in leaves}
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or () in lengths:
+        raise ValueError(
+            f"{name} must be arrays whose first axis is that of the examples, got shapes {shapes}; "
+            "pass whole batches"
+        )
+    return next(iter(shapes.values()))[0]
+
+
+def mask(name: str, value: Any, size: int) -> None:
+    """Checks that a mask is one boolean for each example.
+
+    Raises:
+        ValueError: `value` has another shape or dtype.
+    """
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != (size,) or dtype != jnp.dtype(bool):
+        raise ValueError(
+            f"{name} must be bool of shape ({size},), got {dtype} of shape {shape}; pass True for "
+            "each example that is there"
+        )
+
+
+def divided(name: str, value: int, size: int) -> int:
+    """Checks that microbatches divide the batch; returns how many there are.
+
+    Raises:
+        ValueError: `value` does not divide `size`.
+    """
+    if size % value:
+        raise ValueError(
+            f"{name} must divide the batch, got {value} for {size} examples; pass another, or pad "
+            "and mask the batch"
+        )
+    return size // value
+
+
+def limits(value: Any, shape: tuple[int, ...]) -> None:
+    """Checks that the limits of a rule are numbers that broadcast against the sizes.
+
+    Raises:
+        TypeError: `value` is neither an array nor a number.
+        ValueError: `value` does not broadcast against the sizes.
+    """
+    advice = "return one for each size, or one for all"
+    if not is_array(value):
+        raise TypeError(
+            f"limit must return numbers that broadcast against the sizes, {shape}, but got "
+            f"{value!r}; {advice}"
+        )
+    if not _broadcasts(jnp.shape(value), shape):
+        raise ValueError(
+            f"limit must return numbers that broadcast against the sizes, {shape}, but got shape "
+            f"{jnp.shape(value)}; {advice}"
+        )
+
+
+def response(value: Any, shape: tuple[int, ...]) -> None:
+    """Checks that a response returned a gradient of the same shape.
+
+    Raises:
+        TypeError: `value` is not an array, or has another shape.
+    """
+    if not is_array(value) or jnp.shape(value) != shape:
+        got = f"shape {jnp.shape(value)}" if is_array(value) else repr(value)
+        raise TypeError(
+            f"response must return a gradient of the same shape, {shape}, but got {got}; return "
+            "one such as gradient * factor"
+        )
+
+
+def state(value: Any, kind: type) -> None:
+    """Refuses the state of another transform, and a state that lost its type in a checkpoint.
+
+    Raises:
+        TypeError: `value` does not have the type `kind`.
+    """
+    if isinstance(value, kind):
+        return
+    plain = value is None or isinstance(value, Mapping | list)
+    plain = plain or (type(value) is tuple and not any(map(_is_named, value)))
+    if plain or type(value).__name__ == "EmptyState":
+        advice = (
+            "restore with the state of init as the target, or start from init if the checkpoint "
+            "has no such state (the order is update(updates, state, params))"
+        )
+    else:
+        advice = (
+            "pass the state of this very transform (a chain has a tuple of states, and is updated "
+            "as a whole)"
+        )
+    raise TypeError(
+        f"state must be the {kind.__name__} that init returned, got {type(value).__name__}; "
+        f"{advice}"
+    )
+
+
+def not_a_transform(name: str, value: Any) -> None:
+    """Refuses an optimizer where its state is needed.
+
+    Raises:
+        TypeError: `value` is an optimizer.
+    """
+    if isinstance(value, optax.GradientTransformation | optax.MultiSteps):
+        raise TypeError(
+            f"{name} must be a state, got the {type(value).__name__} that makes it; pass the state "
+            "that init or update returned"
+        )
+
+
+def group_name(path: str, name: Any) -> None:
+    """Checks that the name of a group can be a key of a dict.
+
+    Raises:
+        TypeError: `name` is not hashable.
+    """
+    if not isinstance(name, Hashable):
+        raise TypeError(
+            f"name_of must return a name for {path!r}, got {name!r}; return a string, or None to "
+            "leave the leaf alone"
+        )
+
+
+def axes_of(name: str, axes: Any, path: str) -> None:
+    """Checks that a function returned axes of a leaf.
+
+    Raises:
+        TypeError: `axes` is neither an integer nor a sequence of integers.
+    """
+
+    def is_axis(axis: Any) -> bool:
+        return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
+
+    if not all(map(is_axis, axes if isinstance(axes, Sequence) else (axes,))):
+        raise TypeError(
+            f"{name} must return axes for {path!r}, got {axes!r}; return an integer, several in a "
+            "tuple, or None"
+        )
+
+
+def leaf(path: str, value: Any) -> None:
+    """Checks that a leaf of a tree is an array or a number.
+
+    Raises:
+        TypeError: `value` is something else.
+    """
+    is_array = hasattr(value, "dtype") or hasattr(value, "__jax_array__")
+    if not isinstance(value, numbers.Number) and not is_array:
+        raise TypeError(
+            f"updates must be a tree of arrays, got {value!r} at {path!r}; take it out, or hide it "
+            "with optax.masked"
+        )
+
+
+def sparse(path: str, value: Any) -> None:
+    """Refuses sparse arrays: their stored numbers are not elements, since indices may repeat.
+
+    Raises:
+        TypeError: `value` is sparse.
+    """
+    if is_sparse(value):
+        raise TypeError(
+            f"updates must be a tree of dense arrays, got a {type(value).__name__} at {path!r}; "
+            "pass its todense(), or clip the data of its sum_duplicates()"
+        )
+
+
+def names(given: Iterable[str], groups: Iterable[str]) -> None:
+    """Checks that the keys of a dict of limits are the groups of the tree.
+
+    Raises:
+        ValueError: a group has no limit, or a limit has no group.
+    """
+    given, groups = set(given), set(groups)
+    if given - groups:
+        raise ValueError(
+            f"threshold has limits for {sorted(given - groups)}, but the tree has only the groups "
+            f"{sorted(groups)}; remove or rename them"
+        )
+    if groups - given:
+        raise ValueError(
+            f"threshold has no limit for the groups {sorted(groups - given)}; add one for each, "
+            "float('inf') for no limit"
+        )
+
+
+def params_given(params: Any) -> None:
+    """Checks that parameters are given where a limit depends on them.
+
+    Raises:
+        ValueError: `params` is None.
+    """
+    if params is None:
+        raise ValueError(
+            "this threshold is relative to the parameters, got params=None; call update(updates, "
+            "state, params)"
+        )
+
+
+def whole(name: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
+    """Refuses to guess which array axes of a leaf are sharded over the mapped axes.
+
+    Raises:
+        ValueError: the leaf is sharded.
+    """
+    if axes:
+        raise ValueError(
+            f"{name} must be given for a scope finer than a leaf, where a leaf of shape {shape} is "
+            f"split along {axes}, got None; pass those mapped axes along which the numbers that "
+            "share a size are split, () for none, or a tree of such choices"
+        )
+
+
+def units(path: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
+    """Refuses to guess the units of one device's part of a leaf.
+
+    Raises:
+        ValueError: the leaf is sharded.
+    """
+    if axes:
+        raise ValueError(
+            f"scope must say what a unit of the leaf {path!r} is, whose part here has the shape "
+            f"{shape}: a length of 1 may be one device's share of a longer axis; "
+            "pass scopes.unit(axes=...), such as axes=0"
+        )
+
+
+def stack(name: str, lengths: tuple[int, ...], other: tuple[int, ...]) -> None:
+    """Refuses stacks of different lengths in one group.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if lengths != other:
+        raise ValueError(
+            f"batch_axes must give stacks of one length in the group {name!r}, got {lengths} and "
+            f"{other}; give each its own group, or return None for a leaf that is no stack"
+        )
+
+
+def not_split(path: str, axes: tuple[Any, ...]) -> None:
+    """Refuses a sharded matrix: no device can compute its singular values.
+
+    Raises:
+        ValueError: the matrix is sharded over mapped axes.
+    """
+    if axes:
+        raise ValueError(
+            f"updates has at {path!r} a matrix that is split along {axes}, of which no device "
+            "knows the singular values; clip under jit, or gather it first with "
+            "jax.lax.all_gather"
+        )
+
+
+def mapped(name: str, missing: tuple[Any, ...], axes: tuple[Any, ...]) -> None:
+    """Refuses names of axes that are not mapped at this point.
+
+    Raises:
+        ValueError: a name is `missing` among the mapped `axes`.
+    """
+    if not missing:
+        return
+    advice = f"pass some of {axes}, or () if every device has the whole of each leaf"
+    if not axes:
+        advice = (
+            f"call this in shard_map, pmap or vmap with this axis_name, or leave {name} out, "
+            "which is right under jit"
+        )
+    raise ValueError(
+        f"{name} must name mapped axes, got {missing} where {axes or 'none'} are mapped; {advice}"
+    )
+
+
+def tracked(name: str, given: Any, axes: tuple[Any, ...]) -> None:
+    """Refuses to guess whether gradients are sharded.
+
+    Raises:
+        ValueError: `given` is None.
+    """
+    if given is None:
+        raise ValueError(
+            f"{name} must be given where JAX does not track what differs between devices (pmap, or "
+            f"shard_map with check_vma=False), got None; pass those of {axes} over which each leaf "
+            f"is sharded or, for gradients that pmean made equal on all devices, {name}=()"
+        )
+
+
+def not_mapped(name: str, axes: tuple[Any, ...]) -> None:
+    """Refuses scopes finer than a leaf for examples inside `shard_map` and `pmap`.
+
+    Raises:
+        ValueError: there are mapped axes.
+    """
+    if axes:
+        raise ValueError(
+            f"{name} must not be finer than a leaf in a shard_map or pmap over {axes}, got one "
+            "that is; clip the examples under jit, or by leaves"
+        )
+
+
+def one_run(name: str, runs: tuple[int, ...]) -> None:
+    """Refuses a state that is vmapped over runs, because runs must not be mixed.
+
+    Raises:
+        ValueError: the state has leading axes.
+    """
+    if runs:
+        raise ValueError(
+            f"{name} must be of one run, got one that is vmapped over {runs}; "
+            f"pass one of them with jax.tree.map(lambda x: x[0], {name})"
+        )
+
+
+def same_on_all(name: str, axes: tuple[Any, ...] | None) -> None:
+    """Refuses a number that varies over devices, because devices would decide differently.
+
+    Raises:
+        ValueError: the number varies over mapped axes.
+    """
+    if axes:
+        raise ValueError(
+            f"{name} must be the same on all devices, got one that varies along {axes}; pass "
+            "jax.lax.pmean of it"
+        )
+
+
+def same_structure(params: Any, treedef: Any) -> list[Any]:
+    """Checks that parameters have the structure of the updates; returns their leaves.
+
+    Raises:
+        ValueError: the structures differ.
+    """
+    try:
+        return treedef.flatten_up_to(params)
+    except (ValueError, TypeError) as error:
+        updates = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+        in_params, in_updates = _paths(params), _paths(updates)
+        raise ValueError(
+            f"params has another structure than updates, got {sorted(in_params - in_updates)[:3]} "
+            f"in params alone and {sorted(in_updates - in_params)[:3]} in updates alone; pass the "
+            "params that these are updates of"
+        ) from error
+
+
+def parameter(path: str, param: Any, shape: tuple[int, ...]) -> None:
+    """Checks that a parameter has the shape of its gradient.
+
+    Raises:
+        ValueError: the parameter is missing or has another shape.
+    """
+    got = None if param is None or isinstance(param, tuple) else jnp.shape(param)
+    if got != shape:
+        was = "nothing" if got is None else f"shape {got}"
+        raise ValueError(
+            f"params has {was} at {path!r}, where updates has shape {shape}; pass the params that "
+            "these are updates of"
+        )
+
+
+def same_groups(given: Sequence[str], known: Sequence[str] | None) -> None:
+    """Checks that updates have the groups of the state; `known` is None if the state has no names.
+
+    Raises:
+        ValueError: a group is missing or new, or the order differs.
+    """
+    if known is not None and list(given) != list(known):
+        new = [name for name in given if name not in known][:3]
+        gone = [name for name in known if name not in given][:3]
+        how = "the same ones in another order"
+        if new or gone:
+            how = f"{new} only in updates and {gone} only in state"
+        raise ValueError(
+            f"updates has {len(given)} groups, but state was made for {len(known)}, got {how}; "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some "
+            "gradients are None"
+        )
+
+
+def state_tree(treedef: Any, tree: Any) -> None:
+    """Checks that a tree in a state has the structure of the updates.
+
+    Raises:
+        ValueError: the structures differ.
+    """
+    try:
+        treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"updates has another structure than the tree that state was made for, got {treedef}; "
+            "call init on a tree with the same leaves, or update(updates, state, params) if some "
+            "gradients are None"
+        ) from error
+
+
+def real(dtype: Any) -> None:
+    """Refuses complex updates for bounds that differ by sign.
+
+    Raises:
+        TypeError: `dtype` is complex.
+    """
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"bounds that differ by sign need real updates, got {dtype}; "
+            "cut complex numbers by magnitude with clip_by_value(limit)"
+        )
+
+
+def _is_named(value: Any) -> bool:
+    """Returns whether it is a NamedTuple, like a state, or a chain of NamedTuples."""
+    return hasattr(value, "_fields") or (isinstance(value, tuple) and any(map(_is_named, value)))
+
+
+def is_sparse(value: Any) -> bool:
+    """Returns whether it is a sparse array of JAX, SciPy or another library."""
+    return hasattr(type(value), "todense")  # by method, so that no library need be imported
+
+
+def _paths(tree: Any) -> set[str]:
+    """Returns the paths of the leaves of a tree."""
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Returns whether an array of one shape broadcasts against another shape without growing it."""
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
