@@ -18,6 +18,21 @@ from compiling import FLAGS  # noqa: E402 (found on the path above)
 os.environ.setdefault("XLA_FLAGS", FLAGS)  # read when the first program is compiled
 
 
+# The files that take longest, in this order: they begin, so that no worker ends with one alone.
+LONGEST = [
+    f"test_{name}.py"
+    for name in (
+        "contract every_optimizer conformance per_example sharding guard testing backward factored "
+        "adaptive thresholds self_healing error_feedback telemetry norms packing methods scopes"
+    ).split()
+]
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def pytest_collection_finish():
     """What was imported stays: the garbage collector need not look at it again and again."""
     gc.collect()

@@ -219,7 +219,8 @@ def test_one_trace_serves_five_steps_with_donated_states(name, make, options):
     assert len(traces) == 1
 
 
-# Wrappers of Optax that leave a transform what it is, and those that make something else of it.
+# Wrappers of Optax that leave a transform what it is, one inside of the other because each alone
+# takes a program of its own, and those that make something else of it.
 EQUAL = {
     "named_chain": lambda opt: optax.named_chain(("clip", opt)),
     "masked": lambda opt: optax.masked(opt, dict.fromkeys(PARAMS, True)),
@@ -231,6 +232,10 @@ EQUAL = {
     ),
     "conditionally_mask": lambda opt: optax.conditionally_mask(opt, lambda step: step >= 0),
 }
+NESTED = {
+    "of trees": ["named_chain", "masked", "partition"],
+    "of steps": ["MultiSteps", "apply_if_finite", "conditionally_transform", "conditionally_mask"],
+}
 OTHERS = {
     "flatten": optax.flatten,
     "lookahead": lambda opt: optax.lookahead(optax.chain(opt, optax.sgd(0.1)), 2, 0.5),
@@ -240,6 +245,12 @@ OTHERS = {
         optax.chain(opt, optax.sgd(0.1)), optax.sgd(0.05), sync_period=2
     ),
 }
+
+
+def nested(opt, wrappers):
+    for wrapper in reversed(wrappers):
+        opt = EQUAL[wrapper](opt)
+    return opt
 
 
 def in_a_loop(opt, params):
@@ -269,7 +280,9 @@ def test_wrappers_of_optax_work_with_every_transform(name):
 
     @jax.jit
     def run():
-        same = {wrapper: in_a_loop(wrap(opt), PARAMS) for wrapper, wrap in EQUAL.items()}
+        same = {
+            words: in_a_loop(nested(opt, wrappers), PARAMS) for words, wrappers in NESTED.items()
+        }
         others = {
             wrapper: in_a_loop(wrap(opt), PARAMS)
             for wrapper, wrap in others_here.items()
@@ -280,6 +293,7 @@ def test_wrappers_of_optax_work_with_every_transform(name):
         )
         return in_a_loop(opt, PARAMS), same, others
 
+    assert sorted(sum(NESTED.values(), [])) == sorted(EQUAL)
     (expected, numbers), same, others = run()
     for wrapper, (params, found) in same.items():
         # sums of steps near 1

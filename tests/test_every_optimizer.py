@@ -233,14 +233,7 @@ def loss(params: Any, step: Any = 0) -> Any:
     return sum(jnp.sum(jnp.abs(x - 0.1 * step) ** 2) for x in jax.tree.leaves(params))
 
 
-# Hardly optimized: this halves the time to compile, which is nearly all the time that these tests
-# take.
-@functools.partial(
-    jax.jit,
-    static_argnums=(0, 1),
-    donate_argnums=2,
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def run(row: Row, optimizers: tuple[tuple[str, Any], ...], carries: Any, gradients: Any) -> Any:
     """Each optimizer's state before, updates, and state after, at steps of which one has a gradient
     with NaN.

@@ -3,7 +3,6 @@ whatever the model.
 """
 
 import dataclasses
-import functools
 import types
 
 import jax
@@ -48,9 +47,7 @@ def check(loss, params, *batch, factored, rtol=1e-5):
     weights = np.random.default_rng(0).uniform(size=len(batch[0])).astype(np.float32)
     paths, found = paths_of(params), set()
 
-    @functools.partial(
-        jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-    )  # compiled sooner
+    @jax.jit
     def run(params, *batch):
         stored = jax.vmap(jax.grad(loss), (None, *[0] * len(batch)))(params, *batch)
         gradients = jax.vmap(

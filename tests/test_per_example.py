@@ -19,12 +19,9 @@ import optaxclip
 from optaxclip import norms, per_example, responses, scopes, telemetry, thresholds
 from optaxclip.per_example import aggregate, clipped_grad
 
-# compiled sooner
-quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def compiled(function, *args, **options):
-    return quickly(lambda args: function(*args, **options))(args)
+    return jax.jit(lambda args: function(*args, **options))(args)
 
 
 SHAPES = {"b1": (8,), "b2": (3,), "w1": (6, 8), "w2": (8, 3)}
@@ -132,7 +129,7 @@ def test_each_example_is_clipped_by_itself(scope):
     def limit_of(norm):
         return lambda places: per_group[norm][places[0][0][1]] if scope == "group" else limits[norm]
 
-    @quickly
+    @jax.jit
     def run(params, x, y):
         out = {}
         for norm, response in PAIRS if scope == "tree" else FEW:
@@ -255,7 +252,7 @@ def test_microbatches_change_nothing(options, size):
             return loss(params, x, y), {"x": x, "total": x.sum()}
 
         function = clipped_grad(with_aux, LIMIT, has_aux=True, microbatch=size, **OPTIONS[options])
-        return quickly(
+        return jax.jit(
             lambda *batch: function(PARAMS, *batch, mask=mask, state=function.init(PARAMS))
         )(X, Y)
 
@@ -275,7 +272,7 @@ BAD = {"nan": np.nan, "inf": np.inf}
 def test_what_stands_where_the_mask_is_false_has_no_influence(options, size):
     mask = np.array([True, False, True, True, False, True])
     function = clipped_grad(loss, LIMIT, microbatch=size, **OPTIONS[options])
-    run = quickly(lambda x, y: function(PARAMS, x, y, mask=mask))
+    run = jax.jit(lambda x, y: function(PARAMS, x, y, mask=mask))
     (value, seen), got = run(X, Y)
     there = [one for one, real in zip(EACH, mask, strict=True) if real]
     groups = reference.unit if options == "stored" else reference.tree
@@ -302,7 +299,7 @@ def test_an_example_that_is_not_finite_counts_as_zero(options, bad):
     x, mask = X.copy(), np.array([True, True, True, False, True, True])
     y = Y.copy()
     x[1], x[4, 2], y[3] = BAD[bad], BAD[bad], BAD[bad]
-    (value, seen), got = quickly(lambda x, y: function(PARAMS, x, y, mask=mask))(x, y)
+    (value, seen), got = jax.jit(lambda x, y: function(PARAMS, x, y, mask=mask))(x, y)
     there = [EACH[i] for i in (0, 2, 5)]
     groups = reference.unit if options == "stored" else reference.tree
     total = expected(there, groups, reference.l2, lambda places: LIMIT)
@@ -374,7 +371,7 @@ def batches(steps):
 
 def run_through(function, *stream, **options):
     """What is seen of each step, with the parameters as they are."""
-    step = quickly(
+    step = jax.jit(
         lambda state, batch, options: function(PARAMS, *batch, state=state, **options)[0][1]
     )
     state, found = compiled(function.init, PARAMS), []
@@ -523,8 +520,8 @@ def test_a_training_loop_in_scan():
         (jax.tree.map(jnp.asarray, PARAMS), optimizer.init(PARAMS), function.init(PARAMS)),
         batches(5),
     )
-    looped, values = quickly(lambda start, stream: jax.lax.scan(step, start, stream))(start, stream)
-    carry, one = start, quickly(step)
+    looped, values = jax.jit(lambda start, stream: jax.lax.scan(step, start, stream))(start, stream)
+    carry, one = start, jax.jit(step)
     for t in range(5):
         carry, value = one(carry, [x[t] for x in stream])
         assert value == pytest.approx(float(values[t]), rel=1e-5)
@@ -535,7 +532,7 @@ def test_a_training_loop_in_scan():
 def test_vmap_over_runs_and_limits():
     limits = jnp.array([0.1, 1.0, 10.0])
     runs = {name: jnp.stack([leaf, 2 * leaf, -leaf]) for name, leaf in PARAMS.items()}
-    _, got = quickly(jax.vmap(lambda params, limit: clipped_grad(loss, limit)(params, X, Y)))(
+    _, got = jax.jit(jax.vmap(lambda params, limit: clipped_grad(loss, limit)(params, X, Y)))(
         runs, limits
     )
     for k, limit in enumerate(limits):
@@ -575,7 +572,7 @@ def test_low_precision_is_summed_in_float32(scope, size):
 
     params = {"b": jnp.zeros(8, jnp.bfloat16), "w": jnp.zeros((8, 8), jnp.bfloat16)}
     function = clipped_grad(linear, 1e3, scope=SCOPES[scope][0], reduce="sum", microbatch=size)
-    _, got = quickly(function)(params, jnp.ones((1000, 8), jnp.bfloat16))
+    _, got = jax.jit(function)(params, jnp.ones((1000, 8), jnp.bfloat16))
     for leaf in got.values():
         # a sum in bfloat16 would stay at 256
         assert leaf.dtype == jnp.bfloat16 and (leaf == 1000).all()
@@ -588,7 +585,7 @@ def test_parameters_may_be_any_arrays():
     for norm in norms.l2(), norms.l1():
         params, x = {"double": np.ones(2), "number": 1.0}, np.float32([[3, 4], [0, 1]])
         function = clipped_grad(linear, 1e3, norm=norm, reduce="sum")
-        _, got = quickly(lambda x: function(params, x))(x)
+        _, got = jax.jit(lambda x: function(params, x))(x)
         np.testing.assert_array_equal(got["double"], [3, 5])
         assert got["double"].dtype == jnp.ones(2).dtype and got["number"] == 3
 
@@ -602,16 +599,16 @@ def test_a_batch_over_devices(options, size):
     def run(batch, mask):
         return function(PARAMS, *batch, mask=mask, state=function.init(PARAMS))
 
-    want = quickly(run)((x, y), mask)
+    want = jax.jit(run)((x, y), mask)
     split = jax.device_put(((x, y), mask), NamedSharding(devices, P("x")))
-    got = quickly(run)(*split)
+    got = jax.jit(run)(*split)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulated_gradients_are_those_of_one_batch():
     optimizer, function = optax.MultiSteps(optax.sgd(1.0), 3), clipped_grad(loss, LIMIT)
-    step = quickly(
+    step = jax.jit(
         lambda state, *batch: optimizer.update(function(PARAMS, *batch)[1], state, PARAMS)
     )
     updates, state = {}, optimizer.init(PARAMS)
@@ -633,7 +630,7 @@ def test_aggregate_is_the_same_on_given_gradients(scope, reduce):
     threshold = {"1": limit, "2": limit} if scope == "group" else limit
     mask = np.array([True, True, False, True, True, True])
     clip = aggregate(threshold, scope=ours, reduce=reduce)
-    got, state = quickly(lambda g: clip.update(g, clip.init(PARAMS), mask=mask))(
+    got, state = jax.jit(lambda g: clip.update(g, clip.init(PARAMS), mask=mask))(
         stored(PARAMS, X, Y)
     )
     there = [one for one, real in zip(EACH, mask, strict=True) if real]
@@ -711,7 +708,7 @@ def test_optax_has_the_same_where_gradients_are_finite_and_not_zero():
     gradients = stored(PARAMS, X, Y)
     leaves, treedef = jax.tree.flatten(gradients)
 
-    @quickly
+    @jax.jit
     def ours(limit):
         clip = aggregate(limit / 2, scope=scopes.leaf(), reduce="sum")  # of four layers
         return clipped_grad(loss, limit, reduce="sum")(PARAMS, X, Y), clip.update(gradients, None)[
@@ -854,7 +851,7 @@ def put(tree, *spec):
 
 def within(context, run, *args, call="jit"):
     with jax.set_mesh(user_mesh()) if context else contextlib.nullcontext():
-        return (quickly(run) if call == "jit" else run)(*args)
+        return (jax.jit(run) if call == "jit" else run)(*args)
 
 
 def same_tree(got, want, rtol=3e-5):
@@ -876,7 +873,7 @@ def on_devices(model, way, call, context, split_out=False, threshold=0.5):
     def run(params, batch):
         return function(params, *batch, mask=mask)
 
-    want = quickly(run)(params, batch)
+    want = jax.jit(run)(params, batch)
     placed = put(params)
     if split_out:
         placed["out"] = put(params["out"], None, "tp")
@@ -909,7 +906,7 @@ def test_a_limit_that_learns_on_an_explicit_mesh():
             state = seen.state
         return gradients, seen
 
-    same_tree(within(True, run, put(params), put(batch, "fsdp")), quickly(run)(params, batch))
+    same_tree(within(True, run, put(params), put(batch, "fsdp")), jax.jit(run)(params, batch))
 
 
 @each_call
@@ -925,7 +922,7 @@ def test_aggregate_on_an_explicit_mesh(scope, call, context):
         return clip.update(gradients, None, mask=np.arange(8) != 2)
 
     split = put(gradients, "fsdp") | {"w1": put(gradients["w1"], "fsdp", None, "tp")}
-    same_tree(within(context, run, split, call=call), quickly(run)(gradients))
+    same_tree(within(context, run, split, call=call), jax.jit(run)(gradients))
 
 
 @pytest.mark.parametrize("context", [False, True])
@@ -943,7 +940,7 @@ def test_vmap_of_update_on_an_explicit_mesh(scope, context):
         return in_all, jax.vmap(clip.update)(gradients, several)
 
     got = within(context, run, put(gradients, "fsdp"), put(several, "fsdp"))
-    same_tree(got, quickly(run)(gradients, several))
+    same_tree(got, jax.jit(run)(gradients, several))
 
 
 ROWS = {
@@ -966,7 +963,7 @@ def test_rules_that_learn_under_vmap_on_an_explicit_mesh(row, context):
     def run(gradients):
         return jax.vmap(ROWS[row].update, (0, None))(gradients, state)
 
-    same_tree(within(context, run, put(gradients, "fsdp")), quickly(run)(gradients))
+    same_tree(within(context, run, put(gradients, "fsdp")), jax.jit(run)(gradients))
 
 
 # Empty batches, and leaves that are no floats
@@ -978,7 +975,7 @@ def test_a_batch_of_no_examples_gives_zeros_and_teaches_nothing(reduce, size):
     for rule in per_example.quantile(0.5, initial=LIMIT), LARGEST:
         function = clipped_grad(loss, rule, reduce=reduce, microbatch=size)
         state = function.init(PARAMS)
-        for wrap in (lambda f: f), quickly:
+        for wrap in (lambda f: f), jax.jit:
             x, y, mask = X[:0], Y[:0], np.zeros(0, bool)
             (value, seen), got = wrap(
                 lambda x, y, mask: function(PARAMS, x, y, mask=mask, state=state)

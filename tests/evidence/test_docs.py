@@ -25,8 +25,8 @@ from wandb.proto import wandb_internal_pb2
 import optaxclip
 from docs import gallery
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-DOCS = Path(__file__).parents[1] / "docs"
+README = (Path(__file__).parents[2] / "README.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
 GENERATED = {"_build", "gallery.md"}
 PAGES = sorted(
     str(page.relative_to(DOCS))

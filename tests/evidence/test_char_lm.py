@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "examples" / "char_lm" / "train_test.py"
+TESTS = Path(__file__).parents[2] / "examples" / "char_lm" / "train_test.py"
 
 
 def test_char_lm_does_what_it_says():
