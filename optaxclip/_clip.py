@@ -53,7 +53,7 @@ def clip(
 
     | updates | result |
     |---|---|
-    | size within the limit | the same bits (but for `smooth` and `normalize`, which act below it too) |
+    | size within the limit | the same bits (`smooth` and `normalize` act below it too) |
     | size above the limit | size at most `limit * (1 + d)`, d by dtype |
     | squares overflow or underflow | the same, by the true size |
     | size not finite | by `nonfinite`, and counted; no rule learns from it |
@@ -85,9 +85,9 @@ def clip(
             `check_vma=True`, where the types of the leaves tell, but for scopes finer than a leaf.
             `jax.vmap` alone maps over whole trees, each clipped by itself. A single number is never
             split.
-        record: whether the state has a `Reading` of what the clip measured and did. Where every element
-            is a group, the reading says whether any element of a leaf was clipped; with `"full"` it has
-            the exact share, for one more pass over the gradient.
+        record: whether the state has a `Reading` of what the clip measured and did. Where every
+            element is a group, the reading says whether any element of a leaf was clipped; with
+            `"full"` it has the exact share, for one more pass over the gradient.
 
     Returns:
         A transform with state `ClipState`, for any place in an Optax chain. `update` needs `params`

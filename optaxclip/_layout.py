@@ -15,7 +15,8 @@ from optaxclip import _sharding, _validate
 from optaxclip._sharding import Names, is_names, names_of
 from optaxclip._types import Axes, Scope
 
-STATISTICS = "_overwrite_with_gradient"  # Flax keeps fp8 statistics under this key: they replace parameters, they are no gradients
+# Flax keeps fp8 statistics under this key: they replace parameters and are no gradients.
+STATISTICS = "_overwrite_with_gradient"
 
 
 class Layout(NamedTuple):
@@ -67,7 +68,7 @@ class Layout(NamedTuple):
 
     @property
     def group_of(self) -> list[Any]:
-        """For each gradient its group; for a stack an array of groups that broadcasts against it."""
+        """For each gradient its group; for a stack, an array of groups."""
         group_of = {k: g for g, group in enumerate(self.groups) for k in group}
         positions, start = [], 0
         for gradient, part in zip(self.gradients, self.parts, strict=True):
@@ -101,8 +102,10 @@ class Layout(NamedTuple):
         return own
 
     def names_of_axes(self, sharded_over: Any) -> list[Names | None]:
-        """For each gradient the mapped axes, from one choice for all or a tree of them that the
-        updates start with.
+        """For each gradient the mapped axes over which it is sharded.
+
+        The argument is one choice for all leaves, or a tree of choices that is a prefix of the
+        updates.
 
         Raises:
             ValueError: the tree has another structure than the updates.
@@ -133,9 +136,7 @@ class Layout(NamedTuple):
         return names
 
     def filled(self, arrays: Iterable[Array]) -> Any:
-        """A tree like the updates: these arrays where the gradients are, and a zero for any other
-        array.
-        """
+        """A tree like the updates, of these arrays; any other array is a zero."""
         nodes = [_with_inside(node, _stand_in(_inside(node))) for node in self.nodes]
         for i, array in zip(self.measured, arrays, strict=True):
             nodes[i] = array if self.nodes[i] is None else _with_inside(self.nodes[i], array)
@@ -151,18 +152,14 @@ class Layout(NamedTuple):
         return self.filled(map(array, self.gradients))
 
     def replaced(self, tree: Any, arrays: Iterable[Array]) -> Any:
-        """A tree of this structure with other arrays where the gradients are; all else, boxes
-        included, as it was.
-        """
+        """The tree with these arrays in place of the gradients; boxes stay."""
         nodes = self.treedef.flatten_up_to(tree)
         for i, array in zip(self.measured, arrays, strict=True):
             nodes[i] = _with_inside(nodes[i], array)
         return jax.tree.unflatten(self.treedef, nodes)
 
     def rebuild(self, gradients: Iterable[Array]) -> Any:
-        """The updates with new gradients; what was no float, although its parameter is there, stays
-        as it was.
-        """
+        """The updates with new gradients; a leaf that holds no floats stays as it is."""
         nodes = list(self.nodes)
         for i, gradient in zip(self.measured, gradients, strict=True):
             nodes[i] = (
@@ -172,12 +169,11 @@ class Layout(NamedTuple):
 
 
 def lay_out(scope: Scope, tree: Any, params: Any = None, *, weights: bool = False) -> Layout:
-    """Finds the leaves of `tree` that `scope` measures; integers, booleans, float0 and keys are
-    not.
+    """Finds the leaves of `tree` that `scope` measures.
 
-    Where a gradient is None though its parameter is there, it counts as zero, and stays None. With
-    `weights`, integers of 8 bits and less among the parameters are quantized weights, which are
-    measured as well.
+    Integers, booleans, float0 and keys are not measured. Where a gradient is None though its
+    parameter is there, it counts as zero, and stays None. With `weights`, integers of 8 bits and
+    less among the parameters are quantized weights, which are measured as well.
     """
     keys, nodes, treedef = _flattened(tree)
     present = list(map(_inside, nodes))
@@ -263,8 +259,7 @@ def _flattened(tree: Any) -> tuple[list[Any], list[Any], Any]:
 
 
 def _is_box(node: Any) -> bool:
-    """Whether a node holds one leaf and what is known of it, such as Flax's `nnx.Param` and
-    `nn.Partitioned`.
+    """Whether a node is a box: one leaf and its metadata, such as Flax's `nnx.Param`.
 
     Some functions of Flax take boxes off and others leave them on, so their keys are no part of a
     path.
@@ -292,13 +287,14 @@ def _with_inside(node: Any, value: Any) -> Any:
 
 
 def _stand_in(value: Any) -> Any:
-    """A zero in place of an array that is not measured, with as many axes; what is absent stays so."""
+    """A zero with as many axes, in place of an array that is not measured."""
     return value if is_absent(value) else jnp.zeros((1,) * np.ndim(value))
 
 
 def _paths(keys: Sequence[Any]) -> list[str]:
-    """A path for each leaf, `encoder/0/kernel`; leaves that would share one get longer ones, and no
-    two are the same.
+    """A path for each leaf, `encoder/0/kernel`, and no two the same.
+
+    Leaves whose short paths are equal get longer ones.
     """
     paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key in keys]
     for spell in (_escaped, jax.tree_util.keystr):

@@ -23,8 +23,9 @@ Thresholds = Threshold | dict[Any, Threshold]
 
 
 def _placeholder_type() -> type:
-    """The type of what Optax gives to `init` in place of parameters, to learn where a state has
-    trees like them.
+    """The type of Optax's placeholder for parameters.
+
+    `optax.tree.map_params` calls `init` with it, to learn where a state has trees like them.
     """
     found: list[type] = []
 
@@ -138,9 +139,7 @@ def placeholder_state(threshold: Thresholds, scope: Scope, params: Any) -> Any:
 
 
 def joined(threshold: Thresholds, layout: Layout, states: list[Any], like: Any = None) -> Any:
-    """One state from the states of the blocks; its trees are `like` those of an earlier one, boxes
-    included.
-    """
+    """One state from the states of the blocks, with the boxes of an earlier one."""
     if layout.axes is None:
         return states[0]
     structure = _structure(threshold)
@@ -169,7 +168,7 @@ def separate(threshold: Thresholds, layout: Layout, state: Any) -> list[Any]:
 
 
 def _structure(threshold: Thresholds) -> Any:
-    """The structure of the state of one block; None if leaves have rules whose states differ in it."""
+    """The structure of the state of one block; None if the rules differ in it."""
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     rules = [threshold] if isinstance(threshold, Threshold) else threshold.values()
     found = {jax.tree.structure(jax.eval_shape(rule.init, one)) for rule in rules}

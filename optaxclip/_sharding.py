@@ -1,6 +1,4 @@
-"""What is split over mapped axes (of `jax.shard_map`, `jax.pmap`, `jax.vmap`), and sums and maxima
-over all its parts.
-"""
+"""Mapped axes and explicit meshes: which leaves they shard, and all-reduces over the parts."""
 
 import functools
 import itertools
@@ -92,9 +90,7 @@ def split_axes(name: str, given: Names | None, x: Any) -> Names:
 
 
 def unsharded(x: Any, last: int) -> Any:
-    """`x`, of which every device has all along the last axes; only on an explicit mesh is there
-    something to do.
-    """
+    """`x` with its last axes unsharded; nothing to do without an explicit mesh."""
     spec = _spec(x)
     return _split(x, spec[: max(len(spec) - last, 0)], x) if any(spec) else x
 
@@ -105,9 +101,7 @@ def is_explicit(x: Any) -> bool:
 
 
 def zeros_beside(leaf: Any, shape: jax.ShapeDtypeStruct) -> Array:
-    """Zeros of this shape, split over devices as the leaf is, along the axes that have the same
-    length.
-    """
+    """Zeros of this shape, sharded as the leaf along the axes of equal length."""
     if isinstance(leaf, Tracer):
         return sharded_like(jnp.zeros_like(shape), shape)
     sharding = getattr(leaf, "sharding", None)
@@ -119,7 +113,7 @@ def zeros_beside(leaf: Any, shape: jax.ShapeDtypeStruct) -> Array:
 
 
 def placed(state: Any, sizes: Array) -> Any:
-    """The state of a block, of arrays that end in its shape, split over devices as its sizes are."""
+    """The state of a block, sharded as its sizes; its arrays end in their shape."""
 
     def place(x: Any) -> Any:
         x = jnp.asarray(x)
@@ -137,9 +131,7 @@ def sharded_like(x: Any, like: Any) -> Any:
 
 
 def beside(state: Any, sizes: Array) -> Any:
-    """The state of a block, of arrays that end in its shape, on an explicit mesh split over it as
-    the sizes are.
-    """
+    """The same for a traced state, on an explicit mesh."""
     own = _spec(sizes)
 
     def place(x: Any) -> Any:
@@ -163,8 +155,7 @@ def split_as(like: Any, tree: Any) -> Any:
 
 
 def varying_as(like: Any, tree: Any) -> Any:
-    """The tree, of which each device has its own along every axis along which something in `like`
-    differs.
+    """The tree, typed as varying along every axis along which something in `like` varies.
 
     The derivative by what is the same on all devices is a sum over them; by this it is not.
     """
@@ -188,8 +179,9 @@ def explicit_mesh(tree: Any) -> Any:
 
 
 def compiled_on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled if it is called with arrays on an explicit mesh: one by one, some
-    operations do not run there.
+    """The function, compiled if its arrays are on an explicit mesh.
+
+    Some operations do not run there one by one.
     """
     compiled = jax.jit(function)
 
@@ -204,9 +196,7 @@ def compiled_on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def batch_axes(batch: Any) -> Any:
-    """How an explicit mesh splits the first axis of the arrays: by the first of them that it
-    splits; None if none is.
-    """
+    """The mesh axes that shard the first axis of the first sharded array, or None."""
     return next((spec[0] for x in jax.tree.leaves(batch) if any((spec := _spec(x))[:1])), None)
 
 
@@ -226,9 +216,7 @@ def parts_of(mesh: Any, axes: Any) -> int:
 
 
 def resharded(tree: Any, out: Any) -> Any:
-    """The tree, split as `out`, a tree of shardings that it starts with; as it is where that is
-    None.
-    """
+    """The tree, sharded as `out`, a prefix tree of shardings; None leaves a part as it is."""
     return jax.tree.map(
         lambda to, part: part if to is None else _jax.reshard(part, to),
         out,
@@ -254,8 +242,9 @@ def automatic(mesh: Any, function: Callable[..., Any], out: Any, *args: Any) -> 
 
 
 def mapped_as(like: Array, x: Array) -> Array:
-    """`x` in the shape of `like`, and mapped by `jax.vmap` if that is; the compiler drops the
-    selection.
+    """`x` in the shape of `like`, and mapped by `jax.vmap` if `like` is.
+
+    The compiler drops the selection.
 
     On an explicit mesh JAX refuses to stack what is mapped with what is not.
     """
@@ -348,9 +337,7 @@ def _is_bound(name: Hashable) -> bool:
 
 
 def _split(x: Any, spec: tuple[Any, ...], like: Any) -> Any:
-    """`x`, split over the explicit mesh of `like`; the mesh is named, as it need not be that of a
-    context.
-    """
+    """`x`, sharded over the explicit mesh of `like`, which need not be the context's."""
     return _jax.reshard(x, NamedSharding(_sharding_of(like).mesh, PartitionSpec(*spec)))
 
 

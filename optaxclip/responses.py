@@ -47,11 +47,10 @@ class FromTarget:
 
 
 def from_target(target: Callable[..., Array]) -> FromTarget:
-    """Makes a response that gives a gradient of a size the size `target(size, limit)`, and leaves
-    zeros alone.
+    """Makes a response that scales a gradient to the size `target(size, limit)`.
 
-    The engine asks such a response for its `target`: then it does the scalar work for all groups at
-    once, and what remains for each leaf is to multiply.
+    Zeros stay zeros. The engine asks such a response for its `target`: then it does the scalar work
+    for all groups at once, and what remains for each leaf is to multiply.
 
     Args:
         target: `(size, limit) -> size after clipping`, of arrays of sizes.
@@ -59,8 +58,9 @@ def from_target(target: Callable[..., Array]) -> FromTarget:
     Example:
         >>> import jax.numpy as jnp
         >>> from optaxclip import responses
-        >>> halfway = responses.from_target(lambda size, limit: (size + jnp.minimum(size, limit)) / 2)
-        >>> halfway(jnp.array([3.0, 4.0]), jnp.array(5.0), jnp.array(1.0))
+        >>> mean = lambda size, limit: jnp.minimum(size, (size + limit) / 2)
+        >>> softer = responses.from_target(mean)
+        >>> softer(jnp.array([3.0, 4.0]), jnp.array(5.0), jnp.array(1.0))
         Array([1.8000001, 2.4      ], dtype=float32)
     """
     return FromTarget(target)
@@ -81,8 +81,7 @@ def rescale(size: Array, limit: Array) -> Array:
 
 @traced_once()
 def clamp(gradient: Array, size: Array, limit: Array) -> Array:
-    r"""Cuts each element at the limit where the size is above it, :math:`\mathrm{sign}(g) \min(|g|,
-    c)`.
+    r"""Cuts each element at the limit, :math:`\mathrm{sign}(g) \min(|g|, c)`, if the size is above.
 
     With element scope this is clipping by value. With larger scopes it bounds their `linf` norm
     exactly, and other norms not at all.
@@ -119,19 +118,19 @@ def normalize(size: Array, limit: Array) -> Array:
 
 @from_target
 def band(size: Array, limit: Array, *, low: float = 0.5) -> Array:
-    r"""Keeps the size between a share `low` of the limit and the limit, :math:`g\, \mathrm{clip}(s,
-    \ell c, c) / s`.
+    r"""Keeps the size within a band, :math:`g\, \mathrm{clip}(s, \ell c, c) / s`.
+
+    The lower end is a share `low` of the limit.
     """
     return jnp.where(limit < jnp.inf, jnp.clip(size, low * limit, limit), size)
 
 
 @from_target
 def automatic(size: Array, limit: Array, *, gamma: float = 0.01) -> Array:
-    r"""AUTO-S: almost the same size for all, :math:`g\, c / (s + \gamma)`, so that the limit is
-    only a scale.
+    r"""AUTO-S: gives all gradients almost the same size, :math:`g\, c / (s + \gamma)`.
 
-    Small gradients are enlarged, up to :math:`c / \gamma` times. Not at or below the limit is it
-    the identity.
+    So the limit is only a scale. Small gradients are enlarged, up to :math:`c / \gamma` times, and
+    gradients below the limit change too.
 
     References:
         Bu et al., [Automatic clipping](https://arxiv.org/abs/2206.07136), 2022.
@@ -141,8 +140,7 @@ def automatic(size: Array, limit: Array, *, gamma: float = 0.01) -> Array:
 
 @from_target
 def psac(size: Array, limit: Array, *, r: float = 0.1) -> Array:
-    r"""PSAC: as `automatic`, but small gradients are not enlarged so much, :math:`g\, c / (s + r /
-    (s + r))`.
+    r"""PSAC: enlarges small gradients less than `automatic`, :math:`g\, c / (s + r / (s + r))`.
 
     References:
         Xia et al., [Differentially private learning with per-sample adaptive

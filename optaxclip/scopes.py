@@ -16,9 +16,9 @@ def tree(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> 
 
     Args:
         where: `path -> bool`. Leaves that it refuses are neither measured nor clipped.
-        batch_axes: axes along which leaves are stacks, of layers that are scanned over or of members
-            of an ensemble; or `(path, leaf) -> axes`. Each index has its own size, joint over the
-            leaves. Leaves without these axes are one more group.
+        batch_axes: axes along which leaves are stacks, of layers that are scanned over or of
+            members of an ensemble; or `(path, leaf) -> axes`. Each index has its own size, joint
+            over the leaves. Leaves without these axes are one more group.
 
     Raises:
         TypeError: `where` is not a function of a path, or `batch_axes` are no axes.
@@ -187,8 +187,9 @@ def _batch(batch_axes: BatchAxes) -> Callable[[str, Any], Axes]:
 def _axes_function(
     name: str, axes: int | Sequence[int] | AxesOf, otherwise: Callable[[Any], Axes]
 ) -> AxesOf:
-    """Axes as a function of the leaf: a fixed choice where the leaf has so many axes, else
-    `otherwise(leaf)`.
+    """Axes as a function of the leaf.
+
+    A leaf that has too few axes for a fixed choice gets `otherwise(leaf)`.
     """
     if callable(axes):
         _validate.function(name, axes, "lambda path, leaf: 0", takes=2)

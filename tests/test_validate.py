@@ -23,6 +23,25 @@ CLIP_STATE = optaxclip.clip_by_global_norm(1.0).init(np.ones(1))
 RELATIVE = norms.relative_linf(0.1, 1e-7)
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
+    "units": [
+        (
+            ("w", (16, 1), ("x",)),
+            {},
+            ValueError,
+            "scope must say what a unit of the leaf 'w' is, whose part here has the shape (16, 1): "
+            "a length of 1 may be one device's share of a longer axis; "
+            "pass scopes.unit(axes=...), such as axes=0",
+        )
+    ],
+    "stack": [
+        (
+            ("tree", (2,), (4,)),
+            {},
+            ValueError,
+            "batch_axes must give stacks of one length in the group 'tree', got (2,) and (4,); "
+            "give each its own group, or return None for a leaf that is no stack",
+        )
+    ],
     "boundaries": [
         (
             (2.0, [1]),
@@ -805,6 +824,8 @@ REFUSALS = {
     ],
 }
 ACCEPTED = {
+    "units": [(("w", (16, 1), ()), {})],
+    "stack": [(("tree", (2,), (2,)), {})],
     "boundaries": [(([1.0, 2.0], [3]), {}), (([1.0], []), {}), (([1.0] * 3, [2, 2]), {})],
     "only_with": [(("n", 1.0, 1.0, "x", False), {}), (("n", 2.0, 1.0, "x", True), {})],
     "number": [
