@@ -47,6 +47,7 @@ def normal_tree(seed=0, scale=1.0, dtype=jnp.float32):
 
 
 PARAMS = normal_tree(seed=100)
+TWO = ("bias", "dense")  # enough where the shape of a leaf does not matter
 
 
 def update(transform, updates, params=None, steps=1):
@@ -58,9 +59,9 @@ def update(transform, updates, params=None, steps=1):
 
 
 @functools.cache
-def program(case, scale=1.0):
+def program(case, scale=1.0, **options):
     """One step from the start, compiled once for each kind of tree."""
-    transform = case.make(scale)
+    transform = case.make(scale, **options)
     return jax.jit(lambda updates, params: update(transform, updates, params))
 
 
@@ -127,8 +128,8 @@ HARD = {
     "f32-squares-overflow": [np.array([1e20, 1e20], np.float32), np.array([1.0], np.float32)],
     "f32-largest": [np.array([5e37, -5e37, 1.5e38], np.float32)],
     "f32-squares-underflow": [np.array([1e-25, -1e-25], np.float32)],
-    "bf16-many-leaves": [np.ones((2,), jnp.bfloat16)] * 100,
-    "bf16-one-large-leaf": [np.full(10**5, 1e-2, jnp.bfloat16)],
+    "bf16-many-leaves": [np.ones((2,), jnp.bfloat16)] * 40,
+    "bf16-one-large-leaf": [np.full(20_000, 1e-2, jnp.bfloat16)],
     "mixed-f32-fp16": [np.array([1e6], np.float32), np.array([100], np.float16)],
     "mixed-all": [
         np.array([1e30], np.float32),
@@ -323,17 +324,18 @@ def test_all_floats_are_in_the_table():
 
 @functools.cache
 def trees_of_floats():
-    tree = normal_tree(1, 2.0)
+    tree = {name: x for name, x in normal_tree(1, 2.0).items() if name in TWO}
     return {str(dtype): rounded(tree, dtype) for dtype in floats()}
 
 
 @each_case
 def test_any_float_is_clipped_in_its_own_dtype(case: Case):
     transform, trees = case.make(1.0), trees_of_floats()
+    params = {name: PARAMS[name] for name in TWO}
 
     def run(trees):
         return {
-            name: transform.update(tree, transform.init(tree), PARAMS)
+            name: transform.update(tree, transform.init(tree), params)
             for name, tree in trees.items()
         }
 
@@ -354,7 +356,7 @@ def test_any_float_is_clipped_in_its_own_dtype(case: Case):
             [np.asarray(x.astype(jnp.float32), float) for x in jax.tree.leaves(tree)]
             for tree in (updates, out)
         )
-        for x, y, want in zip(before, after, expected(case, before, leaves64(PARAMS)), strict=True):
+        for x, y, want in zip(before, after, expected(case, before, leaves64(params)), strict=True):
             assert (np.abs(y) <= np.abs(x)).all() and (np.sign(y) * np.sign(x) >= 0).all(), name
             np.testing.assert_allclose(
                 y, want, rtol=max(0.51 * spacing, 2e-6), atol=0.51 * spacing * least, err_msg=name
@@ -423,21 +425,34 @@ def test_exactly_at_the_limit_the_same_bits(case: Case):
 # well; one trace.
 
 
+def is_weak(x):
+    return (x if hasattr(x, "weak_type") else jnp.asarray(x)).weak_type
+
+
 def described(tree, *, weak=True):
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [
-        (jnp.shape(x), jnp.result_type(x), weak and jnp.asarray(x).weak_type) for x in leaves
-    ]
+    return treedef, [(jnp.shape(x), jnp.result_type(x), weak and is_weak(x)) for x in leaves]
+
+
+LIMITS = (1.0, jnp.float32(1.0), np.float64(1.0), jnp.bfloat16(1.0))
 
 
 @each_transform
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_updates_and_state_keep_structure_shapes_and_dtypes(case: Case, dtype):
     updates = {"array": normal_tree(2, 10.0, dtype), "number": 3.0}
-    for limit in (1.0, jnp.float32(1.0), np.float64(1.0), jnp.bfloat16(1.0)):
+    for limit in LIMITS:
         transform = case.make(limit)
-        state = transform.init(updates)
-        out, new_state = transform.update(updates, state, updates)
+        init, step = transform.init, transform.update
+        if (
+            limit is not LIMITS[0]
+        ):  # abstract, which is ten times as fast, and has types all the same
+            init, step = (
+                functools.partial(jax.eval_shape, init),
+                functools.partial(jax.eval_shape, step),
+            )
+        state = init(updates)
+        out, new_state = step(updates, state, updates)
         assert described(out, weak=False) == described(updates, weak=False)
         assert described(new_state) == described(state)
 
@@ -612,8 +627,11 @@ def test_nonfinite_groups_propagate_or_become_zero(case: Case, bad, jit):
     updates = poisoned(bad)
     params = jax.tree.map(jnp.ones_like, updates)
     for policy, check in {"propagate": np.isnan, "zero": lambda x: x == 0}.items():
-        run = lambda u, policy=policy: update(case.make(1.0, nonfinite=policy), u, params)  # noqa: E731 (jitted or not)
-        out, state = (jax.jit(run) if jit else run)(updates)
+        out, state = (
+            program(case, nonfinite=policy)(updates, params)
+            if jit
+            else update(case.make(1.0, nonfinite=policy), updates, params)
+        )
         for leaf, mask in zip(leaves64(out), hit_groups(case, updates), strict=True):
             assert check(leaf[mask]).all() and mask.any() == (leaf.ndim == 2 or mask.all())
             assert np.isfinite(leaf[~mask]).all()
@@ -658,14 +676,18 @@ def test_zero_gradients_stay_zero_even_at_limit_zero(case: Case):
 # 7. Traced limits that go wrong never turn descent into ascent.
 
 
+@functools.cache
+def of_a_traced_limit(case):
+    updates = normal_tree(6, 10.0)
+    return jax.jit(lambda limit: update(case.make(limit), updates, PARAMS))
+
+
 @each_of([case for case in CASES if case.limit is not unlimited])
 @pytest.mark.parametrize("limit", [-1.0, np.nan])
 def test_a_traced_limit_that_is_negative_or_nan_gives_zero(case: Case, limit):
     if case.bounds is not None:
         return test_bounds_that_swap_sign_give_zero(limit)
-    out, state = jax.jit(lambda limit: update(case.make(limit), normal_tree(6, 10.0), PARAMS))(
-        limit
-    )
+    out, state = of_a_traced_limit(case)(limit)
     chex.assert_trees_all_close(
         out, jax.tree.map(jnp.zeros_like, out), rtol=0, atol=1e-36 if case.name == "clippy" else 0
     )
@@ -706,25 +728,27 @@ def test_meta_gradients_are_finite(case: Case):
 )
 def test_a_step_made_zero_leaves_the_derivative_of_all_others(case: Case):
     transform = case.make(1.0, nonfinite="zero")
-    good, bad = (
-        normal_tree(3, 10.0),
-        jax.tree.map(lambda x: jnp.full_like(x, jnp.nan).at[(0,) * x.ndim].set(jnp.inf), PARAMS),
-    )
+    params = {name: PARAMS[name] for name in TWO}
+    good = {name: x for name, x in normal_tree(3, 10.0).items() if name in TWO}
+    bad = jax.tree.map(lambda x: np.full_like(x, np.nan), good)
+    for x in bad.values():
+        x[(0,) * x.ndim] = np.inf
 
     def total(scale, steps):
-        state, out = transform.init(PARAMS), 0.0
-        for updates in steps:
+        def step(state, updates):
             own = jax.tree.map(
                 lambda x: jnp.where(jnp.isfinite(x), scale * jnp.nan_to_num(x), x).astype(x.dtype),
                 updates,
             )
-            clipped, state = transform.update(own, state, PARAMS)
-            out += sum(jnp.sum(jnp.real(x) ** 2) for x in jax.tree.leaves(clipped))
-        return out
+            clipped, state = transform.update(own, state, params)
+            return state, sum(jnp.sum(jnp.real(x) ** 2) for x in jax.tree.leaves(clipped))
 
-    found = jax.jit(jax.grad(total))(1.5, [good, bad, good])
+        return jax.lax.scan(step, transform.init(params), steps)[1].sum()
+
+    def slope(*steps):
+        return jax.jit(jax.grad(total))(1.5, jax.tree.map(lambda *x: np.stack(x), *steps))
+
+    found = slope(good, bad, good)
     assert jnp.isfinite(found)
     if case.name != "spam_clip":  # its warm-up counts all steps
-        np.testing.assert_allclose(
-            found, jax.jit(jax.grad(total))(1.5, [good, good]), rtol=1e-4, atol=1e-6
-        )
+        np.testing.assert_allclose(found, slope(good, good), rtol=1e-4, atol=1e-6)
