@@ -12,7 +12,7 @@ from test_conformance import MONITORS, TRANSFORMS
 import optaxclip
 from optaxclip import scopes
 
-GRADS = {"w": jnp.arange(12.0).reshape(4, 3) - 5, "b": jnp.ones(3, jnp.bfloat16)}
+GRADS = {"kernel": jnp.arange(12.0).reshape(4, 3) - 5, "bias": jnp.ones(3, jnp.bfloat16)}
 EVERY = {**TRANSFORMS, **MONITORS}
 SETTINGS = {
     "strict dtypes": lambda: jax.numpy_dtype_promotion("strict"),
