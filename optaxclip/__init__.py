@@ -37,3 +37,47 @@ from optaxclip.methods import scale_by_stable_adam as scale_by_stable_adam
 from optaxclip.methods import spam_clip as spam_clip
 from optaxclip.methods import spectral_clip as spectral_clip
 from optaxclip.methods import zclip as zclip
+
+__all__ = [
+    "clip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
+    "adaptive_grad_clip",
+    "adagc",
+    "autoclip",
+    "clippy",
+    "gradient_stabilizer",
+    "growth_clip",
+    "history_clip",
+    "log_norm_clip",
+    "quantile_clip",
+    "scale_by_stable_adam",
+    "spam_clip",
+    "spectral_clip",
+    "zclip",
+    "clip_activation_grad",
+    "clip_cotangent",
+    "error_feedback",
+    "skip_nonfinite",
+    "skip_spikes",
+    "scopes",
+    "norms",
+    "thresholds",
+    "responses",
+    "telemetry",
+    "per_example",
+    "plots",
+    "testing",
+    "Scope",
+    "Norm",
+    "Threshold",
+    "Context",
+    "Reading",
+    "ClipState",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

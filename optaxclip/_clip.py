@@ -64,7 +64,7 @@ def clip(
 
     The excess d is the rounding of the result: 1e-6 in float32 and wider, 2e-3 in float16, 8e-3 in
     bfloat16, 0.07 in float8_e4m3, 0.13 in float8_e5m2, 0.25 in float4. All are measured in float32
-    or wider, and given back in their own dtype.
+    or wider, and given back in the dtype that they had.
 
     Structure, shapes and dtypes of the updates are kept. The state has the same
     structure, shapes and dtypes from `init` on.
@@ -119,14 +119,8 @@ def clip(
         (Array([6.], dtype=float32), Array([3.], dtype=float32))
     """
     _validate.scope_given(scope)
-    threshold = as_thresholds(threshold)
-    _validate.part("scope", scope, Scope, "scopes.tree()")
-    scope = cast(Scope, scope)
-    _validate.part("norm", norm, Norm, "norms.l2()")
-    _validate.function("response", response, "responses.rescale", takes=3)
-    _validate.option("nonfinite", nonfinite, POLICIES)
-    _validate.option("record", record, (True, False, "full"))
-
+    threshold, scope = as_thresholds(threshold), cast(Scope, scope)
+    _check_parts(scope, norm, response, nonfinite, record)
     rules = threshold.values() if isinstance(threshold, dict) else [threshold]
     relative = norm.uses_params or any(rule.uses_params for rule in rules)
     cuts = response in CUTS  # the size after is the smaller of size and limit
@@ -137,8 +131,7 @@ def clip(
         if is_placeholder(params):
             return ClipState(step, placeholder_state(threshold, scope, params), recorder.unread())
         layout = lay_out(scope, params, weights=relative)
-        if isinstance(threshold, dict):
-            _validate.names(threshold, layout.keys)
+        _check_names(threshold, layout)
         sizes = _no_sizes(norm, layout, sharded_over)
         learned = initial_state(threshold, layout, sizes)
         return ClipState(step, learned, recorder.first(layout, sizes))
@@ -170,6 +163,15 @@ def clip(
     return transform(init, update)
 
 
+def _check_parts(scope: Any, norm: Any, response: Any, nonfinite: Any, record: Any) -> None:
+    """Refuses a part that is none, and other words than these."""
+    _validate.part("scope", scope, Scope, "scopes.tree()")
+    _validate.part("norm", norm, Norm, "norms.l2()")
+    _validate.function("response", response, "responses.rescale", takes=3)
+    _validate.option("nonfinite", nonfinite, POLICIES)
+    _validate.option("record", record, (True, False, "full"))
+
+
 def _measure(
     norm: Norm, layout: Layout, leaves: list[Any], params: Any, sharded_over: Any
 ) -> Blocks:
@@ -187,7 +189,7 @@ def _respond(
 ) -> tuple[list[Array], Blocks]:
     """RESPOND: the gradients clipped, and their sizes after it.
 
-    Gradients are multiplied in float32 or wider, and returned in their own dtype.
+    Gradients are multiplied in float32 or wider, and returned in the dtype that they had.
     """
     target, zero = getattr(response, "target", None), nonfinite == "zero"
     if target is None:
@@ -251,7 +253,7 @@ def _change(zero: bool, size: Array, wanted: Array) -> tuple[Array, ...]:
 
 @traced_once(static=0)
 def _multiplied(zero: bool, gradient: Array, pair: tuple[Array, Array]) -> Array:
-    """A leaf times both factors, in its own dtype; with `zero`, 0 times infinity or NaN is 0."""
+    """A leaf times both factors, in its dtype; with `zero`, 0 times infinity or NaN is 0."""
     wide = widen(gradient)
     wide = jnp.where(pair[1] == 0, 0, wide) if zero else wide
     return cast_like(multiply(wide, *pair), gradient)
@@ -278,6 +280,11 @@ def _check(state: Any, layout: Layout, threshold: Any) -> None:
     names = getattr(state.reading, "names", None)
     if names is not None:
         _validate.same_groups(layout.names, names.known)
+    _check_names(threshold, layout)
+
+
+def _check_names(threshold: Any, layout: Layout) -> None:
+    """Refuses a dict of thresholds whose keys are not the groups of the tree."""
     if isinstance(threshold, dict):
         _validate.names(threshold, layout.keys)
 

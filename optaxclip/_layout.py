@@ -32,7 +32,7 @@ class Layout(NamedTuple):
         keys: for each group its name in a dict of thresholds: that of its stack, if it is of one.
         groups: for each group, the positions of its units, counted over all gradients; where no
             gradient is a stack, each has one unit. Empty with `axes`.
-        axes: for each gradient the axes measured together, if parts of it have their own sizes;
+        axes: for each gradient the axes measured together, if parts of it have sizes;
             None where leaves are measured whole, or layer by layer in groups.
         parts: for each gradient the axes measured together; all of them, but for stacks.
         by_shape: whether `axes` go by the lengths of a leaf's axes.
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
     @property
     def is_of_elements(self) -> bool:
-        """Whether each number is a group of its own."""
+        """Whether each number is a group by itself."""
         return self.axes is not None and not any(self.axes)
 
     @property
@@ -96,10 +96,10 @@ class Layout(NamedTuple):
             return []
         _validate.params_given(params)
         nodes = _validate.same_structure(params, self.treedef)
-        own = [_inside(nodes[i]) for i in self.measured]
-        for path, param, gradient in zip(self.paths, own, self.gradients, strict=True):
+        weights = [_inside(nodes[i]) for i in self.measured]
+        for path, param, gradient in zip(self.paths, weights, self.gradients, strict=True):
             _validate.parameter(path, param, jnp.shape(gradient))
-        return own
+        return weights
 
     def names_of_axes(self, sharded_over: Any) -> list[Names | None]:
         """For each gradient the mapped axes over which it is sharded.
@@ -200,9 +200,11 @@ def lay_out(scope: Scope, tree: Any, params: Any = None, *, weights: bool = Fals
     names = {i: _group_of(scope, paths[i]) for i in numbers}
     axes = {i: _axes_of(scope, paths[i], present[i]) for i in numbers}
     measured = [i for i in numbers if names[i] is not None and axes[i] is not None]
-    gradients, found = [present[i] for i in measured], [paths[i] for i in measured]
+    gradients, leaf_paths = [present[i] for i in measured], [paths[i] for i in measured]
     parts = [axes[i] or () for i in measured]
-    layout = Layout(treedef, nodes, measured, gradients, found, found, found, parts=parts)
+    layout = Layout(
+        treedef, nodes, measured, gradients, leaf_paths, leaf_paths, leaf_paths, parts=parts
+    )
     if scope.axes is not None:
         return layout._replace(axes=parts, by_shape=scope.by_shape)
     if scope.group is None:

@@ -327,7 +327,7 @@ class Blocks:
         Where leaves are measured whole, there is a column for each group.
         """
         blocks = list(zip(self.stacks, *[other.stacks for other in others], strict=True))
-        count = sum(map(self._is_several, range(len(blocks))))
+        count = sum(map(self._has_many, range(len(blocks))))
         tables = [jax.vmap(column, out_axes=1)(*block) for block in blocks[:count]]
         if blocks[count:]:
             return _with_single_columns(tables, column, blocks[count:], self._order())
@@ -343,14 +343,14 @@ class Blocks:
             return tuple(make(list(column)) for column in zip(*results, strict=True))
         blocks = make(results)
         for k, stack in enumerate(self.stacks):
-            if self._is_several(k):
+            if self._has_many(k):
                 blocks.stacks[k] = _sharding.mapped_as(stack, blocks.stacks[k])
         return blocks
 
     def _of_stacks(self, stacks: list[Array]) -> "Blocks":
         return Blocks(stacks, self.members, self.shapes, self.group_of)
 
-    def _is_several(self, k: int) -> bool:
+    def _has_many(self, k: int) -> bool:
         """Whether the first axis of this stack runs over blocks, or over groups."""
         return len(self.members[k]) > 1 or self.group_of is not None
 
@@ -364,12 +364,12 @@ class Blocks:
         return jnp.stack(arrays)
 
 
-def unstacked(*several: Blocks) -> list[list[Array]]:
-    """`[blocks.each() for blocks in several]`, by kernels that they share."""
-    first = several[0]
-    arrays: list[list[Any]] = [[None] * len(first.shapes) for _ in several]
+def unstacked(*blocks_of: Blocks) -> list[list[Array]]:
+    """`[blocks.each() for blocks in blocks_of]`, by kernels that they share."""
+    first = blocks_of[0]
+    arrays: list[list[Any]] = [[None] * len(first.shapes) for _ in blocks_of]
     for k, group in enumerate(first.members):
-        stacks = [blocks.stacks[k] for blocks in several]
+        stacks = [blocks.stacks[k] for blocks in blocks_of]
         rows = [stacks] if len(group) == 1 else columns(jnp.stack(stacks))
         for position, row in zip(group, rows, strict=True):
             for blocks, array in zip(arrays, row, strict=True):
@@ -424,7 +424,7 @@ def _with_single_columns(
 
 
 def _ordered(tables: list[Array], order: np.ndarray) -> Array:
-    """`[rows, blocks]` from several tables, in this order."""
+    """`[rows, blocks]` from these tables, in this order."""
     if not tables:
         return jnp.zeros((4, 0))
     table = jnp.concatenate(tables, axis=1)

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     Attributes:
         axes: for each leaf, the axes that are measured together. The other axes number its units.
         groups: for each group, the positions of its units, counted over all leaves in their order;
-            None if each leaf keeps a block of its own, with those axes of length 1.
+            None if each leaf keeps a block, with those axes of length 1.
         split: for each leaf, the mapped axes over which what is measured together is sharded.
     """
 
@@ -71,7 +71,7 @@ def measure(
             units, counted over all leaves. None measures each leaf, or with axes each unit, alone.
         sharded_over: for each leaf the mapped axes over which what is measured together is sharded,
             or None to read them from the leaf's type. (The type says over which mesh axes a leaf
-            varies, not which of its own axes they shard. So a leaf of which parts are measured
+            varies, not which array axes they shard. So a leaf of which parts are measured
             needs the names.)
 
     Returns:
@@ -124,7 +124,7 @@ def sizes(norm: Norm, plan: Plan, leaves: list[ArrayLike]) -> list[Array]:
 
 
 def partials_of_leaves(norm: Norm, plan: Plan, leaves: list[ArrayLike]) -> list[tuple[Array, ...]]:
-    """The partials of each leaf: its own axes, or one vector of its units for the groups."""
+    """The partials of each leaf: as arrays, or as one vector of its units for the groups."""
     of_leaf = _partials if plan.groups is None else _partials_in_vectors
     return [of_leaf(norm, axes, leaf) for axes, leaf in zip(plan.axes, leaves, strict=True)]
 
@@ -215,7 +215,7 @@ def union(split: Sequence[Names]) -> Names:
 
 
 def _once(vector: Array, split: Sequence[Names], counts: list[int]) -> Array:
-    """Partials of units, in which a leaf that several devices hold counts on one of them only."""
+    """Partials of units, in which a replicated leaf counts on one device only."""
     if len(set(split)) <= 1:
         return vector
     axes, by_unit = (

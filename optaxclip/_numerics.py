@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _validate
 
-# Precision: leaves are measured in float32 or wider, and returned in their own dtype.
+# Precision: leaves are measured in float32 or wider, and returned in the dtype that they had.
 
 
 def wide(x: ArrayLike, least: DTypeLike = jnp.float32) -> DTypeLike:

@@ -27,14 +27,14 @@ def _placeholder_type() -> type:
 
     `optax.tree.map_params` calls `init` with it, to learn where a state has trees like them.
     """
-    found: list[type] = []
+    seen: list[type] = []
 
     def init(params: Any) -> Any:
-        found.append(type(params))
+        seen.append(type(params))
         return ()
 
     optax.tree_utils.tree_map_params(init, lambda x: x, ())
-    return found[0]
+    return seen[0]
 
 
 _PLACEHOLDER = _placeholder_type()
@@ -171,8 +171,8 @@ def _structure(threshold: Thresholds) -> Any:
     """The structure of the state of one block; None if the rules differ in it."""
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     rules = [threshold] if isinstance(threshold, Threshold) else threshold.values()
-    found = {jax.tree.structure(jax.eval_shape(rule.init, one)) for rule in rules}
-    return found.pop() if len(found) == 1 else None
+    structures = {jax.tree.structure(jax.eval_shape(rule.init, one)) for rule in rules}
+    return structures.pop() if len(structures) == 1 else None
 
 
 def _order(names: list[Any]) -> list[int]:

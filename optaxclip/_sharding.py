@@ -19,7 +19,7 @@ Names = tuple[Hashable, ...]
 
 
 def is_names(value: Any) -> bool:
-    """Whether this is one name, several names, or None, and not a container of such."""
+    """Whether this is one name, a tuple of names, or None, and not a container of such."""
     containers = isinstance(value, dict | list) or (
         isinstance(value, tuple) and not all(isinstance(n, str) for n in value)
     )
@@ -27,7 +27,7 @@ def is_names(value: Any) -> bool:
 
 
 def names_of(value: Any) -> Names | None:
-    """One name or several as a tuple; None stays None."""
+    """One name or more as a tuple; None stays None."""
     return value if value is None or isinstance(value, tuple) else (value,)
 
 
@@ -35,7 +35,7 @@ def manual_axes() -> Names:
     """The axes of the `shard_map` or `pmap` around this code.
 
     A `pmap` without `axis_name` does not count. Its axis has no name, so no collective can use it
-    and each device has gradients of its own, which are whole.
+    and each device has whole gradients.
     """
     axes = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(axis for axis in axes if not _jax.is_nameless(axis))
@@ -65,8 +65,8 @@ def varying(x: Any) -> Names | None:
     It is None with `check_vma=False` and in `pmap`. On JAX 0.8.2, 0.10.2 and 0.12.0 `pmap` is a
     `shard_map` with `check_vma=False`: the mesh, its axis types, the types of values, the kind of
     trace, the name stack and the trace context are equal. So code inside cannot tell whether
-    gradients are whole, as usual in `pmap`, or sharded, and must ask. Two kinds of `pmap` can be
-    told. There gradients count as whole, as Optax has them: a `pmap` without `axis_name` (see
+    gradients are whole, as usual in `pmap`, or sharded, and must ask. Two sorts of `pmap` can be
+    recognized. There gradients count as whole, as Optax has them: a `pmap` without `axis_name` (see
     `manual_axes`), and any `pmap` on 0.8.2 with `jax_pmap_shmap_merge=False`.
     """
     axes = manual_axes()
@@ -107,8 +107,8 @@ def zeros_beside(leaf: Any, shape: jax.ShapeDtypeStruct) -> Array:
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) > len(shape.shape):
         return jnp.zeros(shape.shape, shape.dtype)
-    own = zip(sharding.spec, jnp.shape(leaf), shape.shape, strict=False)  # a spec may be short
-    spec = PartitionSpec(*[axes if length == kept else None for axes, length, kept in own])
+    lengths = zip(sharding.spec, jnp.shape(leaf), shape.shape, strict=False)  # a spec may be short
+    spec = PartitionSpec(*[axes if length == kept else None for axes, length, kept in lengths])
     return jax.lax.full(shape.shape, 0, shape.dtype, sharding=NamedSharding(sharding.mesh, spec))
 
 
@@ -132,13 +132,13 @@ def sharded_like(x: Any, like: Any) -> Any:
 
 def beside(state: Any, sizes: Array) -> Any:
     """The same for a traced state, on an explicit mesh."""
-    own = _spec(sizes)
+    spec_of_sizes = _spec(sizes)
 
     def place(x: Any) -> Any:
-        spec = (None,) * (jnp.ndim(x) - len(own)) + own
+        spec = (None,) * (jnp.ndim(x) - len(spec_of_sizes)) + spec_of_sizes
         return _split(x, spec, sizes) if _spec(x) != spec else x
 
-    return jax.tree.map(place, state) if any(own) else state
+    return jax.tree.map(place, state) if any(spec_of_sizes) else state
 
 
 def split_as(like: Any, tree: Any) -> Any:
@@ -257,22 +257,23 @@ def gathered(x: Array, axes: Names) -> Array:
         return x
     # A sum, because of what `jax.lax.all_gather` returns JAX does not know that it is the same on
     # all.
-    places = jnp.zeros(
+    parts = jnp.zeros(
         (jax.lax.psum(1, axes), *x.shape), jnp.int32 if x.dtype == jnp.dtype(bool) else x.dtype
     )
-    parts = jax.lax.psum(places.at[jax.lax.axis_index(axes)].set(x.astype(places.dtype)), axes)
+    parts = parts.at[jax.lax.axis_index(axes)].set(x.astype(parts.dtype))
+    parts = jax.lax.psum(parts, axes)
     return parts.reshape(-1, *x.shape[1:]).astype(x.dtype)
 
 
-def once(x: Array, own: Names, axes: Names) -> Array:
-    """`x` on the first of several devices that have the same, and zero on the others.
+def once(x: Array, sharded: Names, axes: Names) -> Array:
+    """`x` on the first of the devices that hold it, and zero on the others.
 
     Args:
-        x: split along the axes `own`.
-        own: some of `axes`.
+        x: sharded over the axes `sharded`.
+        sharded: some of `axes`.
         axes: over which sums or maxima are about to be taken.
     """
-    copies = [axis for axis in axes if axis not in own]
+    copies = [axis for axis in axes if axis not in sharded]
     first = functools.reduce(
         jnp.logical_and, (jax.lax.axis_index(axis) == 0 for axis in copies), jnp.array(True)
     )

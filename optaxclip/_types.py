@@ -14,9 +14,12 @@ shaped to broadcast against it, where a leaf holds many groups.
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+
+from optaxclip._naming import numbers
 
 Axes = tuple[int, ...]
 """Axes of one leaf, counted from the front."""
@@ -28,7 +31,7 @@ Applied to the sizes themselves, `response(size, size, limit)`, it tells the siz
 """
 
 Partials = tuple[Any, ...]
-"""What a norm is told by, each an array or a list of arrays."""
+"""The partial results of a norm, each an array or a list of arrays."""
 
 Join = Callable[[Any], Any]
 """The sum or the maximum over the parts of a whole, of every array in a tree."""
@@ -39,14 +42,15 @@ class Scope(NamedTuple):
 
     Attributes:
         group: `path -> name`. Leaves of one name are measured jointly; `None` as a
-            name leaves the leaf alone. Without it, every leaf is its own group.
+            name leaves the leaf alone. Without it, every leaf is a group.
         axes: `(path, leaf) -> axes measured together`, for scopes finer than a leaf;
             `None` as axes leaves the leaf alone. Without it, leaves are measured whole.
         where: `path -> bool`, which leaves are measured and clipped; all without it.
         batch: `(path, leaf) -> axes` along which a leaf is a stack of layers, for groups of leaves:
-            each layer of a group has its own size.
+            each layer of a group has a size.
         by_shape: whether `axes` goes by the lengths of a leaf's axes, so that it can't be trusted
             with one device's part of a leaf.
+        name: how it prints.
     """
 
     group: Callable[[str], str | None] | None = None
@@ -54,10 +58,14 @@ class Scope(NamedTuple):
     where: Callable[[str], bool] | None = None
     batch: Callable[[str, Any], Axes] | None = None
     by_shape: bool = False
+    name: str = ""
+
+    def __repr__(self) -> str:
+        return self.name or "Scope()"
 
 
 class Norm(NamedTuple):
-    """How large an array is, told by partials: sums or maxima that can be joined.
+    """How large an array is, computed from *partials*: sums or maxima that can be combined.
 
     Attributes:
         partials: `(magnitudes, axes) -> partials`, a tuple of reductions over the axes of one leaf,
@@ -71,6 +79,7 @@ class Norm(NamedTuple):
             float, and infinite above.
         magnitude: how large one element is: real, not negative, and NaN for NaN.
         uses_params: whether `magnitude` is `(element, parameter) -> magnitude`.
+        name: how it prints.
     """
 
     partials: Callable[[Array, Axes], tuple[Array, ...]]
@@ -79,6 +88,10 @@ class Norm(NamedTuple):
     fast: "Norm | None" = None
     magnitude: Callable[..., Array] = jnp.abs
     uses_params: bool = False
+    name: str = ""
+
+    def __repr__(self) -> str:
+        return self.name or "Norm()"
 
 
 class Context(NamedTuple):
@@ -113,12 +126,17 @@ class Threshold(NamedTuple):
             after the response; of a group that it drops, as `responses.drop` does, they are the
             limit.
         uses_params: whether `context.param_sizes` is needed.
+        name: how it prints.
     """
 
     init: Callable[[Array], Any]
     limit: Callable[[Array, Any, Context], Array]
     learn: Callable[[Array, Array, Any, Context], Any]
     uses_params: bool = False
+    name: str = ""
+
+    def __repr__(self) -> str:
+        return self.name or "Threshold()"
 
 
 ThresholdLike = ArrayLike | Callable[[Array], Any] | Threshold
@@ -195,6 +213,13 @@ class Reading(NamedTuple):
     clipped_steps = property(lambda self: self.counted[..., 0])
     nonfinite_steps = property(lambda self: self.counted[..., 1])
 
+    def __repr__(self) -> str:
+        if getattr(self.measured, "ndim", 0) < 2:  # placeholders, in what JAX and Optax make of it
+            return f"Reading(measured={self.measured!r}, counted={self.counted!r})"
+        fields = "size_before size_after limit clipped_share clipped_steps nonfinite_steps".split()
+        shown = (f"{field}={numbers(getattr(self, field))}" for field in fields)
+        return f"Reading({', '.join(shown)}, names={list(self.names.known or ())})"
+
 
 class ClipState(NamedTuple):
     """State of one clip in an optimizer state; the same structure, shapes and dtypes at every step.
@@ -210,3 +235,19 @@ class ClipState(NamedTuple):
     step: Array
     threshold: Any
     reading: Reading | Any
+
+    def __repr__(self) -> str:
+        threshold = jax.tree.map(_Shown, self.threshold)
+        return (
+            f"ClipState(step={numbers(self.step)}, threshold={threshold}, reading={self.reading})"
+        )
+
+
+class _Shown:
+    """A leaf that prints in a few words."""
+
+    def __init__(self, value: Any):
+        self.text = numbers(value)
+
+    def __repr__(self) -> str:
+        return self.text

@@ -13,7 +13,7 @@ themselves in at a limit that is too low; `thresholds.reset_after` is the way ou
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,17 @@ from optaxclip._spectral import matrix_axes, newton_schulz, on_spectra, on_whole
 from optaxclip._types import Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_threshold, as_thresholds, negated
 
-Row = Callable[..., optax.GradientTransformationExtraArgs]
+
+class Options(TypedDict, total=False):
+    """The keywords of `clip` that every row takes."""
+
+    response: Response
+    nonfinite: Literal["propagate", "zero", "raise"]
+    sharded_over: Any
+    record: bool | Literal["full"]
+
+
+Row = TypeVar("Row", bound=Callable[..., optax.GradientTransformationExtraArgs])
 ABOVE = norms.linf()._replace(magnitude=positive_part)  # one-sided norms, for two bounds
 BELOW = norms.linf()._replace(magnitude=negative_part)
 
@@ -55,7 +65,7 @@ def _row(method: Row) -> Row:
         return method(*args, **options)
 
     row.__dict__["__signature__"] = signature
-    return row
+    return cast(Row, row)
 
 
 @_row
@@ -65,7 +75,7 @@ def clip_by_value(
     *,
     low: Any = None,
     scope: Scope = scopes.element(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each element by value.
 
@@ -97,18 +107,23 @@ def clip_by_value(
     References:
         Mikolov, Statistical language models based on neural networks, PhD thesis, Brno, 2012.
     """
-    options = {"response": responses.clamp, "scope": scope, **options}
+    options.setdefault("response", responses.clamp)
     if low is None and high is None:
-        return clip(as_thresholds(limit, name="limit"), norm=norms.linf(), **options)
+        return clip(as_thresholds(limit, name="limit"), scope, norm=norms.linf(), **options)
     _validate.not_both("limit", limit, "low", low, "pass clip_by_value(low, high), or one limit")
-    above = clip(as_threshold(high, name="high"), norm=ABOVE, **options)
-    below = clip(negated(limit if low is None else low, name="low"), norm=BELOW, **options)
+    above = clip(as_threshold(high, name="high"), scope, norm=ABOVE, **options)
+    low = limit if low is None else low
+    below = clip(negated(low, name="low"), scope, norm=BELOW, **options)
     return optax.chain(above, below)
 
 
 @_row
 def clip_by_norm(
-    max_norm: Any, *, scope: Scope = scopes.leaf(), norm: Norm = norms.l2(), **options: Any
+    max_norm: Any,
+    *,
+    scope: Scope = scopes.leaf(),
+    norm: Norm = norms.l2(),
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each leaf down to a maximum norm, :math:`g_i \min(1, c / \|g_i\|)`.
 
@@ -137,7 +152,11 @@ def clip_by_norm(
 
 @_row
 def clip_by_global_norm(
-    max_norm: Any, *, scope: Scope = scopes.tree(), norm: Norm = norms.l2(), **options: Any
+    max_norm: Any,
+    *,
+    scope: Scope = scopes.tree(),
+    norm: Norm = norms.l2(),
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales the whole gradient down to a maximum norm, :math:`g \min(1, c / \|g\|)`.
 
@@ -170,7 +189,7 @@ def clip_by_global_norm(
 
 @_row
 def clip_by_block_rms(
-    max_rms: Any, *, scope: Scope = scopes.leaf(), **options: Any
+    max_rms: Any, *, scope: Scope = scopes.leaf(), **options: Unpack[Options]
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each leaf down to a maximum root mean square.
 
@@ -209,7 +228,7 @@ def adaptive_grad_clip(
     axes: Any = None,
     scope: Scope | None = None,
     norm: Norm = norms.l2(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""AGC: clips each unit's gradient relative to the norm of its weights.
 
@@ -262,7 +281,7 @@ def autoclip(
     window: int | None = None,
     scope: Scope = scopes.tree(),
     norm: Norm = norms.l2(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""AutoClip: clips at a quantile of all norms so far.
 
@@ -309,7 +328,7 @@ def quantile_clip(
     rate: Any = 0.2,
     scope: Scope = scopes.tree(),
     norm: Norm = norms.l2(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips at a limit that moves until a given share of the norms is within it.
 
@@ -357,7 +376,7 @@ def zclip(
     max_norm: Any = None,
     scope: Scope = scopes.tree(),
     norm: Norm = norms.l2(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""ZClip: lowers a norm that is more than :math:`z_0` standard deviations above the mean.
 
@@ -413,7 +432,7 @@ def adagc(
     max_norm: Any = 1.0,
     scope: Scope = scopes.leaf(),
     norm: Norm = norms.l2(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaGC: clips each leaf at a multiple of the average of its clipped norms.
 
@@ -470,7 +489,7 @@ def history_clip(
     warmup: Any = 64,
     scope: Scope = scopes.tree(),
     norm: Norm = norms.l2(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips at mean plus deviations of the last norms, :math:`\mu + k \sigma`.
 
@@ -519,7 +538,7 @@ def log_norm_clip(
     decay: Any = 0.95,
     scope: Scope = scopes.tree(),
     norm: Norm = norms.l2(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lowers outliers of the logarithm of the norm to the geometric mean.
 
@@ -559,7 +578,11 @@ def log_norm_clip(
 
 @_row
 def growth_clip(
-    factor: Any = 1.01, *, scope: Scope = scopes.leaf(), norm: Norm = norms.l2(), **options: Any
+    factor: Any = 1.01,
+    *,
+    scope: Scope = scopes.leaf(),
+    norm: Norm = norms.l2(),
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Fira's limiter: lets the norm of a leaf grow by at most a factor per step.
 
@@ -604,7 +627,7 @@ def spam_clip(
     decay: Any = 0.999,
     warmup: Any = 20,
     scope: Scope = scopes.element(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SPAM's spike clip: clips each element at a multiple of its root mean square.
 
@@ -651,7 +674,7 @@ def gradient_stabilizer(
     square_decay: Any = 0.9,
     scope: Scope = scopes.leaf(),
     norm: Norm = norms.l2(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""GradientStabilizer: keeps the direction of each leaf and replaces its norm.
 
@@ -695,7 +718,11 @@ def gradient_stabilizer(
 
 @_row
 def clippy(
-    relative: Any = 0.1, *, absolute: Any = 1e-7, scope: Scope = scopes.leaf(), **options: Any
+    relative: Any = 0.1,
+    *,
+    absolute: Any = 1e-7,
+    scope: Scope = scopes.leaf(),
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clippy: scales each leaf down until every element fits a budget set by its weight.
 
@@ -739,7 +766,7 @@ def scale_by_stable_adam(
     eps: Any = 1e-6,
     weight_decay: Any = None,
     scope: Scope = scopes.leaf(),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""StableAdamW: Adam with a smaller step where the gradient outgrows its second moment.
 

@@ -23,14 +23,30 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _validate
 from optaxclip._lowering import magnitude
+from optaxclip._naming import named
 from optaxclip._numerics import share
 from optaxclip._types import Axes, Join, Norm, Partials
+
+__all__ = [
+    "l2",
+    "rms",
+    "l1",
+    "linf",
+    "lp",
+    "relative_linf",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # Each norm is made once: equal norms are the same object, so a program that uses one is traced
 # once.
 
 
 @functools.cache
+@named("norms")
 def l2() -> Norm:
     r"""Euclidean norm, :math:`\sqrt{\sum |x|^2}`.
 
@@ -86,6 +102,7 @@ def _plain_l2() -> Norm:
 
 
 @functools.cache
+@named("norms")
 def rms() -> Norm:
     r"""Root mean square, :math:`\sqrt{\sum |x|^2 / n}`; 0 for an empty array.
 
@@ -113,12 +130,14 @@ def _per_element(squares: Norm) -> Norm:
 
 
 @functools.cache
+@named("norms")
 def l1() -> Norm:
     r"""Sum of magnitudes, :math:`\sum |x|`."""
     return Norm(lambda x, axes: (_sum(x, axes),), _add, lambda total: total)
 
 
 @functools.cache
+@named("norms")
 def linf() -> Norm:
     r"""Largest magnitude, :math:`\max |x|`."""
     return Norm(
@@ -128,6 +147,7 @@ def linf() -> Norm:
     )
 
 
+@named("norms")
 def lp(p: float) -> Norm:
     r"""The p-norm, :math:`(\sum |x|^p)^{1/p}`, for any :math:`p \ge 1`, `inf` included.
 
@@ -167,6 +187,7 @@ def lp(p: float) -> Norm:
     return Norm(partials, join, lambda top, total: top * _root(total, power))
 
 
+@named("norms")
 def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
     r"""Largest element relative to its parameter, :math:`\max |x| / (r |w| + a)`.
 

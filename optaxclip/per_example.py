@@ -34,6 +34,13 @@ from optaxclip._numerics import widen
 from optaxclip._types import ClipState, Context, Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_thresholds
 
+__all__ = ["BatchThreshold", "ExampleStats", "quantile", "aggregate"]
+__all__ += ["ClippedGrad", "clipped_grad"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class BatchThreshold(NamedTuple):
     """A threshold that learns the limit of each group from all sizes of a batch.

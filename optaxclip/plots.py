@@ -20,6 +20,17 @@ import numpy as np
 from optaxclip import _validate, telemetry
 from optaxclip.thresholds.ranks import WIDTH
 
+__all__ = [
+    "sizes",
+    "clipped_shares",
+    "histogram",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # Colour-blind readers can distinguish these colours. Where nothing is clipped, the thin line of
 # `before` lies on the thick line of `after`.
 LINES = {

@@ -2,7 +2,7 @@ r"""What happens to what is larger: `rescale clamp smooth drop normalize band au
 
 A response is a function `(gradient, size, limit) -> gradient` on one leaf, where size and
 limit are scalars or broadcast against it, in float32 or wider. All but `clamp` keep the
-direction of the gradient, so each is told in one line: what it makes of the size.
+direction of the gradient, so one line says it all: the size after clipping.
 
 Laws, for each response here: a zero gradient stays zero; `limit = inf` changes nothing;
 what is not changed comes back bit for bit; derivatives are finite. `rescale clamp smooth
@@ -18,6 +18,22 @@ from jax import Array
 
 from optaxclip._lowering import traced_once
 from optaxclip._numerics import factors, multiply
+
+__all__ = [
+    "rescale",
+    "clamp",
+    "smooth",
+    "drop",
+    "normalize",
+    "band",
+    "automatic",
+    "psac",
+    "from_target",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class FromTarget:

@@ -4,20 +4,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from optaxclip import _validate
+from optaxclip._naming import named
 from optaxclip._types import Axes, Scope
+
+__all__ = [
+    "tree",
+    "group",
+    "leaf",
+    "unit",
+    "element",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 AxesOf = Callable[[str, Any], int | Sequence[int] | None]
 Where = Callable[[str], bool]
 BatchAxes = int | Sequence[int] | AxesOf
 
 
+@named("scopes")
 def tree(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> Scope:
     """All leaves together: one size for the whole tree.
 
     Args:
         where: `path -> bool`. Leaves that it refuses are neither measured nor clipped.
         batch_axes: axes along which leaves are stacks, of layers that are scanned over or of
-            members of an ensemble; or `(path, leaf) -> axes`. Each index has its own size, joint
+            members of an ensemble; or `(path, leaf) -> axes`. Each index has a size, joint
             over the leaves. Leaves without these axes are one more group.
 
     Raises:
@@ -40,6 +55,7 @@ def tree(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> 
     return _groups(lambda path: "tree", where, batch_axes)
 
 
+@named("scopes")
 def group(
     name_of: Callable[[str], str | None],
     *,
@@ -75,6 +91,7 @@ def group(
     return _groups(name_of, where, batch_axes)
 
 
+@named("scopes")
 def leaf(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> Scope:
     """Every leaf by itself.
 
@@ -93,6 +110,7 @@ def leaf(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> 
     return Scope(axes=lambda path, leaf: _rest(stacked(path, leaf), leaf), where=where)
 
 
+@named("scopes")
 def unit(
     axes: int | Sequence[int] | AxesOf | None = None,
     *,
@@ -143,6 +161,7 @@ def unit(
     return Scope(axes=measured_together, where=where)
 
 
+@named("scopes")
 def element(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> Scope:
     """Every number by itself.
 

@@ -21,6 +21,21 @@ from optaxclip._layout import by_path
 from optaxclip._types import ClipState, Norm, Reading, Scope
 from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
 
+__all__ = [
+    "readings",
+    "group_names",
+    "metrics",
+    "monitor",
+    "last_sizes",
+    "Suggestion",
+    "suggest",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # multiples of the mean; the range is the recommendation of Pascanu et al. (2013)
 FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)
 QUANTILES = (0.5, 0.9, 0.95, 0.99)

@@ -20,6 +20,17 @@ from optaxclip._layout import Layout, lay_out
 from optaxclip._measure import measure
 from optaxclip._types import Context, Scope, Threshold
 
+__all__ = [
+    "check_threshold",
+    "check_scope",
+    "check_transform",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 STREAM = (1.0, 3.0, 0.5, 1e-20, 1e20, 2.0, 2.0, 100.0, 1.0, 1e-3, 1.5, 1.0)
 TREE = {"dense": (4, 3), "conv": (1, 2, 2, 3), "bias": (3,), "number": ()}
 

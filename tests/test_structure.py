@@ -15,6 +15,7 @@ PACKAGE = Path(optaxclip.__file__).parent
 # Each module may import only modules of earlier levels, and its own package.
 LEVELS = [
     {
+        "_naming",
         "_types",
         "_validate",
         "_validate.arguments",
@@ -163,12 +164,20 @@ def test_what_moves_is_found(line):
     assert list(moving_parts(ast.parse(line)))
 
 
-def test_every_public_name_is_exported_once_and_documented():
-    names = [name for name in vars(optaxclip) if not name.startswith("_")]
-    values = [getattr(optaxclip, name) for name in names if name != "methods"]
-    assert len({id(value) for value in values}) == len(values)
+VOCABULARIES = [
+    optaxclip,
+    *(optaxclip.norms, optaxclip.scopes, optaxclip.responses, optaxclip.thresholds),
+    *(optaxclip.telemetry, optaxclip.per_example, optaxclip.plots, optaxclip.testing),
+]
+
+
+@pytest.mark.parametrize("module", VOCABULARIES, ids=lambda module: module.__name__)
+def test_every_public_name_is_listed_once_and_documented(module):
+    names = module.__all__
+    assert dir(module) == sorted(names) and len(set(names)) == len(names)
+    assert len({id(getattr(module, name)) for name in names}) == len(names)
     for name in names:
-        assert inspect.getdoc(getattr(optaxclip, name)), name
+        assert inspect.getdoc(getattr(module, name)), name
 
 
 def test_every_method_is_exported_and_every_public_module_too():
@@ -178,19 +187,19 @@ def test_every_method_is_exported_and_every_public_module_too():
         for name, value in methods.items()
         if isinstance(value, types.FunctionType) and value.__module__ == "optaxclip.methods"
     }
-    assert {name for name in rows if not name.startswith("_")} <= set(vars(optaxclip))
+    assert {name for name in rows if not name.startswith("_")} <= set(optaxclip.__all__)
     public = {
         module.name
         for module in pkgutil.iter_modules([str(PACKAGE)])
         if not module.name.startswith("_")
     }
-    assert public <= set(vars(optaxclip))
+    assert public - {"methods"} <= set(optaxclip.__all__)
 
 
 def transforms():
-    for name, value in vars(optaxclip).items():
-        if isinstance(value, types.FunctionType):
-            yield name, value
+    for name in optaxclip.__all__:
+        if isinstance(getattr(optaxclip, name), types.FunctionType):
+            yield name, getattr(optaxclip, name)
 
 
 def test_every_transform_is_documented_with_formula_arguments_errors_and_example():
@@ -258,3 +267,29 @@ def test_run_time_dependencies_are_jax_optax_and_numpy():
                     name,
                     roots,
                 )
+
+
+# One word for one mechanism. The field has better words than these: members, axes, positions,
+# multiple, a noun.
+PRIVATE_WORDS = re.compile(r"\b(own|alike|places|several|found|told|kinds)\b")
+QUOTED = re.compile(r"(f?\"[^\"\n]*\")|(f?'[^'\n]*')")  # messages speak to users
+
+
+def test_private_words_have_left_the_code():
+    for path in PACKAGE.rglob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            word = PRIVATE_WORDS.search(QUOTED.sub("", line))
+            assert not word, f"{path.name}:{number}: {word[0]}"
+
+
+def test_functions_and_files_are_short():
+    for name, tree in modules():
+        path = PACKAGE / name.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name != "methods":
+            assert len(path.read_text().splitlines()) <= 450, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                code = node.body[1:] if ast.get_docstring(node) else node.body
+                length = sum(part.end_lineno - part.lineno + 1 for part in code)
+                assert length <= 40, (name, node.name, length)

@@ -23,3 +23,28 @@ from optaxclip.thresholds.moments import zscore as zscore
 from optaxclip.thresholds.ranks import quantile as quantile
 from optaxclip.thresholds.ranks import quantile_sketch as quantile_sketch
 from optaxclip.thresholds.ranks import quantile_tracker as quantile_tracker
+
+__all__ = [
+    "at_least",
+    "at_most",
+    "by_global_norm",
+    "ignore_outliers",
+    "join",
+    "reset_after",
+    "with_fallback",
+    "relative_to_params",
+    "ema",
+    "growth",
+    "log_zscore",
+    "mean_to_rms",
+    "rms_multiple",
+    "window_zscore",
+    "zscore",
+    "quantile",
+    "quantile_sketch",
+    "quantile_tracker",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

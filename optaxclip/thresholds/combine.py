@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from optaxclip import _sharding, _validate, responses
+from optaxclip._naming import named
 from optaxclip._numerics import harmless, share
 from optaxclip._types import Context, Threshold, ThresholdLike
 from optaxclip.thresholds._blocks import count
 from optaxclip.thresholds.fixed import as_threshold
 
 
+@named("thresholds")
 def join(thresholds: Sequence[ThresholdLike], boundaries: Sequence[int | Array]) -> Threshold:
     """Switches from one threshold to the next at given updates, like `optax.join_schedules`.
 
@@ -54,6 +56,7 @@ def join(thresholds: Sequence[ThresholdLike], boundaries: Sequence[int | Array])
     return _combine(thresholds, [f"thresholds[{k}]" for k in range(len(thresholds))], choose)
 
 
+@named("thresholds")
 def at_most(threshold: Any, bound: Any) -> Threshold:
     """The smaller of two limits: `threshold`, but never above `bound`.
 
@@ -66,6 +69,7 @@ def at_most(threshold: Any, bound: Any) -> Threshold:
     )
 
 
+@named("thresholds")
 def at_least(threshold: Any, bound: Any) -> Threshold:
     """The larger of two limits: `threshold`, but never below `bound`.
 
@@ -78,6 +82,7 @@ def at_least(threshold: Any, bound: Any) -> Threshold:
     )
 
 
+@named("thresholds")
 def with_fallback(threshold: Any, fallback: Any) -> Threshold:
     """Uses `fallback` where the limit of `threshold` is infinite.
 
@@ -94,6 +99,7 @@ def with_fallback(threshold: Any, fallback: Any) -> Threshold:
     return _combine([threshold, fallback], ["threshold", "fallback"], choose)
 
 
+@named("thresholds")
 def by_global_norm(threshold: Any) -> Threshold:
     r"""Scales all groups by one factor, so that their joint l2 norm is at most the threshold.
 
@@ -135,6 +141,7 @@ def by_global_norm(threshold: Any) -> Threshold:
     return rule._replace(limit=limit)
 
 
+@named("thresholds")
 def reset_after(threshold: Any, patience: int | Array) -> Threshold:
     """Resets the rule after `patience` clipped steps in a row.
 
@@ -187,6 +194,7 @@ def reset_after(threshold: Any, patience: int | Array) -> Threshold:
 FAR, LASTING = 1e4, 10  # how many times off the usual size, and how many in a row
 
 
+@named("thresholds")
 def ignore_outliers(rule: Threshold) -> Threshold:
     """Hides single outliers from a rule: sizes ten thousand times off the usual.
 

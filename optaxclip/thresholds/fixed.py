@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optaxclip import _validate
+from optaxclip._naming import named, shown
 from optaxclip._types import Context, Threshold
 
 
@@ -24,7 +25,8 @@ def constant(value: ArrayLike) -> Threshold:
         ValueError: `value` is negative, NaN, or more than one number.
     """
     _validate.number("threshold", value)
-    return _memoryless(lambda sizes, context: jnp.asarray(value, sizes.dtype))
+    rule = _memoryless(lambda sizes, context: jnp.asarray(value, sizes.dtype))
+    return rule._replace(name=shown(value))
 
 
 def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
@@ -56,9 +58,10 @@ def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
         _validate.returned("schedule", value)
         return jnp.asarray(value, sizes.dtype)
 
-    return _memoryless(limit)
+    return _memoryless(limit)._replace(name=shown(schedule))
 
 
+@named("thresholds")
 def relative_to_params(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
     r"""A share of the size of the parameters, :math:`\lambda \max(\|w\|, \epsilon)`.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optaxclip import _validate
+from optaxclip._naming import named
 from optaxclip._numerics import share
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds import _blocks
@@ -34,6 +35,7 @@ class Moments(NamedTuple):
     variance: Array
 
 
+@named("thresholds")
 def ema(
     factor: float | Array = 1.05,
     *,
@@ -92,6 +94,7 @@ def ema(
     )
 
 
+@named("thresholds")
 def zscore(
     z: float | Array = 2.5, *, decay: float | Array = 0.97, warmup: int | Array = 25
 ) -> Threshold:
@@ -145,6 +148,7 @@ def zscore(
     return ignore_outliers(Threshold(_no_moments, limit, learn))
 
 
+@named("thresholds")
 def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) -> Threshold:
     r"""Learns the raw size's logarithm: outliers are set to the geometric mean.
 
@@ -185,6 +189,7 @@ def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) 
     return ignore_outliers(Threshold(_no_moments, limit, learn))
 
 
+@named("thresholds")
 def window_zscore(
     deviations: float | Array = 3.0, *, window: int = 128, warmup: int | Array = 64
 ) -> Threshold:
@@ -232,6 +237,7 @@ def window_zscore(
     )
 
 
+@named("thresholds")
 def growth(factor: float | Array = 1.01) -> Threshold:
     r"""Learns the clipped size: the limit is a multiple of it, :math:`c = \gamma s_{t-1}`.
 
@@ -258,6 +264,7 @@ def growth(factor: float | Array = 1.01) -> Threshold:
     )
 
 
+@named("thresholds")
 def rms_multiple(
     factor: float | Array = 5000.0, *, decay: float | Array = 0.999, warmup: int | Array = 20
 ) -> Threshold:
@@ -296,6 +303,7 @@ def rms_multiple(
     )
 
 
+@named("thresholds")
 def mean_to_rms(*, decay: float | Array = 0.7, square_decay: float | Array = 0.9) -> Threshold:
     r"""Learns the raw size: its mean over its root mean square, :math:`c = \hat m / \sqrt{\hat v}`.
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from optaxclip import _validate
+from optaxclip._naming import named
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds import _blocks
 from optaxclip.thresholds.combine import ignore_outliers
 
 
+@named("thresholds")
 def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshold:
     r"""Learns the raw size: a quantile of the last ones, :math:`c = Q_q(s_{t-w+1}, \dots, s_t)`.
 
@@ -85,6 +87,7 @@ def middle(origin: Any, number: Any) -> Any:
     return origin + (number - BINS // 2 + 0.5) * WIDTH
 
 
+@named("thresholds")
 def quantile_sketch(q: float | Array) -> Threshold:
     r"""Learns the raw size: a quantile of the whole history, :math:`c = Q_q(s_1, \dots, s_t)`.
 
@@ -122,6 +125,7 @@ def quantile_sketch(q: float | Array) -> Threshold:
     return ignore_outliers(Threshold(_empty, limit, learn))
 
 
+@named("thresholds")
 def quantile_tracker(
     q: float | Array = 0.9, rate: float | Array = 0.2, *, initial: float | Array | None = None
 ) -> Threshold:

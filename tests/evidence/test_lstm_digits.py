@@ -85,7 +85,9 @@ def test_both_networks_have_the_clipped_activations(api):
         (0.0, 2),
         (1.0, 5 if api == "nnx" else 14),
     ):  # kernel and bias of the head, or all parameters
-        init, apply = lstm_digits.network(api, 8, partial(optaxclip.clip_activation_grad, limit=limit))
+        init, apply = lstm_digits.network(
+            api, 8, partial(optaxclip.clip_activation_grad, limit=limit)
+        )
         grads = jax.jit(jax.grad(lambda params: apply(params, images).sum()))(
             init(jax.random.key(0))
         )

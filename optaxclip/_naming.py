@@ -1,0 +1,56 @@
+"""Names of parts for people: `thresholds.ema(2.0)` in place of functions at addresses."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=Any)
+
+
+def named(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator for functions that make a part, which gives the part its call as a name."""
+
+    def decorate(make: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(make)
+        def made(*args: P.args, **keywords: P.kwargs) -> R:
+            shown_args = [*map(shown, args), *(f"{k}={shown(v)}" for k, v in keywords.items())]
+            name = f"{module}.{getattr(make, '__name__', 'part')}({', '.join(shown_args)})"
+            return make(*args, **keywords)._replace(name=name)
+
+        return made
+
+    return decorate
+
+
+def shown(value: Any) -> str:
+    """A value as a person would write it, in a few words."""
+    if isinstance(value, Tracer):
+        return f"<traced {value.dtype}>"
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        if getattr(value, "is_deleted", bool)():
+            return "<donated>"
+        return str(value) if np.size(value) == 1 else f"{value.dtype}{list(np.shape(value))}"
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        inside = ", ".join(map(shown, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    if callable(value) and not hasattr(value, "_fields"):
+        return str(getattr(value, "__name__", type(value).__name__))
+    return repr(value)
+
+
+def numbers(value: Any) -> str:
+    """Up to eight numbers of an array; its type if there are more, or if they are not known."""
+    known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer)
+    if not known or np.size(value) > 8 or getattr(value, "is_deleted", bool)():
+        if hasattr(value, "dtype") and hasattr(value, "shape"):
+            return f"{value.dtype}{list(value.shape)}"
+        return repr(value)
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuc":  # such as bfloat16, which NumPy cannot format
+        array = array.astype(float)
+    return np.array2string(array, precision=4, separator=", ")
