@@ -378,7 +378,7 @@ def test_metrics_run_inside_scan_and_over_seeds():
     "scope", [scopes.tree(), BY_LAYER, scopes.leaf(), scopes.unit(), scopes.element()]
 )
 def test_metrics_of_sharded_gradients_are_those_of_whole_ones(scope):
-    mesh = jax.make_mesh((4,), ("data",))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     clip = optax.chain(
         telemetry.monitor(scope=scope), optaxclip.clip(thresholds.ema(1.0), scope=scope)
     )
