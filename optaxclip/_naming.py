@@ -32,9 +32,8 @@ def shown(value: Any) -> str:
     if isinstance(value, Tracer):
         return f"<traced {value.dtype}>"
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        if getattr(value, "is_deleted", bool)():
-            return "<donated>"
-        return str(value) if np.size(value) == 1 else f"{value.dtype}{list(np.shape(value))}"
+        one = is_known(value) and np.size(value) == 1
+        return str(value) if one else f"{value.dtype}{list(np.shape(value))}"
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         inside = ", ".join(map(shown, value))
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
@@ -43,10 +42,16 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
+def is_known(value: Any) -> bool:
+    """Whether the numbers of this array can be read."""
+    if isinstance(value, Tracer) or not isinstance(value, jax.Array | np.ndarray | np.generic):
+        return False
+    return not (isinstance(value, jax.Array) and value.is_deleted())
+
+
 def numbers(value: Any) -> str:
     """Up to eight numbers of an array; its type if there are more, or if they are not known."""
-    known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer)
-    if not known or np.size(value) > 8 or getattr(value, "is_deleted", bool)():
+    if not is_known(value) or np.size(value) > 8:
         if hasattr(value, "dtype") and hasattr(value, "shape"):
             return f"{value.dtype}{list(value.shape)}"
         return repr(value)

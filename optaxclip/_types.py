@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from optaxclip._naming import numbers
+from optaxclip._naming import is_known, numbers
 
 Axes = tuple[int, ...]
 """Axes of one leaf, counted from the front."""
@@ -214,8 +214,9 @@ class Reading(NamedTuple):
     nonfinite_steps = property(lambda self: self.counted[..., 1])
 
     def __repr__(self) -> str:
-        if getattr(self.measured, "ndim", 0) < 2:  # placeholders, in what JAX and Optax make of it
-            return f"Reading(measured={self.measured!r}, counted={self.counted!r})"
+        whole = getattr(self.measured, "ndim", 0) >= 2  # no placeholder of Optax or JAX
+        if not whole or not (is_known(self.measured) and is_known(self.counted)):
+            return f"Reading(measured={numbers(self.measured)}, counted={numbers(self.counted)})"
         fields = "size_before size_after limit clipped_share clipped_steps nonfinite_steps".split()
         shown = (f"{field}={numbers(getattr(self, field))}" for field in fields)
         return f"Reading({', '.join(shown)}, names={list(self.names.known or ())})"
