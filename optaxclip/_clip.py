@@ -8,6 +8,7 @@ updates --> MEASURE --> sizes --> LIMIT --> limits --> RESPOND --> updates
                                       RECORD --> ClipState.reading
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import jax
@@ -96,7 +97,11 @@ def clip(
 
     Note:
         `update(..., measured=tree)` measures that tree in place of the updates, for methods whose
-        size is of something else.
+        size is of something else. `update(..., sizes=...)` takes sizes that were measured
+        elsewhere, and does not read the updates for a norm: a number for `tree` scope, a dict by
+        group name or an array `[groups]` in the order of `telemetry.group_names` for `group` and
+        `leaf`, a tree of arrays that broadcast against the leaves for `unit` and `element`. A
+        negative size counts as 0; all devices must be given the same.
 
         `optax.inject_hyperparams` takes functions for schedules. The rows of `optaxclip.methods`
         are made for it; for this function say `optax.inject_hyperparams(clip,
@@ -125,6 +130,7 @@ def clip(
     relative = norm.uses_params or any(rule.uses_params for rule in rules)
     cuts = response in CUTS  # the size after is the smaller of size and limit
     recorder = Recorder(record, cuts and nonfinite != "zero")
+    plain = norm.magnitude is jnp.abs
 
     def init(params: Any) -> Any:
         step = jnp.zeros((), jnp.int32)
@@ -137,8 +143,15 @@ def clip(
         return ClipState(step, learned, recorder.first(layout, sizes))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, measured: Any = None, **extra: Any
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        measured: Any = None,
+        sizes: Any = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
+        given = sizes
         if state is None:  # one step outside of any loop
             state = init(updates if params is None else params)
         layout = lay_out(scope, updates, params, weights=relative)
@@ -149,11 +162,13 @@ def clip(
 
         rules = Rules(threshold, layout, state, extra, lambda: sizes_of(layout.matching(params)))
 
-        sizes = sizes_of(layout.gradients if measured is None else layout.matching(measured))
+        source = layout.gradients if measured is None else layout.matching(measured)
+        sizes = sizes_of(source) if given is None else _given(layout, given, measured)
         limits = rules.limits(sizes)
         clipped, clipped_sizes = _respond(response, nonfinite, layout.gradients, sizes, limits)
         learned = rules.learn(sizes, clipped_sizes if cuts else _kept(sizes, clipped_sizes, limits))
-        reading = recorder.next(state.reading, layout, sizes, clipped_sizes, limits)
+        numbers = source if plain and given is None else None
+        reading = recorder.next(state.reading, layout, sizes, clipped_sizes, limits, numbers)
 
         if nonfinite == "raise":
             _check_finite(layout, sizes)
@@ -184,6 +199,24 @@ def _measure(
     return Blocks.of(sizes, group_of=layout.group_of)
 
 
+def _given(layout: Layout, sizes: Any, measured: Any) -> Blocks:
+    """In place of MEASURE: sizes that were measured elsewhere, in float32 or wider."""
+    _validate.one_source(measured)
+    if layout.axes is None:
+        _validate.given_sizes(sizes, layout.names)
+        if isinstance(sizes, Mapping):
+            sizes = jnp.stack([jnp.asarray(sizes[name]) for name in layout.names])
+        vector = jnp.asarray(sizes).reshape(len(layout.names))
+        return Blocks.of([jnp.maximum(widen(vector), 0)], group_of=layout.group_of)
+    blocks = []
+    nodes = zip(layout.paths, layout.gradients, layout.axes, layout.of(sizes), strict=True)
+    for path, gradient, axes, size in nodes:
+        shape = [1 if k in axes else n for k, n in enumerate(jnp.shape(gradient))]
+        _validate.given_block(path, size, shape)
+        blocks.append(jnp.maximum(jnp.broadcast_to(widen(size), shape), 0))
+    return Blocks.of(blocks, layout.gradients)
+
+
 def _respond(
     response: Response, nonfinite: str, gradients: list[Any], sizes: Blocks, limits: Blocks
 ) -> tuple[list[Array], Blocks]:
@@ -199,7 +232,7 @@ def _respond(
     def change(size: Array, limit: Array) -> tuple[Array, ...]:
         return _change(zero, size, target(harmless(jnp.isfinite(size), size), limit))
 
-    clipped_sizes, first, second = sizes.map(change, limits)
+    clipped_sizes, first, second = sizes.map(change, limits, outputs=3)
     pairs = first.per_leaf(second)
     return [_multiplied(zero, *pair) for pair in zip(gradients, pairs, strict=True)], clipped_sizes
 

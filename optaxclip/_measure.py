@@ -12,8 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optaxclip import _lowering, _sharding, _validate
-from optaxclip._lowering import magnitude, traced_once
-from optaxclip._numerics import wide, widen, with_derivative_of
+from optaxclip._lowering import traced_once
+from optaxclip._numerics import magnitude, wide, widen, with_derivative_of
 from optaxclip._sharding import Names
 from optaxclip._types import Axes, Join, Norm
 

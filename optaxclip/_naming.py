@@ -2,27 +2,36 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-P = ParamSpec("P")
-R = TypeVar("R", bound=Any)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def named(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator for functions that make a part, which gives the part its call as a name."""
+def named(module: str, *, once: bool = False) -> Callable[[F], F]:
+    """A decorator for functions that make a part, which gives the part its call as a name.
 
-    def decorate(make: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(make)
-        def made(*args: P.args, **keywords: P.kwargs) -> R:
-            shown_args = [*map(shown, args), *(f"{k}={shown(v)}" for k, v in keywords.items())]
-            name = f"{module}.{getattr(make, '__name__', 'part')}({', '.join(shown_args)})"
+    Args:
+        module: where the function is.
+        once: whether equal calls return the same part.
+    """
+
+    def decorate(make: F) -> F:
+        def call(*args: Any, **keywords: Any) -> Any:
+            texts = [*map(shown, args), *(f"{k}={shown(v)}" for k, v in keywords.items())]
+            name = f"{module}.{getattr(make, '__name__', 'part')}({', '.join(texts)})"
             return make(*args, **keywords)._replace(name=name)
 
-        return made
+        called = functools.cache(call) if once else call
+
+        @functools.wraps(make)
+        def made(*args: Any, **keywords: Any) -> Any:
+            return called(*args, **keywords)
+
+        return cast(F, made)
 
     return decorate
 

@@ -34,6 +34,21 @@ def cast_like(x: Array, like: ArrayLike) -> Array:
 # Magnitudes
 
 
+@jax.custom_jvp
+def magnitude(x: Array) -> Array:
+    """`|x|`, whose derivative is 0 where `x` is not finite."""
+    return jnp.abs(x)
+
+
+@magnitude.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (change,) = primals, tangents
+    finite = jnp.isfinite(x)
+    known = jnp.where(finite, x, jnp.zeros_like(x))
+    change = jnp.where(finite, change, jnp.zeros_like(change))
+    return jnp.abs(x), jax.jvp(jnp.abs, (known,), (change,))[1]
+
+
 def positive_part(x: Array) -> Array:
     """`max(x, 0)`, the magnitude for an upper bound."""
     _validate.real(x.dtype)

@@ -9,7 +9,8 @@ from jax import Array
 
 from optaxclip import _sharding
 from optaxclip._layout import Layout
-from optaxclip._lowering import Blocks, share_of, traced_once
+from optaxclip._lowering import Blocks, largest, share_of, traced_once
+from optaxclip._numerics import widen
 from optaxclip._types import Names, Reading
 
 
@@ -39,18 +40,32 @@ class Recorder(NamedTuple):
         return Reading(nothing, jnp.zeros(2, jnp.int32), Names.of(layout.names))
 
     def next(
-        self, before: Any, layout: Layout, sizes: Blocks, clipped_sizes: Blocks, limits: Blocks
+        self,
+        before: Any,
+        layout: Layout,
+        sizes: Blocks,
+        clipped_sizes: Blocks,
+        limits: Blocks,
+        numbers: list[Any] | None,
     ) -> Any:
-        """The reading of this step, with counts over all steps from the reading before."""
+        """The reading of this step, with counts over all steps from the reading before.
+
+        `numbers` are the leaves, where their magnitudes are the sizes.
+        """
         if not self.record:
             return optax.EmptyState()
         if not isinstance(before, Reading):  # from a clip that did not record
             before = self.first(layout, sizes.stacks)
-        elements = layout.is_of_elements and self.record != "full"
-        column = partial(_largest, self.cuts) if elements else _column
-        table = sizes.table(column, clipped_sizes, limits)
+        any_over = layout.is_of_elements and self.record != "full"
+        if any_over:
+            elements = sizes if numbers is None else sizes.like(map(widen, numbers))
+            table = sizes.table(partial(_largest, self.cuts), clipped_sizes, limits, elements)
+        else:
+            table = sizes.table(_column, clipped_sizes, limits)
         if layout.axes is not None:
             table = _sharding.everywhere(table)
+            if any_over:  # the mean over devices of "any"
+                table = jnp.concatenate([table[:3], (table[3:] > 0).astype(table.dtype)])
         happened = jnp.stack([table[3] > 0, ~jnp.isfinite(table[0])]).any(1)
         counted = before.counted + happened.astype(jnp.int32)
         return Reading(table.astype(before.measured.dtype), counted, Names.of(layout.names))
@@ -59,21 +74,21 @@ class Recorder(NamedTuple):
 @traced_once()
 def _column(size: Array, clipped_size: Array, limit: Array) -> Array:
     """The largest size before and after, the largest limit, and the share of sizes over it."""
-    largest = [jnp.max(block, initial=0) for block in (size, clipped_size, limit)]
-    largest[2] = _sharding.mapped_as(largest[0], largest[2])
-    return jnp.stack([*largest, share_of(_is_over(size, limit))])
+    parts = [jnp.max(block, initial=0) for block in (size, clipped_size, limit)]
+    parts[2] = _sharding.mapped_as(parts[0], parts[2])
+    return jnp.stack([*parts, share_of(_is_over(size, limit))])
 
 
 @traced_once(static=0)
-def _largest(cuts: bool, size: Array, clipped_size: Array, limit: Array) -> Array:
+def _largest(cuts: bool, size: Array, clipped_size: Array, limit: Array, elements: Array) -> Array:
     """The same of a leaf of which each element is a group, with 1 for the share if any is over.
 
-    Where one limit cuts all elements, the largest of them tells all four: one reduction.
+    Where one limit cuts all elements, all four follow from the largest: one reduction.
     """
     if not cuts or limit.ndim:
-        *largest, _ = _column(size, clipped_size, limit)
-        return jnp.stack([*largest, jnp.max(_is_over(size, limit), initial=False)])
-    top = jnp.max(size, initial=0)
+        *parts, _ = _column(size, clipped_size, limit)
+        return jnp.stack([*parts, jnp.max(_is_over(size, limit), initial=False)])
+    top = largest(elements)
     limit = _sharding.mapped_as(top, limit)
     after = jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan)
     return jnp.stack([top, after, limit, _is_over(top, limit).astype(top.dtype)])

@@ -826,7 +826,7 @@ def spectral_clip(
     iterations: int | None = None,
     nonfinite: str = "propagate",
     sharded_over: Any = None,
-    record: bool = True,
+    record: bool | Literal["full"] = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the singular values of each matrix, :math:`U \min(S, c) V^\top`.
 

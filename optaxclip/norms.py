@@ -22,9 +22,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _validate
-from optaxclip._lowering import magnitude
 from optaxclip._naming import named
-from optaxclip._numerics import share
+from optaxclip._numerics import magnitude, share
 from optaxclip._types import Axes, Join, Norm, Partials
 
 __all__ = [
@@ -45,8 +44,7 @@ def __dir__() -> list[str]:
 # once.
 
 
-@functools.cache
-@named("norms")
+@named("norms", once=True)
 def l2() -> Norm:
     r"""Euclidean norm, :math:`\sqrt{\sum |x|^2}`.
 
@@ -101,8 +99,7 @@ def _plain_l2() -> Norm:
     )
 
 
-@functools.cache
-@named("norms")
+@named("norms", once=True)
 def rms() -> Norm:
     r"""Root mean square, :math:`\sqrt{\sum |x|^2 / n}`; 0 for an empty array.
 
@@ -129,15 +126,13 @@ def _per_element(squares: Norm) -> Norm:
     return squares._replace(partials=partials, root=root)
 
 
-@functools.cache
-@named("norms")
+@named("norms", once=True)
 def l1() -> Norm:
     r"""Sum of magnitudes, :math:`\sum |x|`."""
     return Norm(lambda x, axes: (_sum(x, axes),), _add, lambda total: total)
 
 
-@functools.cache
-@named("norms")
+@named("norms", once=True)
 def linf() -> Norm:
     r"""Largest magnitude, :math:`\max |x|`."""
     return Norm(

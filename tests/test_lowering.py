@@ -125,7 +125,7 @@ def test_map_is_a_map_over_blocks(alone):
     blocks, factors = Blocks.of(sizes, leaves), [2.0] * 4
     if alone:
         factors = [jnp.array(k) for k in (2.0, 3.0, 5.0, 7.0)]
-    product, total = blocks.map(lambda x, f, y: (f * x, x + y), factors, blocks)
+    product, total = blocks.map(lambda x, f, y: (f * x, x + y), factors, blocks, outputs=2)
     assert_same(product.each(), [f * x for f, x in zip(factors, sizes, strict=True)])
     assert_same(total.each(), [x + x for x in sizes])
     seen = []

@@ -285,9 +285,9 @@ def test_what_is_not_finite_makes_the_size_so(value, test, way):
 def test_one_sided_norms_see_one_side():
     leaves = [jnp.array([-3.0, 2.0]), jnp.array([-1.0])]
     assert (size(ABOVE, leaves), size(BELOW, leaves)) == (2, 3)
-    assert (size(norms.upper(), [jnp.array(-1.0)]), size(norms.lower(), [jnp.array(1.0)])) == (0, 0)
-    assert np.isnan(size(norms.upper(), [jnp.array([jnp.nan, 1])])) and np.isnan(
-        size(norms.lower(), [jnp.array([jnp.nan, 1])])
+    assert (size(ABOVE, [jnp.array(-1.0)]), size(BELOW, [jnp.array(1.0)])) == (0, 0)
+    assert np.isnan(size(ABOVE, [jnp.array([jnp.nan, 1])])) and np.isnan(
+        size(BELOW, [jnp.array([jnp.nan, 1])])
     )
 
 

@@ -19,6 +19,7 @@ LEVELS = [
         "_types",
         "_validate",
         "_validate.arguments",
+        "_validate.axes",
         "_validate.trees",
         "_numerics",
         "_sharding",
@@ -291,5 +292,8 @@ def test_functions_and_files_are_short():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 code = node.body[1:] if ast.get_docstring(node) else node.body
-                length = sum(part.end_lineno - part.lineno + 1 for part in code)
-                assert length <= 40, (name, node.name, length)
+                lines = {k for part in code for k in range(part.lineno, part.end_lineno + 1)}
+                for part in code:  # a function inside counts by itself
+                    if isinstance(part, ast.FunctionDef):
+                        lines -= set(range(part.lineno, part.end_lineno + 1))
+                assert len(lines) <= 40, (name, node.name, len(lines))

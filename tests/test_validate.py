@@ -23,6 +23,52 @@ CLIP_STATE = optaxclip.clip_by_global_norm(1.0).init(np.ones(1))
 RELATIVE = norms.relative_linf(0.1, 1e-7)
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
+    "one_source": [
+        (
+            (1,),
+            {},
+            ValueError,
+            "sizes and measured are both given, got measured=int; "
+            "pass the sizes, or the tree to measure",
+        )
+    ],
+    "given_sizes": [
+        (
+            ({"a": 1.0}, ["a", "b"]),
+            {},
+            ValueError,
+            "sizes must have one number for each of the groups ['a', 'b'], got ['a']; "
+            "add or remove groups",
+        ),
+        (
+            ("5", ["tree"]),
+            {},
+            TypeError,
+            "sizes must be numbers, got '5'; pass a number, a dict by group or an array",
+        ),
+        (
+            (np.ones(3), ["a", "b"]),
+            {},
+            ValueError,
+            "sizes must be one number for each of the 2 groups, got the shape (3,); "
+            "telemetry.group_names has their order",
+        ),
+    ],
+    "given_block": [
+        (
+            ("w", "5", (1, 3)),
+            {},
+            TypeError,
+            "sizes must be arrays, got '5' at 'w'; pass a tree of numbers",
+        ),
+        (
+            ("w", np.ones(4), (1, 3)),
+            {},
+            ValueError,
+            "sizes must broadcast against the sizes of each leaf, got the shape (4,) for 'w', "
+            "whose sizes have the shape (1, 3); keep the axes measured together with length 1",
+        ),
+    ],
     "units": [
         (
             ("w", (16, 1), ("x",)),
@@ -824,6 +870,9 @@ REFUSALS = {
     ],
 }
 ACCEPTED = {
+    "one_source": [((None,), {})],
+    "given_sizes": [((5.0, ["tree"]), {}), (({"a": 1, "b": 2.0}, ["b", "a"]), {})],
+    "given_block": [(("w", np.ones((1, 3)), (1, 3)), {}), (("w", 2.0, (1, 3)), {})],
     "units": [(("w", (16, 1), ()), {})],
     "stack": [(("tree", (2,), (2,)), {})],
     "boundaries": [(([1.0, 2.0], [3]), {}), (([1.0], []), {}), (([1.0] * 3, [2, 2]), {})],
@@ -1100,7 +1149,8 @@ def test_three_bounds_are_one_too_many():
 
 def test_agc_takes_axes_or_a_scope():
     with pytest.raises(
-        TypeError, match="^axes and scope are both given, got 0 and Scope.*; pass scope=scopes.unit"
+        TypeError,
+        match="^axes and scope are both given, got 0 and scopes.leaf.*; pass scope=scopes.unit",
     ):
         optaxclip.adaptive_grad_clip(0.1, axes=0, scope=optaxclip.scopes.leaf())
 
@@ -1143,7 +1193,7 @@ def test_bounds_that_differ_by_sign_refuse_complex_updates():
         (
             lambda: optaxclip.clip(1.0, scopes.tree(), record="no"),
             ValueError,
-            "record must be one of True, False, got 'no'; choose one of these",
+            "record must be one of True, False, 'full', got 'no'; choose one of these",
         ),
         (lambda: norms.lp(0.5), ValueError, "p must be in [1, inf], got 0.5; pass a number inside"),
         (

@@ -1,7 +1,7 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get.
+`update` get; `axes` checks mapped axes.
 """
 
 from optaxclip._validate.arguments import absolute as absolute
@@ -27,31 +27,34 @@ from optaxclip._validate.arguments import scope_given as scope_given
 from optaxclip._validate.arguments import static as static
 from optaxclip._validate.arguments import transform as transform
 from optaxclip._validate.arguments import without_memory as without_memory
+from optaxclip._validate.axes import mapped as mapped
+from optaxclip._validate.axes import not_mapped as not_mapped
+from optaxclip._validate.axes import not_split as not_split
+from optaxclip._validate.axes import one_run as one_run
+from optaxclip._validate.axes import same_on_all as same_on_all
+from optaxclip._validate.axes import stack as stack
+from optaxclip._validate.axes import tracked as tracked
+from optaxclip._validate.axes import units as units
+from optaxclip._validate.axes import whole as whole
 from optaxclip._validate.trees import axes_of as axes_of
 from optaxclip._validate.trees import batch as batch
 from optaxclip._validate.trees import divided as divided
+from optaxclip._validate.trees import given_block as given_block
+from optaxclip._validate.trees import given_sizes as given_sizes
 from optaxclip._validate.trees import group_name as group_name
 from optaxclip._validate.trees import is_sparse as is_sparse
 from optaxclip._validate.trees import leaf as leaf
 from optaxclip._validate.trees import limits as limits
-from optaxclip._validate.trees import mapped as mapped
 from optaxclip._validate.trees import mask as mask
 from optaxclip._validate.trees import names as names
 from optaxclip._validate.trees import not_a_transform as not_a_transform
-from optaxclip._validate.trees import not_mapped as not_mapped
-from optaxclip._validate.trees import not_split as not_split
-from optaxclip._validate.trees import one_run as one_run
+from optaxclip._validate.trees import one_source as one_source
 from optaxclip._validate.trees import parameter as parameter
 from optaxclip._validate.trees import params_given as params_given
 from optaxclip._validate.trees import real as real
 from optaxclip._validate.trees import response as response
 from optaxclip._validate.trees import same_groups as same_groups
-from optaxclip._validate.trees import same_on_all as same_on_all
 from optaxclip._validate.trees import same_structure as same_structure
 from optaxclip._validate.trees import sparse as sparse
-from optaxclip._validate.trees import stack as stack
 from optaxclip._validate.trees import state as state
 from optaxclip._validate.trees import state_tree as state_tree
-from optaxclip._validate.trees import tracked as tracked
-from optaxclip._validate.trees import units as units
-from optaxclip._validate.trees import whole as whole

@@ -219,131 +219,68 @@ def params_given(params: Any) -> None:
         )
 
 
-def whole(name: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
-    """Refuses to guess which array axes of a leaf are sharded over the mapped axes.
+def one_source(measured: Any) -> None:
+    """Refuses a tree to measure beside sizes that are given.
 
     Raises:
-        ValueError: the leaf is sharded.
+        ValueError: there is one.
     """
-    if axes:
+    if measured is not None:
         raise ValueError(
-            f"{name} must be given for a scope finer than a leaf, where a leaf of shape {shape} is "
-            f"split along {axes}, got None; pass those mapped axes along which the numbers that "
-            "share a size are split, () for none, or a tree of such choices"
+            f"sizes and measured are both given, got measured={type(measured).__name__}; "
+            "pass the sizes, or the tree to measure"
         )
 
 
-def units(path: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
-    """Refuses to guess the units of one device's part of a leaf.
+def given_sizes(sizes: Any, names: Sequence[str]) -> None:
+    """Refuses sizes that are not one number for each of these groups.
 
     Raises:
-        ValueError: the leaf is sharded.
+        TypeError: they are no numbers.
+        ValueError: there is not one for each group.
     """
-    if axes:
-        raise ValueError(
-            f"scope must say what a unit of the leaf {path!r} is, whose part here has the shape "
-            f"{shape}: a length of 1 may be one device's share of a longer axis; "
-            "pass scopes.unit(axes=...), such as axes=0"
-        )
-
-
-def stack(name: str, lengths: tuple[int, ...], other: tuple[int, ...]) -> None:
-    """Refuses stacks of different lengths in one group.
-
-    Raises:
-        ValueError: the lengths differ.
-    """
-    if lengths != other:
-        raise ValueError(
-            f"batch_axes must give stacks of one length in the group {name!r}, got {lengths} and "
-            f"{other}; give each its own group, or return None for a leaf that is no stack"
-        )
-
-
-def not_split(path: str, axes: tuple[Any, ...]) -> None:
-    """Refuses a sharded matrix: no device can compute its singular values.
-
-    Raises:
-        ValueError: the matrix is sharded over mapped axes.
-    """
-    if axes:
-        raise ValueError(
-            f"updates has at {path!r} a matrix that is split along {axes}, of which no device "
-            "knows the singular values; clip under jit, or gather it first with "
-            "jax.lax.all_gather"
-        )
-
-
-def mapped(name: str, missing: tuple[Any, ...], axes: tuple[Any, ...]) -> None:
-    """Refuses names of axes that are not mapped at this point.
-
-    Raises:
-        ValueError: a name is `missing` among the mapped `axes`.
-    """
-    if not missing:
+    if isinstance(sizes, Mapping):
+        if set(sizes) != set(names):
+            raise ValueError(
+                f"sizes must have one number for each of the groups {sorted(names)}, got "
+                f"{sorted(sizes)}; add or remove groups"
+            )
         return
-    advice = f"pass some of {axes}, or () if every device has the whole of each leaf"
-    if not axes:
-        advice = (
-            f"call this in shard_map, pmap or vmap with this axis_name, or leave {name} out, "
-            "which is right under jit"
+    if not _is_real(sizes):
+        raise TypeError(
+            f"sizes must be numbers, got {sizes!r}; pass a number, a dict by group or an array"
         )
-    raise ValueError(
-        f"{name} must name mapped axes, got {missing} where {axes or 'none'} are mapped; {advice}"
+    shape = np.shape(sizes)
+    if shape != (len(names),) and not (shape == () and len(names) == 1):
+        raise ValueError(
+            f"sizes must be one number for each of the {len(names)} groups, got the shape "
+            f"{shape}; telemetry.group_names has their order"
+        )
+
+
+def given_block(path: str, size: Any, shape: Sequence[int]) -> None:
+    """Refuses sizes that do not belong to a leaf.
+
+    Raises:
+        TypeError: they are no numbers.
+        ValueError: they do not broadcast against the sizes of the leaf.
+    """
+    if not _is_real(size):
+        raise TypeError(f"sizes must be arrays, got {size!r} at {path!r}; pass a tree of numbers")
+    if not _broadcasts(np.shape(size), tuple(shape)):
+        raise ValueError(
+            f"sizes must broadcast against the sizes of each leaf, got the shape {np.shape(size)} "
+            f"for {path!r}, whose sizes have the shape {tuple(shape)}; keep the axes measured "
+            "together with length 1"
+        )
+
+
+def _is_real(value: Any) -> bool:
+    numeric = hasattr(value, "dtype") or (
+        isinstance(value, numbers.Real) and not isinstance(value, bool)
     )
-
-
-def tracked(name: str, given: Any, axes: tuple[Any, ...]) -> None:
-    """Refuses to guess whether gradients are sharded.
-
-    Raises:
-        ValueError: `given` is None.
-    """
-    if given is None:
-        raise ValueError(
-            f"{name} must be given where JAX does not track what differs between devices (pmap, or "
-            f"shard_map with check_vma=False), got None; pass those of {axes} over which each leaf "
-            f"is sharded or, for gradients that pmean made equal on all devices, {name}=()"
-        )
-
-
-def not_mapped(name: str, axes: tuple[Any, ...]) -> None:
-    """Refuses scopes finer than a leaf for examples inside `shard_map` and `pmap`.
-
-    Raises:
-        ValueError: there are mapped axes.
-    """
-    if axes:
-        raise ValueError(
-            f"{name} must not be finer than a leaf in a shard_map or pmap over {axes}, got one "
-            "that is; clip the examples under jit, or by leaves"
-        )
-
-
-def one_run(name: str, runs: tuple[int, ...]) -> None:
-    """Refuses a state that is vmapped over runs, because runs must not be mixed.
-
-    Raises:
-        ValueError: the state has leading axes.
-    """
-    if runs:
-        raise ValueError(
-            f"{name} must be of one run, got one that is vmapped over {runs}; "
-            f"pass one of them with jax.tree.map(lambda x: x[0], {name})"
-        )
-
-
-def same_on_all(name: str, axes: tuple[Any, ...] | None) -> None:
-    """Refuses a number that varies over devices, because devices would decide differently.
-
-    Raises:
-        ValueError: the number varies over mapped axes.
-    """
-    if axes:
-        raise ValueError(
-            f"{name} must be the same on all devices, got one that varies along {axes}; pass "
-            "jax.lax.pmean of it"
-        )
+    dtype = jnp.result_type(value) if numeric else jnp.dtype(bool)
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def same_structure(params: Any, treedef: Any) -> list[Any]:
