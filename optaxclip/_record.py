@@ -86,8 +86,8 @@ def _largest(cuts: bool, size: Array, clipped_size: Array, limit: Array, element
     Where one limit cuts all elements, all four follow from the largest: one reduction.
     """
     if not cuts or limit.ndim:
-        *parts, _ = _column(size, clipped_size, limit)
-        return jnp.stack([*parts, jnp.max(_is_over(size, limit), initial=False)])
+        column = _column(size, clipped_size, limit)
+        return jnp.concatenate([column[:3], (column[3:] > 0).astype(column.dtype)])
     top = largest(elements)
     limit = _sharding.mapped_as(top, limit)
     after = jnp.where(jnp.isfinite(top), jnp.minimum(top, limit), jnp.nan)
