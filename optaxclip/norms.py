@@ -22,7 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _validate
-from optaxclip._naming import named
+from optaxclip._naming import named, shown
 from optaxclip._numerics import magnitude, share
 from optaxclip._types import Axes, Join, Norm, Partials
 
@@ -142,7 +142,6 @@ def linf() -> Norm:
     )
 
 
-@named("norms")
 def lp(p: float) -> Norm:
     r"""The p-norm, :math:`(\sum |x|^p)^{1/p}`, for any :math:`p \ge 1`, `inf` included.
 
@@ -179,7 +178,9 @@ def lp(p: float) -> Norm:
         top = largest(tops)
         return top, total(jax.tree.map(relative, totals, tops, top))
 
-    return Norm(partials, join, lambda top, total: top * _root(total, power))
+    return Norm(
+        partials, join, lambda top, total: top * _root(total, power), name=f"norms.lp({shown(p)})"
+    )
 
 
 @named("norms")

@@ -900,7 +900,7 @@ REFUSED = [
     (
         {"norm": norms.relative_linf(0.1, 1e-3)},
         TypeError,
-        "norm must not be relative to parameters, got Norm(",
+        "norm must not be relative to parameters, got norms.relative_linf(",
     ),
     (
         {"response": "rescale"},
