@@ -34,6 +34,7 @@ NAMES = {
     "Blocks": ("Blocks", "unstacked", "for_each"),
     "columns": ("columns",),
     "largest": ("largest",),
+    "most": ("most",),
     "share_of": ("share_of",),
     "traced_once": ("traced_once",),
 }

@@ -79,5 +79,9 @@ def largest(x):
     return jnp.max(jnp.abs(x), initial=0)
 
 
+def most(x, axes=None):
+    return jnp.max(x, axes, keepdims=axes is not None, initial=0)
+
+
 def share_of(flags):
     return jnp.mean(flags) if flags.size else jnp.zeros(())
