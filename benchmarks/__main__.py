@@ -8,7 +8,15 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks import ahead_of_time, compile_time, peers, per_example, step_time, sweep
+from benchmarks import (
+    ahead_of_time,
+    compile_time,
+    lowering,
+    peers,
+    per_example,
+    step_time,
+    sweep,
+)
 from benchmarks.picture import draw
 from benchmarks.report import save, tables
 
@@ -19,6 +27,7 @@ BENCHMARKS = {
     "ahead_of_time": (ahead_of_time.measure, 1, 1),
     "per_example": (per_example.measure, 5, 1),
     "sweep": (sweep.measure, 3, 1),
+    "lowering": (lowering.measure, 9, 3),
 }
 
 

@@ -35,7 +35,7 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
 
 
 def _rows(name: str, tree: Any, methods: list[str], rounds: int) -> Iterator[Row]:
-    measures = {row: _measure(optimizer, tree) for row, optimizer in chosen(methods).items()}
+    measures = {row: measure_of(optimizer, tree) for row, optimizer in chosen(methods).items()}
     times = cold(measures, rounds)
     reference = times["global norm", "Optax"]
     for i, what in enumerate(["Trace", "Compile"]):
@@ -44,7 +44,7 @@ def _rows(name: str, tree: Any, methods: list[str], rounds: int) -> Iterator[Row
             yield Row(title, method, library, *spread(seconds[:, i] / reference[:, i]))
 
 
-def _measure(optimizer: optax.GradientTransformation, tree: Any) -> Callable[[], np.ndarray]:
+def measure_of(optimizer: optax.GradientTransformation, tree: Any) -> Callable[[], np.ndarray]:
     """Returns a function that measures the seconds to trace and to compile."""
 
     def measure() -> np.ndarray:

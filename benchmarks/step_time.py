@@ -46,7 +46,9 @@ def _rows(name: str, tree: Any, methods: list[str], rounds: int) -> Iterator[Row
 def _steps(params: Any, grads: Any, methods: list[str]) -> dict[tuple[str, str], Callable[[], Any]]:
     """Returns steps by method and library, each on a copy of parameters and state."""
     on_device = jax.tree.map(jnp.array, grads)
-    steps = {row: _step(optimizer, params, on_device) for row, optimizer in chosen(methods).items()}
+    steps = {
+        row: step_of(optimizer, params, on_device) for row, optimizer in chosen(methods).items()
+    }
     for library, make in ("torch", peers.torch_steps), ("Keras", peers.keras_steps):
         if peers.installed(library):
             for method, step in make(params, grads, methods).items():
@@ -54,7 +56,8 @@ def _steps(params: Any, grads: Any, methods: list[str]) -> dict[tuple[str, str],
     return steps
 
 
-def _step(optimizer: optax.GradientTransformation, params: Any, grads: Any) -> Callable[[], Any]:
+def step_of(optimizer: optax.GradientTransformation, params: Any, grads: Any) -> Callable[[], Any]:
+    """Returns a step on its own copy of parameters and state; gradients are on the device."""
     params = jax.tree.map(jnp.array, params)
     held = [params, optimizer.init(params)]
     compiled = compiled_step(optimizer).lower(*held, grads).compile()

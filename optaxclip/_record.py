@@ -9,7 +9,7 @@ from jax import Array
 
 from optaxclip import _sharding
 from optaxclip._layout import Layout
-from optaxclip._lowering import Blocks, largest, share_of, traced_once
+from optaxclip._lowering import Blocks, largest, most, share_of, traced_once
 from optaxclip._numerics import widen
 from optaxclip._types import Names, Reading
 
@@ -74,7 +74,7 @@ class Recorder(NamedTuple):
 @traced_once()
 def _column(size: Array, clipped_size: Array, limit: Array) -> Array:
     """The largest size before and after, the largest limit, and the share of sizes over it."""
-    parts = [jnp.max(block, initial=0) for block in (size, clipped_size, limit)]
+    parts = [most(block) for block in (size, clipped_size, limit)]
     parts[2] = _sharding.mapped_as(parts[0], parts[2])
     return jnp.stack([*parts, share_of(_is_over(size, limit))])
 

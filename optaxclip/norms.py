@@ -22,6 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip import _validate
+from optaxclip._lowering import most
 from optaxclip._naming import named, shown
 from optaxclip._numerics import magnitude, share
 from optaxclip._types import Axes, Join, Norm, Partials
@@ -74,7 +75,7 @@ def l2() -> Norm:
 
     def partials(x: Array, axes: Axes) -> tuple[Array, ...]:
         cap = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)
-        return tuple(_sum(jnp.minimum(x * scale, cap) ** 2, axes) for scale in scales(x.dtype))
+        return tuple(_sum(_capped(x * scale, cap) ** 2, axes) for scale in scales(x.dtype))
 
     def root(near: Array, far: Array) -> Array:
         enough = jnp.isfinite(near)
@@ -226,7 +227,12 @@ def _sum(values: Array, axes: Axes) -> Array:
 
 
 def _max(values: Array, axes: Axes) -> Array:
-    return jnp.max(values, axes, keepdims=True, initial=0)
+    return most(values, axes)
+
+
+def _capped(x: Array, cap: float) -> Array:
+    """`min(x, cap)`, in which XLA on CPU would lose NaN."""
+    return jnp.where(x > cap, cap, x)
 
 
 def _add(sums: Partials, total: Join, largest: Join) -> Partials:

@@ -4,6 +4,7 @@ figure.
 
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,18 @@ import pytest
 from flax import linen as nn
 from run_example import help_of
 
+import optaxclip
 from benchmarks import __main__ as program
-from benchmarks import ahead_of_time, compile_time, peers, per_example, step_time, sweep, trees
+from benchmarks import (
+    ahead_of_time,
+    compile_time,
+    lowering,
+    peers,
+    per_example,
+    step_time,
+    sweep,
+    trees,
+)
 from benchmarks.optimizers import METHODS
 from benchmarks.picture import draw
 from benchmarks.report import Row, tables
@@ -72,6 +83,9 @@ def ran(tmp_path_factory):
         )
         patch.delitem(sweep.CLIPS, "Optax")
         patch.setattr(sweep, "THRESHOLDS", np.ones(1, np.float32))
+        patch.setattr(lowering.trees, "gpt2", lambda *_, **__: trees.tiny(4))
+        patch.setattr(lowering, "NAMES", {"columns": ("columns",)})
+        patch.setattr(lowering, "CLIPS", {"leaf norm": lowering.CLIPS["leaf norm"]})
         patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
         patch.setattr("sys.argv", ["benchmarks", "--rounds", "1", "--out", str(folder)])
         program.main()
@@ -108,6 +122,7 @@ SMALLER = {("clipped_grad, microbatch 32", figure) for figure in ("temporary mem
         ),
         ("per_example", 1, FIGURES | SMALLER),
         ("sweep", 2, WAYS),
+        ("lowering", 3, {(line, "leaf norm") for line in ("with all", "without columns")}),
     ],
 )
 def test_json_has_every_row_in_every_table(ran, name, count, expected):
@@ -140,7 +155,7 @@ def test_limits_of_time_are_those_of_bytes(ran):
     assert limits == {"none": 1, "value": 1, "global norm": 8 / 7}
 
 
-@pytest.mark.parametrize("name", ["step_time", "compile_time", "per_example", "sweep"])
+@pytest.mark.parametrize("name", ["step_time", "compile_time", "per_example", "sweep", "lowering"])
 def test_tables_are_printed_and_say_what_json_says(ran, name):
     folder, printed = ran
     whole = saved(ran, name)
@@ -246,6 +261,32 @@ ENTRY %main (g: f32[100], p: bf16[100]) -> f32[100] {
 """
     assert list(traffic(program)) == [400, 4, 600]
     assert messages(program) == 1
+
+
+@pytest.mark.parametrize("name", lowering.NAMES)
+def test_the_library_without_a_name_has_the_plain_line_and_the_same_numbers(name):
+    before = {key: module for key, module in sys.modules.items() if key.startswith("optaxclip")}
+    library = lowering.made_without(name)
+    after = {key: module for key, module in sys.modules.items() if key.startswith("optaxclip")}
+    assert after == before and library is not optaxclip
+    for each in lowering.NAMES:
+        plain = getattr(library._lowering, each).__module__ == "plain_lowering"
+        assert plain == (each == name)
+    grads = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.array([3.0, -4.0])}
+    for clip in lowering.CLIPS.values():
+        ours, theirs = (clip(one).update(grads, None, grads)[0] for one in (optaxclip, library))
+        for x, y in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_kernels_are_counted_for_every_chip_whose_compiler_is_installed(monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "cost", lambda *_: ahead_of_time.Cost(8.5, 0.25, 10, 0))
+    monkeypatch.setattr(peers, "installed", lambda peer: peer == "H100")
+    optimizers = {("with all", column): None for column in lowering.CLIPS}
+    rows = list(lowering._kernels(optimizers, trees.tiny(2)))
+    assert [(row.table[:15], row.column, row.value) for row in rows] == [
+        ("Kernels on h100", column, 10) for column in lowering.NORMS
+    ]
 
 
 def test_ahead_of_time_has_rows_for_every_chip_whose_compiler_is_installed(monkeypatch):
