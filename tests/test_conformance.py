@@ -113,8 +113,8 @@ def is_marked(x):
 def test_every_public_transform_is_in_the_table():
     makers = {
         name
-        for name, value in vars(optaxclip).items()
-        if callable(value) and not isinstance(value, type)
+        for name in optaxclip.__all__
+        if callable(getattr(optaxclip, name)) and not isinstance(getattr(optaxclip, name), type)
     }
     # the last two are no transforms
     listed = {name.split()[0] for name in TRANSFORMS} | {
