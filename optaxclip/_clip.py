@@ -83,7 +83,7 @@ def clip(
         sharded_over: mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`) along which what shares
             a size is split: a name, a tuple of names, `()` for none, or a tree of these that the
             updates start with. Not needed under `jit`, nor in `jax.shard_map` with its default
-            `check_vma=True`, where the types of the leaves tell, but for scopes finer than a leaf.
+            `check_vma=True`, where JAX tracks which leaves vary; scopes finer than a leaf need it.
             `jax.vmap` alone maps over whole trees, each clipped by itself. A single number is never
             split.
         record: whether the state has a `Reading` of what the clip measured and did. Where every
@@ -293,7 +293,7 @@ def _multiplied(zero: bool, gradient: Array, pair: tuple[Array, Array]) -> Array
 
 
 def _no_sizes(norm: Norm, layout: Layout, sharded_over: Any) -> list[Array]:
-    """Zeros in place of sizes; those of parts of leaves are sharded as their leaves are."""
+    """Zeros in place of sizes; a block of one leaf is sharded as its leaf."""
     # A state may be made before axes are mapped.
     names = [_sharding.bound(axes) for axes in layout.names_of_axes(sharded_over)]
 

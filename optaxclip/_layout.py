@@ -29,12 +29,12 @@ class Layout(NamedTuple):
         gradients: the arrays there.
         paths: of the gradients; no two are the same.
         names: of the groups; with `axes`, the paths.
-        keys: for each group its name in a dict of thresholds: that of its stack, if it is of one.
+        keys: for each group its name in a dict of thresholds; a layer has the name of its stack.
         groups: for each group, the positions of its units, counted over all gradients; where no
             gradient is a stack, each has one unit. Empty with `axes`.
         axes: for each gradient the axes measured together, if parts of it have sizes;
             None where leaves are measured whole, or layer by layer in groups.
-        parts: for each gradient the axes measured together; all of them, but for stacks.
+        parts: for each gradient the axes measured together; all axes, except those of a stack.
         by_shape: whether `axes` go by the lengths of a leaf's axes.
     """
 
@@ -231,7 +231,7 @@ def _grouped(layout: Layout, names: list[str]) -> Layout:
 
 
 def _axes_of(scope: Scope, path: str, leaf: Any) -> Axes | None:
-    """The axes measured together: all but those of a stack, or what the scope says."""
+    """The axes that the scope measures together; by default all, except those of a stack."""
     leaf = jnp.asarray(leaf)
     if scope.axes is not None:
         return scope.axes(path, leaf)

@@ -49,7 +49,6 @@ def traced_once(static: int | tuple[int, ...] = (), inline: bool = False) -> Cal
 
 # MEASURE
 
-
 Sizes = Callable[[Norm, Any, list[Any]], list[Array]]  # of a norm, a `_measure.Plan`, leaves
 
 
@@ -99,8 +98,8 @@ def _in_float32(sizes: Sizes, norm: Norm, plan: Any, leaves: list[Array]) -> lis
     # In this range no square that matters over- or underflows: elements below 2^-30 of a size do
     # not change it. A branch that is not taken costs nothing on a CPU.
     def is_exact(size: Array) -> Array:
-        least, most = size.dtype.type(2.0**-30), jnp.finfo(size.dtype).max
-        return (size == jax.lax.clamp(least, size, most)).all()
+        low, high = size.dtype.type(2.0**-30), jnp.finfo(size.dtype).max
+        return (size == jax.lax.clamp(low, size, high)).all()
 
     exact = [is_exact(stack) for stack in _stacks(in_float32, group_by_type(in_float32))]
     in_float64 = functools.partial(_in_float64, sizes, norm, plan)
@@ -201,7 +200,7 @@ def shared_vector(vector: Array) -> Array:
 
     On GPUs, XLA fuses kernels of one shape that share an operand, however small. So if each leaf's
     kernel reads this vector, these kernels become one. A single number does not count, nor does
-    anything that XLA can trace back to one: hence the barrier.
+    anything that XLA can trace back to one, so there is a barrier.
     """
     barrier = jax.lax.optimization_barrier
     return jax.lax.platform_dependent(vector, cuda=barrier, rocm=barrier, default=lambda x: x)
@@ -237,6 +236,7 @@ class Blocks:
         group_of: list[Any] | None,
     ):
         self.stacks, self.members, self.shapes, self.group_of = stacks, members, shapes, group_of
+        self._each: list[Array] | None = None
 
     @classmethod
     def of(
@@ -245,10 +245,8 @@ class Blocks:
         """The blocks of these sizes, of these leaves."""
         groups: dict[Hashable, list[int]] = {}
         # Equal leaves in a row, as in the stacks in which a CPU measures them.
-        order = (
-            [k for group in group_by_type(leaves) for k in group] if leaves else range(len(sizes))
-        )
-        for k in order:
+        runs = group_by_type(leaves) if leaves else [range(len(sizes))]
+        for k in [k for run in runs for k in run]:
             size = sizes[k]
             scalar = size.size == 1 and not _sharding.varying(size)
             small = leaves and size.size < jnp.size(leaves[k]) <= LARGE
@@ -267,7 +265,9 @@ class Blocks:
 
     def each(self) -> list[Array]:
         """The arrays, one for each block."""
-        return unstacked(self)[0]
+        if self._each is None:
+            (self._each,) = unstacked(self)
+        return self._each
 
     def map(self, function: Callable[..., Any], *others: Any, outputs: int = 0) -> Any:
         """`[function(*arguments) for arguments in zip(self, *others)]`.

@@ -108,7 +108,7 @@ def measure(
 
 @traced_once(static=(0, 1), inline=True)
 def _measured(norm: Norm, plan: Plan, leaves: list[ArrayLike]) -> list[Array]:
-    # Derivatives are those of `sizes`: JAX cannot differentiate float64 where it is switched off.
+    # `sizes` has the derivatives: JAX cannot differentiate float64 where it is switched off.
     quickest = partial(_lowering.quickest, sizes, norm, plan)
     return with_derivative_of(partial(sizes, norm, plan), quickest, leaves)
 
@@ -218,10 +218,8 @@ def _once(vector: Array, split: Sequence[Names], counts: list[int]) -> Array:
     """Partials of units, in which a replicated leaf counts on one device only."""
     if len(set(split)) <= 1:
         return vector
-    axes, by_unit = (
-        union(split),
-        [names for names, n in zip(split, counts, strict=True) for _ in range(n)],
-    )
+    axes = union(split)
+    by_unit = [names for names, n in zip(split, counts, strict=True) for _ in range(n)]
     return jnp.stack([_sharding.once(vector[k], names, axes) for k, names in enumerate(by_unit)])
 
 

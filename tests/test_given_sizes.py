@@ -71,11 +71,11 @@ def test_a_number_is_enough_for_a_tree_and_an_array_has_the_order_of_the_names()
 
 
 def test_the_updates_are_not_read_for_a_norm():
-    clip = optaxclip.clip_by_global_norm(1.0)
+    clip = optaxclip.clip_by_global_norm(1.0, record=False)  # the reading reduces the sizes
     state = clip.init(GRADS)
     program = jax.make_jaxpr(lambda g, s: clip.update(g, s, sizes=5.0)[0])(GRADS, state)
     read = jax.make_jaxpr(lambda g, s: clip.update(g, s)[0])(GRADS, state)
-    assert "integer_pow" in str(read) and "integer_pow" not in str(program)
+    assert "reduce_sum" in str(read) and "reduce_" not in str(program)
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])

@@ -37,7 +37,7 @@ def number(
         TypeError: `value` is not a real number.
         ValueError: `value` is an array of more than one number, NaN, or out of range.
     """
-    array, real = _is_number(value)
+    array, real = is_number(value)
     if not real:
         advice = f"pass a float such as 1.0{others}"
         if value is None and low <= 0:  # what a configuration says for "off"
@@ -153,7 +153,7 @@ def count(
         TypeError: `value` is not an integer, or is an array without `traced`.
         ValueError: `value` is an array of more than one number, below `low`, or above `high`.
     """
-    array, real = _is_number(value)
+    array, real = is_number(value)
     if not real or not (array or isinstance(value, numbers.Integral)):
         raise TypeError(
             f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass a count such "
@@ -409,7 +409,7 @@ def not_both(first: str, one: Any, second: str, other: Any, advice: str) -> None
         raise TypeError(f"{first} and {second} are both given, got {one!r} and {other!r}; {advice}")
 
 
-def _is_number(value: Any) -> tuple[bool, bool]:
+def is_number(value: Any) -> tuple[bool, bool]:
     """Returns whether it is an array, and whether it is real; booleans are not real."""
     if isinstance(value, jax.Array | np.ndarray):
         real = (jnp.floating, jnp.integer)

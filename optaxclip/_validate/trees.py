@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip._validate.arguments import is_array
+from optaxclip._validate.arguments import is_array, is_number
 
 
 def batch(name: str, tree: Any) -> int:
@@ -246,7 +246,7 @@ def given_sizes(sizes: Any, names: Sequence[str]) -> None:
                 f"{sorted(sizes)}; add or remove groups"
             )
         return
-    if not _is_real(sizes):
+    if not is_number(sizes)[1]:
         raise TypeError(
             f"sizes must be numbers, got {sizes!r}; pass a number, a dict by group or an array"
         )
@@ -265,7 +265,7 @@ def given_block(path: str, size: Any, shape: Sequence[int]) -> None:
         TypeError: they are no numbers.
         ValueError: they do not broadcast against the sizes of the leaf.
     """
-    if not _is_real(size):
+    if not is_number(size)[1]:
         raise TypeError(f"sizes must be arrays, got {size!r} at {path!r}; pass a tree of numbers")
     if not _broadcasts(np.shape(size), tuple(shape)):
         raise ValueError(
@@ -273,14 +273,6 @@ def given_block(path: str, size: Any, shape: Sequence[int]) -> None:
             f"for {path!r}, whose sizes have the shape {tuple(shape)}; keep the axes measured "
             "together with length 1"
         )
-
-
-def _is_real(value: Any) -> bool:
-    numeric = hasattr(value, "dtype") or (
-        isinstance(value, numbers.Real) and not isinstance(value, bool)
-    )
-    dtype = jnp.result_type(value) if numeric else jnp.dtype(bool)
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def same_structure(params: Any, treedef: Any) -> list[Any]:
