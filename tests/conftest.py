@@ -18,6 +18,9 @@ from compiling import FLAGS  # noqa: E402 (found on the path above)
 os.environ.setdefault("XLA_FLAGS", FLAGS)  # read when the first program is compiled
 
 
+# A plugin for runs of its own: to import it here would change the library under the other tests.
+collect_ignore = ["plain.py"]
+
 # The files that take longest, in this order: they begin, so that no worker ends with one alone.
 LONGEST = [
     f"test_{name}.py"
