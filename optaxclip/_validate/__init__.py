@@ -10,6 +10,7 @@ from optaxclip._validate.arguments import called as called
 from optaxclip._validate.arguments import checks_keywords as checks_keywords
 from optaxclip._validate.arguments import count as count
 from optaxclip._validate.arguments import function as function
+from optaxclip._validate.arguments import in_backward_pass as in_backward_pass
 from optaxclip._validate.arguments import keywords as keywords
 from optaxclip._validate.arguments import loss as loss
 from optaxclip._validate.arguments import memoryless as memoryless

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optaxclip._types import Threshold
+from optaxclip._types import Context, Threshold
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -218,17 +218,33 @@ def without_memory(name: str, rule: Any) -> None:
         )
 
 
+NO_STEPS = "a backward pass has neither steps nor memory, so pass a number such as schedule(step)"
+
+
 def no_functions(name: str, values: Any) -> None:
-    """Refuses schedules and rules in a backward pass.
+    """Refuses schedules in a backward pass.
 
     Raises:
         TypeError: a function is among the values.
     """
     if any(map(callable, jax.tree.leaves(values))):
-        advice = (
-            "a backward pass has neither steps nor memory, so pass a number such as schedule(step)"
-        )
-        raise TypeError(f"{name} must be a number, got {values!r}; {advice}")
+        raise TypeError(f"{name} must be a number, got {values!r}; {NO_STEPS}")
+
+
+def in_backward_pass(name: str, rule: Any) -> None:
+    """Refuses a rule that learns, or needs the parameters or the step, in a backward pass.
+
+    Raises:
+        TypeError: `rule` does one of these.
+    """
+    size, nothing = jax.ShapeDtypeStruct((1,), "float32"), Context(step=None)
+    refusal = f"{name} must be a number or a rule such as thresholds.ranked(8), got {rule!r}"
+    if rule.uses_params or _remembers(rule):
+        raise TypeError(f"{refusal}; {NO_STEPS}")
+    try:
+        jax.eval_shape(lambda sizes: rule.limit(sizes, rule.init(sizes), nothing), size)
+    except Exception as error:  # what a schedule raises when it is called with None
+        raise TypeError(f"{refusal}; {NO_STEPS}") from error
 
 
 def absolute(name: str, norm: Any) -> None:
