@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optaxclip._types import Context, Threshold
+from optaxclip._types import Threshold
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -191,74 +191,6 @@ def static(name: str, value: Any) -> None:
         )
 
 
-def memoryless(name: str, rule: Any) -> None:
-    """Refuses a rule that learns, or that needs the parameters.
-
-    Raises:
-        TypeError: `rule` learns or needs the parameters.
-    """
-    if rule.uses_params or _remembers(rule):
-        does = "uses the parameters" if rule.uses_params else "learns"
-        raise TypeError(
-            f"{name} must be the same for all groups, got a rule that {does}; pass a number or a "
-            "schedule"
-        )
-
-
-def without_memory(name: str, rule: Any) -> None:
-    """Refuses a rule that learns, where a step has the sizes of a whole batch.
-
-    Raises:
-        TypeError: `rule` learns.
-    """
-    if _remembers(rule):
-        raise TypeError(
-            f"{name} must not learn from single sizes, got {rule!r}; pass a number, a schedule, or "
-            "a rule for batches such as per_example.quantile(0.5)"
-        )
-
-
-NO_STEPS = "a backward pass has neither steps nor memory, so pass a number such as schedule(step)"
-
-
-def no_functions(name: str, values: Any) -> None:
-    """Refuses schedules in a backward pass.
-
-    Raises:
-        TypeError: a function is among the values.
-    """
-    if any(map(callable, jax.tree.leaves(values))):
-        raise TypeError(f"{name} must be a number, got {values!r}; {NO_STEPS}")
-
-
-def in_backward_pass(name: str, rule: Any) -> None:
-    """Refuses a rule that learns, or needs the parameters or the step, in a backward pass.
-
-    Raises:
-        TypeError: `rule` does one of these.
-    """
-    size, nothing = jax.ShapeDtypeStruct((1,), "float32"), Context(step=None)
-    refusal = f"{name} must be a number or a rule such as thresholds.ranked(8), got {rule!r}"
-    if rule.uses_params or _remembers(rule):
-        raise TypeError(f"{refusal}; {NO_STEPS}")
-    try:
-        jax.eval_shape(lambda sizes: rule.limit(sizes, rule.init(sizes), nothing), size)
-    except Exception as error:  # what a schedule raises when it is called with None
-        raise TypeError(f"{refusal}; {NO_STEPS}") from error
-
-
-def absolute(name: str, norm: Any) -> None:
-    """Refuses a norm that is relative to the parameters, where there are no parameters.
-
-    Raises:
-        TypeError: `norm` is relative to the parameters.
-    """
-    if norm.uses_params:
-        raise TypeError(
-            f"{name} must not be relative to parameters, got {norm!r}; pass one such as norms.l2()"
-        )
-
-
 def scope_given(scope: Any) -> None:
     """Checks that the user chose a scope.
 
@@ -431,15 +363,6 @@ def is_number(value: Any) -> tuple[bool, bool]:
         real = (jnp.floating, jnp.integer)
         return True, any(jnp.issubdtype(value.dtype, kind) for kind in real)
     return False, isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
-
-
-def _remembers(rule: Any) -> bool:
-    """Returns whether a rule has a state.
-
-    It uses shapes only: making an array would initialize JAX before the user chose devices.
-    """
-    sizes = jax.ShapeDtypeStruct((1,), jnp.float32)
-    return bool(jax.tree.leaves(jax.eval_shape(rule.init, sizes)))
 
 
 def is_array(value: Any) -> bool:
