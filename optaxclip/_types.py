@@ -27,7 +27,8 @@ Axes = tuple[int, ...]
 Response = Callable[..., Array]
 """`(gradient, size, limit) -> gradient` on one leaf, where size and limit broadcast.
 
-Applied to the sizes themselves, `response(size, size, limit)`, it tells the size after clipping.
+A response with a `target` tells the size after clipping. After any other response the gradient is
+measured again; where every element is a group, the response is applied to the sizes themselves.
 """
 
 Partials = tuple[Any, ...]

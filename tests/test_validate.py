@@ -23,6 +23,15 @@ CLIP_STATE = optaxclip.clip_by_global_norm(1.0).init(np.ones(1))
 RELATIVE = norms.relative_linf(0.1, 1e-7)
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
+    "bounds_elements": [
+        (
+            (norms.l2(), False),
+            {},
+            ValueError,
+            "response=responses.clamp cuts elements, so the norm must be norms.linf(), got "
+            "norms.l2(); pass norm=norms.linf(), scope=scopes.element(), or another response",
+        )
+    ],
     "one_source": [
         (
             (1,),
@@ -961,6 +970,7 @@ ACCEPTED = {
     "not_both": [(("a", -1.0, "b", None, "c"), {}), (("a", None, "b", -1.0, "c"), {})],
     "real": [((np.dtype("float16"),), {})],
     "scope_given": [((scopes.tree(),), {})],
+    "bounds_elements": [((norms.l2(), True), {})],
     "renamed": [(("clip", {"sharded_over": "x"}), {})],
 }
 RETURNED = {"batch": 4, "divided": 2, "same_structure": [[1, 2]]}  # by all others, nothing

@@ -1,7 +1,7 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get; `axes` checks mapped axes.
+`update` get; `axes` checks mapped axes; `combinations` checks arguments that exclude each other.
 """
 
 from optaxclip._validate.arguments import absolute as absolute
@@ -36,6 +36,7 @@ from optaxclip._validate.axes import stack as stack
 from optaxclip._validate.axes import tracked as tracked
 from optaxclip._validate.axes import units as units
 from optaxclip._validate.axes import whole as whole
+from optaxclip._validate.combinations import bounds_elements as bounds_elements
 from optaxclip._validate.trees import axes_of as axes_of
 from optaxclip._validate.trees import batch as batch
 from optaxclip._validate.trees import divided as divided
