@@ -275,6 +275,60 @@ def adaptive_grad_clip(
 
 
 @_row
+def clip_by_trust_ratio(
+    ratio: Any,
+    *,
+    low: Any = 0.0,
+    high: Any = jnp.inf,
+    scope: Scope = scopes.leaf(),
+    norm: Norm = norms.l2(),
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Limits each leaf's step to a share of the norm of its weights, as LARC, LARS and LAMB do.
+
+    .. math:: u \min(1, \eta\, \mathrm{clip}(\|w\|, \ell, h) / \|u\|)
+
+    `update` needs the parameters. A leaf whose weights or updates are all zero stays as it is. No
+    state. After `optax.scale(-learning_rate)` this is LARC's clip. With
+    `response=responses.normalize` small updates grow too: before the learning rate it is LARS after
+    SGD and LAMB after Adam, and equals `optax.scale_by_trust_ratio`. LAMBC is LAMB with this
+    default response. Known failure: a leaf of small weights, such as a bias, moves slowly; use
+    `scopes.leaf(where=...)` to leave it out, as the papers' code does.
+
+    Args:
+        ratio: the trust coefficient :math:`\eta`: 0.001 in LARS, 0.02 in apex's LARC, 1 in LAMB.
+        low: :math:`\ell`; smaller weight norms count as this large, 0 in the papers.
+        high: :math:`h`; larger weight norms count as this large. LAMB's paper leaves it open; 10 is
+            common.
+        scope: which numbers share a norm.
+        norm: which norm, of updates and weights.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: `ratio` is not a threshold, or `low` or `high` is not a number.
+        ValueError: `ratio`, `low` or `high` is negative or NaN; on `update`: the parameters are
+            missing.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.clip_by_trust_ratio(0.1)
+        >>> params = {"w": jnp.array([3.0, 4.0]), "b": jnp.zeros(1)}
+        >>> updates = {"w": jnp.array([0.6, 0.8]), "b": jnp.array([0.2])}
+        >>> clip.update(updates, clip.init(params), params)[0]
+        {'b': Array([0.2], dtype=float32), 'w': Array([0.3, 0.4], dtype=float32)}
+
+    References:
+        You, Gitman and Ginsburg, [LARS](https://arxiv.org/abs/1708.03888), 2017; You et al.,
+        [LAMB](https://arxiv.org/abs/1904.00962), 2019; Fong et al.,
+        [LAMBC](https://arxiv.org/abs/2011.13584), 2020.
+    """
+    _validate.number("low", low)
+    _validate.number("high", high)
+    limit = thresholds.relative_to_params(ratio, floor=low, ceiling=high, zero="free")
+    return clip(limit, scope=scope, norm=norm, **options)
+
+
+@_row
 def autoclip(
     q: Any = 0.1,
     *,

@@ -33,6 +33,7 @@ ROWS = {
     "clip_by_global_norm": ({"max_norm": 1.0}, {"max_norm": 0.5}),
     "clip_by_block_rms": ({"max_rms": 1.0}, {"max_rms": 0.5}),
     "adaptive_grad_clip": ({}, {"ratio": 0.1, "floor": 2.5}),
+    "clip_by_trust_ratio": ({"ratio": 0.1, "high": 9.0}, {"ratio": 0.05, "low": 2.5, "high": 0.5}),
     "autoclip": ({}, {"q": 0.5}),
     "autoclip of the last": ({"window": 3}, {"q": 0.5}),
     "quantile_clip": ({}, {"q": 0.5, "rate": 0.4}),
@@ -57,7 +58,7 @@ ROWS = {
         {"max_norm": 0.5},
     ),
 }
-STATIC = ("window", "iterations", "response", "axes")
+STATIC = ("window", "iterations", "response", "axes", "option")
 SHARED = {"scope", "norm", "response", "nonfinite", "sharded_over", "record"}
 EACH = [(row, name) for row, (_, numbers) in ROWS.items() for name in numbers]
 

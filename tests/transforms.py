@@ -96,6 +96,20 @@ CASES = [
         l2,
         limit=lambda params: 0.1 * max(l2(params), 1e-3),
     ),
+    Case(
+        "clip_by_trust_ratio",
+        lambda s, **o: optaxclip.clip_by_trust_ratio(0.1 * s, high=3.0, **o),
+        each_leaf,
+        l2,
+        limit=lambda params: 0.1 * min(l2(params), 3.0) if np.any(params) else np.inf,
+    ),
+    Case(
+        "clip_after",
+        lambda s, **o: optaxclip.clip_after(
+            optax.identity(), optaxclip.clip_by_global_norm(s, **o), measured=lambda g, state: g
+        ),
+        whole_tree,
+    ),
     Case("zclip", lambda s, **o: optaxclip.zclip(max_norm=s, **o), whole_tree, remembers=True),
     Case(
         "adagc",
