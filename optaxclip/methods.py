@@ -23,7 +23,15 @@ from optaxclip import _validate, norms, responses, scopes, thresholds
 from optaxclip._clip import clip
 from optaxclip._numerics import negative_part, positive_part, widen
 from optaxclip._precondition import clip_after
-from optaxclip._spectral import matrix_axes, newton_schulz, on_spectra, on_whole_matrices
+from optaxclip._spectral import (
+    by_layer,
+    last_one,
+    last_two,
+    newton_schulz,
+    on_spectra,
+    on_values,
+    on_whole_matrices,
+)
 from optaxclip._types import Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_threshold, as_thresholds, negated
 
@@ -888,28 +896,57 @@ def scale_by_stable_adam(
     return clip_after(adam, limit, measured=relative_to_second_moment)
 
 
+def _on_spectra(
+    limit: Any, scope: str, response: Response | None, options: dict[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Clips spectra, with a size for each matrix or each singular value."""
+    rules = limit.values() if isinstance(limit, dict) else [limit]
+    if scope == "value":
+        parts = {"scope": scopes.element(), "response": response or responses.rescale}
+    else:
+        by_matrix = scopes.unit(last_one)
+        parts = {"scope": by_matrix, "norm": norms.linf(), "response": on_values(response)}
+    relative = any(rule.uses_params for rule in rules)
+    return on_spectra(clip(limit, **parts, **options), uses_params=relative)
+
+
 @_validate.checks_keywords
 def spectral_clip(
     max_norm: Any,
     *,
+    scope: Literal["matrix", "value"] = "matrix",
+    axes: Callable[[str, Any], tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    batch_axes: Any = None,
     response: Response | None = None,
     iterations: int | None = None,
-    nonfinite: str = "propagate",
+    nonfinite: Literal["propagate", "zero", "raise"] = "propagate",
     sharded_over: Any = None,
     record: bool | Literal["full"] = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the singular values of each matrix, :math:`U \min(S, c) V^\top`.
 
-    With `response=responses.smooth` it is SPECTRA's soft clip, :math:`S / \sqrt{1 + (S / c)^2}`.
-    Leading axes are batches; a vector is a matrix of one row. No state. The default is a singular
-    value decomposition, which is exact but slow on accelerators. For the soft clip, Newton-Schulz
-    `iterations` need only matrix products. They are within 0.1 % while :math:`\|X\|_F / c` is below
-    :math:`1.5^{\text{iterations}} / 3`. SPECTRA clips updates this way: after the preconditioner,
-    before the learning rate.
+    The size of a matrix is its largest singular value :math:`\sigma`, and a rule that learns learns
+    that: `spectral_clip(thresholds.ema(1.0, decay=0.9, of="raw"))` follows its average. With
+    `response=responses.rescale` the whole matrix is scaled by :math:`\min(1, c / \sigma)`. With
+    `response=responses.smooth` it is SPECTRA's soft clip, :math:`S / \sqrt{1 + (S / c)^2}`; the
+    recipes have the rest of SPECTRA. No state for a number.
+
+    The default is a singular value decomposition, which is exact but slow on accelerators. For the
+    soft clip, Newton-Schulz `iterations` need only matrix products. They are within 0.1 % while
+    :math:`\|X\|_F / c` is below :math:`1.5^{\text{iterations}} / 3`. SPECTRA clips updates this
+    way: after the preconditioner, before the learning rate.
 
     Args:
         max_norm: the limit :math:`c` of singular values.
-        response: what to do with larger singular values; `responses.rescale` if None.
+        scope: what has a size, and learns: a `"matrix"`, or each `"value"` by its rank.
+        axes: `(path, leaf) -> (row axes, column axes)`, where all others are a stack of matrices.
+            By default, a kernel with Flax's names is fan-in by outputs: `[in, heads x depth]`,
+            `[heads x depth, out]`, `[height x width x in, out]`. In any other leaf the last two
+            axes are a matrix. A vector is a matrix of one row.
+        batch_axes: axes along which a leaf is a stack of layers, as for `scopes.unit`; `axes` gets
+            the shape of one layer.
+        response: what to do with singular values above the limit; None cuts them. `rescale` shrinks
+            the whole matrix, any other response acts on each singular value.
         iterations: number of Newton-Schulz steps, 10 in SPECTRA; None for a decomposition. Only for
             `responses.smooth`. The recorded size is then the Frobenius norm.
         nonfinite: as for `clip`, for each matrix.
@@ -918,9 +955,10 @@ def spectral_clip(
         record: as for `clip`.
 
     Raises:
-        TypeError: `max_norm` is not a threshold, or `iterations` is not an integer.
-        ValueError: `max_norm` is negative or NaN, or `iterations` is given without
-            `responses.smooth`; on `update`: a matrix is sharded over mapped axes.
+        TypeError: `max_norm` is not a threshold, `iterations` is not an integer, or `axes` is not a
+            function of two arguments.
+        ValueError: `max_norm` is negative or NaN, `scope` is another word, or `iterations` is given
+            without `responses.smooth`; on `update`: a matrix is sharded over mapped axes.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -931,15 +969,16 @@ def spectral_clip(
          [0.  0.5]]
 
     References:
-        SPECTRA, [arXiv:2603.14315](https://arxiv.org/abs/2603.14315), 2026, for the soft clip.
+        SPECTRA, [arXiv:2603.14315](https://arxiv.org/abs/2603.14315), 2026, for the soft clip;
+        [arXiv:2605.11838](https://arxiv.org/abs/2605.11838), 2026, for a learned limit.
     """
-    limit, response = as_thresholds(max_norm, name="max_norm"), response or responses.rescale
+    limit, axes = as_thresholds(max_norm, name="max_norm"), axes or by_layer
+    _validate.option("scope", scope, ("matrix", "value"))
+    _validate.function("axes", axes, "lambda path, leaf: ((0,), (1,))", takes=2)
     options = {"nonfinite": nonfinite, "sharded_over": (), "record": record}
-    if iterations is None:
-        rules = limit.values() if isinstance(limit, dict) else [limit]
-        values = clip(limit, scope=scopes.element(), response=response, **options)
-        relative = any(rule.uses_params for rule in rules)
-        return on_whole_matrices(on_spectra(values, uses_params=relative), sharded_over)
-    soft = newton_schulz(response, iterations)
-    by_matrix = clip(limit, scope=scopes.unit(matrix_axes), response=soft, **options)
-    return on_whole_matrices(by_matrix, sharded_over)
+    if iterations is not None:
+        soft = newton_schulz(response or responses.rescale, iterations)
+        inner = clip(limit, scopes.unit(last_two), response=soft, **options)
+    else:
+        inner = _on_spectra(limit, scope, response, options)
+    return on_whole_matrices(inner, axes, scopes.batch_of(batch_axes), sharded_over)

@@ -109,8 +109,8 @@ def leaf(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> 
     _check_where(where)
     if batch_axes is None:
         return Scope(where=where)
-    stacked = _batch(batch_axes)
-    return Scope(axes=lambda path, leaf: _rest(stacked(path, leaf), leaf), where=where)
+    stacked = batch_of(batch_axes)
+    return Scope(axes=lambda path, leaf: rest_of(stacked(path, leaf), leaf), where=where)
 
 
 @named("scopes")
@@ -150,18 +150,18 @@ def unit(
         normalization](https://arxiv.org/abs/2102.06171), 2021.
     """
     _check_where(where)
-    stacked = _batch(() if batch_axes is None else batch_axes)
+    stacked = batch_of(batch_axes)
     if axes is None:
         return Scope(
-            axes=lambda path, leaf: _fan_in(_rest(stacked(path, leaf), leaf), leaf),
+            axes=lambda path, leaf: _fan_in(rest_of(stacked(path, leaf), leaf), leaf),
             where=where,
             by_shape=True,
         )
     chosen = _axes_function("axes", axes, lambda leaf: tuple(range(leaf.ndim)))
 
     def measured_together(path: str, leaf: Any) -> Axes | None:
-        layer = _rest(stacked(path, leaf) if callable(axes) else (), leaf)
-        one = leaf if len(layer) == leaf.ndim else _with_axes(leaf, layer)
+        layer = rest_of(stacked(path, leaf) if callable(axes) else (), leaf)
+        one = leaf if len(layer) == leaf.ndim else with_axes(leaf, layer)
         given = chosen(path, one)
         return None if given is None else _of_layer(_normalize("axes", given, path, one), layer)
 
@@ -180,7 +180,7 @@ def element(*, where: Where | None = None, batch_axes: BatchAxes | None = None) 
         TypeError: `where` is not a function of a path, or `batch_axes` are no axes.
     """
     _check_where(where)
-    _batch(() if batch_axes is None else batch_axes)
+    batch_of(batch_axes)
     return Scope(axes=lambda path, leaf: (), where=where)
 
 
@@ -221,7 +221,7 @@ def flax_axes(path: str, leaf: Any) -> Axes:
     return every[:-1]
 
 
-def _with_axes(leaf: Any, axes: Axes) -> jax.ShapeDtypeStruct:
+def with_axes(leaf: Any, axes: Axes) -> jax.ShapeDtypeStruct:
     """The shape of a leaf without the other axes."""
     return jax.ShapeDtypeStruct([leaf.shape[axis] for axis in axes], leaf.dtype)
 
@@ -235,7 +235,7 @@ def _groups(
     name_of: Callable[[str], str | None], where: Where | None, batch_axes: BatchAxes | None
 ) -> Scope:
     _check_where(where)
-    batch = None if batch_axes is None else _batch(batch_axes)
+    batch = None if batch_axes is None else batch_of(batch_axes)
     return Scope(group=name_of, where=where, batch=batch)
 
 
@@ -251,8 +251,9 @@ def _fan_in(layer: Axes, leaf: Any) -> Axes:
     return layer[:1] if len(layer) < 4 else layer[:-1]
 
 
-def _batch(batch_axes: BatchAxes) -> Callable[[str, Any], Axes]:
-    """The axes of a stack, counted from the front."""
+def batch_of(batch_axes: BatchAxes | None) -> Callable[[str, Any], Axes]:
+    """The axes of a stack, counted from the front; `()` for None."""
+    batch_axes = () if batch_axes is None else batch_axes
     stacked = _axes_function("batch_axes", batch_axes, lambda leaf: ())
     return lambda path, leaf: _normalize("batch_axes", stacked(path, leaf), path, leaf)
 
@@ -291,5 +292,6 @@ def _normalize(name: str, axes: int | Sequence[int] | None, path: str, leaf: Any
     return tuple(sorted({axis % leaf.ndim for axis in axes}))
 
 
-def _rest(axes: Axes, leaf: Any) -> Axes:
+def rest_of(axes: Axes, leaf: Any) -> Axes:
+    """The other axes of a leaf."""
     return tuple(axis for axis in range(leaf.ndim) if axis not in axes)

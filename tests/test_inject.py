@@ -58,7 +58,7 @@ ROWS = {
         {"max_norm": 0.5},
     ),
 }
-STATIC = ("window", "iterations", "response", "axes", "option")
+STATIC = ("window", "iterations", "response", "axes", "batch_axes", "option")
 SHARED = {"scope", "norm", "response", "nonfinite", "sharded_over", "record"}
 EACH = [(row, name) for row, (_, numbers) in ROWS.items() for name in numbers]
 
@@ -180,8 +180,8 @@ def test_a_number_may_change_between_steps(row, name):
 def test_rows_are_injected_with_their_own_defaults(row):
     needed = {
         name: 1.0
-        for name in ("limit", "max_norm", "max_rms")
-        if name in ROWS[row][1] and row not in ("zclip", "adagc")
+        for name in ("limit", "max_norm", "max_rms", "ratio")
+        if name in ROWS[row][1] and row not in ("zclip", "adagc", "adaptive_grad_clip")
     }
     injected = optax.inject_hyperparams(
         row_of(row), static_args="window" if row == "history_clip" else ()

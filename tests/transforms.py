@@ -159,6 +159,11 @@ SCALERS = [
     Case("spectral_clip", lambda s, **o: optaxclip.spectral_clip(s, **o), each_leaf),
     Case(
         "spectral_clip",
+        lambda s, **o: optaxclip.spectral_clip(s, **{"scope": "value", **o}),
+        each_leaf,
+    ),
+    Case(
+        "spectral_clip",
         lambda s, **o: optaxclip.spectral_clip(
             s, response=optaxclip.responses.smooth, iterations=10, **o
         ),

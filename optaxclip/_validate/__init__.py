@@ -37,6 +37,7 @@ from optaxclip._validate.axes import tracked as tracked
 from optaxclip._validate.axes import units as units
 from optaxclip._validate.axes import whole as whole
 from optaxclip._validate.combinations import bounds_elements as bounds_elements
+from optaxclip._validate.combinations import matrix_axes as matrix_axes
 from optaxclip._validate.trees import axes_of as axes_of
 from optaxclip._validate.trees import batch as batch
 from optaxclip._validate.trees import divided as divided
