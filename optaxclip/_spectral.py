@@ -84,7 +84,7 @@ def on_spectra(
         return layout.rebuild([s for _, s, _ in parts])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        layout = lay_out(scopes.leaf(), updates)
+        layout = lay_out(scopes.leaf(), updates, params)
         matrices = list(map(widen, layout.gradients))
         parts = _decomposed(matrices)
         weights = None if params is None else values(params) if uses_params else no_values(params)
@@ -166,7 +166,10 @@ def on_whole_matrices(
         weights = None if params is None else of_params(params)
         clipped, state = clip.update(taken(layout), state, weights, **extra_args)
         parts = zip(views(layout), layout.of(clipped), layout.gradients, strict=True)
-        out = [_sharding.sharded_like(view.put_back(x), like) for view, x, like in parts]
+        out = [
+            like if x is None else _sharding.sharded_like(view.put_back(x), like)
+            for view, x, like in parts
+        ]
         return layout.rebuild(out), state
 
     return optax.GradientTransformationExtraArgs(
