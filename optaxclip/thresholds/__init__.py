@@ -13,6 +13,7 @@ from optaxclip.thresholds.combine import join as join
 from optaxclip.thresholds.combine import reset_after as reset_after
 from optaxclip.thresholds.combine import times as times
 from optaxclip.thresholds.combine import with_fallback as with_fallback
+from optaxclip.thresholds.fixed import ranked as ranked
 from optaxclip.thresholds.fixed import relative_to_params as relative_to_params
 from optaxclip.thresholds.moments import ema as ema
 from optaxclip.thresholds.moments import growth as growth
@@ -34,6 +35,7 @@ __all__ = [
     "reset_after",
     "times",
     "with_fallback",
+    "ranked",
     "relative_to_params",
     "ema",
     "growth",
