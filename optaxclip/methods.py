@@ -242,6 +242,8 @@ def adaptive_grad_clip(
 
     .. math:: g_u \min(1, \lambda \max(\|w_u\|, \epsilon) / \|g_u\|)
 
+    Units are those of `optax.adaptive_grad_clip`, which go by the rank of a leaf. They are wrong
+    for the output of attention and for embeddings; pass `axes=scopes.flax_axes` for Flax's layers.
     `update` needs the parameters. The paper leaves the last layer unclipped: give that leaf None as
     axes, or use `optax.masked`. DreamerV3 uses `scope=scopes.leaf()` with a ratio of 0.3. Known
     failure: weights that start at zero move slowly, because their limit is :math:`\lambda
@@ -351,6 +353,7 @@ def autoclip(
 
     The statistic sees raw norms, the current one included. State: 8 KiB per group, exact for the
     first 1024 norms and within 1 % after that; with a window, one float per group and step in it.
+    The reference code keeps every norm, NaN too.
     With the paper's quantile of 0.1, about 90 % of steps are clipped, each a little. Known failure:
     all history has the same weight, so the limit follows a late change of level slowly.
 
@@ -397,7 +400,8 @@ def quantile_clip(
     .. math:: c \leftarrow c\, e^{-\eta (1[s \le c] - q)}
 
     The limit starts at the first norm. The statistic sees whether each raw norm was within the
-    limit. State: three numbers per group. The limit follows a tenfold rise in 13 steps and a
+    limit. TensorFlow Privacy starts at 0.1 and adds noise to the share. State: three numbers per
+    group. The limit follows a tenfold rise in 13 steps and a
     tenfold fall in 115. The paper clips single examples to the median; the default 0.9 is meant for
     whole gradients. Known failure: the limit keeps moving up and down by the rate.
 
@@ -505,10 +509,11 @@ def adagc(
 
     The limit of leaf :math:`i` is :math:`\lambda \gamma_i`, where :math:`\gamma_i` averages its
     clipped norms. In the warm-up the gradient is clipped by its global norm, and :math:`\gamma_i`
-    is the smallest clipped norm so far. One read of the gradients serves both. State: four numbers
-    per leaf. Known failures: :math:`\gamma` rises by at most 0.1 % a step. So 40 % of steady noisy
-    steps are clipped, and a tenfold change takes 2300 steps (see `thresholds.reset_after`). A leaf
-    with zero gradients does not update its statistics, so its limit never becomes zero.
+    is the smallest clipped norm so far. One read of the gradients serves both. ERNIE's code has a
+    factor of 1.03, 101 steps of warm-up, and the smallest raw norm. State: four numbers per leaf.
+    Known failures: :math:`\gamma` rises by at most 0.1 % a step. So 40 % of steady noisy steps are
+    clipped, and a tenfold change takes 2300 steps (see `thresholds.reset_after`). A leaf with zero
+    gradients does not update its statistics, so its limit never becomes zero.
 
     Args:
         factor: :math:`\lambda`, 1.05 in the paper; a factor of 2 hardly clips.
@@ -560,8 +565,9 @@ def history_clip(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips at mean plus deviations of the last norms, :math:`\mu + k \sigma`.
 
-    The statistic sees raw norms, the current one excluded. State: one float per group and step in
-    the window. Levanter clips updates this way: after the preconditioner, before the learning rate.
+    The statistic sees raw norms, the current one excluded. A deviation counts as at least a
+    thousandth of the mean, in Levanter as 1e-6. State: one float per group and step in the window.
+    Levanter clips updates this way: after the preconditioner, before the learning rate.
     It also works on gradients. Known failure: one spike raises the limit until the spike leaves the
     window; a spike of 100 times the mean raises it to 28 times the mean.
 
@@ -658,9 +664,9 @@ def growth_clip(
     The statistic is the last clipped norm :math:`\|u\|`. State: three numbers per group. Fira
     limits updates this way: after the preconditioner, before the learning rate. Known failures:
     with noisy norms the limit settles below their mean, and after a small norm it takes 231 steps
-    to grow tenfold. Zeros are not observed, so the limit never sticks at zero. After a jump by more
-    than ten thousand times, Fira's code takes 926 steps and more; here the limit starts again at
-    the tenth such norm in a row.
+    to grow tenfold. Zeros are not observed, so the limit never sticks at zero; in Fira's code a
+    zero step leaves a limit of 1e-8. After a jump by more than ten thousand times, Fira's code
+    takes 926 steps and more; here the limit starts again at the tenth such norm in a row.
 
     Args:
         factor: :math:`\gamma`, the largest ratio of one norm to the one before; 1.01 in the paper.
@@ -704,8 +710,8 @@ def spam_clip(
     element. State: one buffer as large as the parameters. SPAM also resets Adam's moments every 500
     steps; `spam_clip` does not. Known failures: with 5000, an element may reach 70 times its usual
     size late in training, and 10 times after 20 steps. An element that was always zero is not
-    clipped. A spike in the warm-up is learned; `thresholds.ignore_outliers` prevents that with
-    three more buffers.
+    clipped; the reference code keeps it at zero. A spike in the warm-up is learned;
+    `thresholds.ignore_outliers` prevents that with three more buffers.
 
     Args:
         factor: :math:`\theta`, 5000 in the paper.
@@ -854,7 +860,8 @@ def scale_by_stable_adam(
 
     Use it in place of `optax.scale_by_adam`, before the learning rate. The statistic is Adam's
     :math:`v`, which includes the current gradient, so the only state is Adam's two buffers. RMS is
-    measured on the gradient, not on the step, because momentum smooths the step. Known failure: a
+    measured on the gradient, not on the step, because momentum smooths the step; Levanter and
+    Praxis measure the step, which is a weaker rule. Known failure: a
     step shrinks by at most :math:`1 / \sqrt{1 - b_2}`, 10 with the defaults.
 
     Args:
@@ -929,7 +936,8 @@ def spectral_clip(
     that: `spectral_clip(thresholds.ema(1.0, decay=0.9, of="raw"))` follows its average. With
     `response=responses.rescale` the whole matrix is scaled by :math:`\min(1, c / \sigma)`. With
     `response=responses.smooth` it is SPECTRA's soft clip, :math:`S / \sqrt{1 + (S / c)^2}`; the
-    recipes have the rest of SPECTRA. No state for a number.
+    recipes have the rest of SPECTRA, whose code leaves vectors within the limit as they are. No
+    state for a number.
 
     The default is a singular value decomposition, which is exact but slow on accelerators. For the
     soft clip, Newton-Schulz `iterations` need only matrix products. They are within 0.1 % while

@@ -521,6 +521,14 @@ def test_what_hardly_varies_has_a_deviation_of_a_thousandth_or_in_logs_of_a_ten_
         assert (float(run(np.float32([1.0] * 100 + [last]))[0][-1]) < 1.0001) == clipped
 
 
+def test_growth_starts_again_at_the_tenth_norm_after_a_huge_jump():
+    clipped, _ = follow(optaxclip.growth_clip(), [1.0] * 5 + [2e4] * 12)
+    # the ninth such norm is still held back, the one after the tenth is free
+    assert clipped[5 + 8] < 1.2 and clipped[5 + 10] == pytest.approx(2e4)
+    below, _ = follow(optaxclip.growth_clip(), [1.0] * 5 + [0.9e4] * 12)
+    assert below[-1] < 1.2
+
+
 def test_spam_clips_from_the_20th_update_on():
     for spike, clipped in (19, False), (20, True):
         sizes = [1.0] * (spike - 1) + [500.0]
