@@ -62,6 +62,7 @@ ENTRIES = {
         Entry("clip_by_global_norm(4.0)"),
         Entry("clip_by_block_rms(0.4)"),
         Entry("adaptive_grad_clip(0.4)"),
+        Entry("clip_by_trust_ratio(0.4)", chain=None),
     ],
     "Limits that are learned": [
         Entry("autoclip(0.5)"),

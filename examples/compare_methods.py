@@ -59,7 +59,10 @@ METHODS = {
     "spectral_clip(1.0)": ("update", optaxclip.spectral_clip(1.0)),
     "adaptive_grad_clip()": ("gradient", optaxclip.adaptive_grad_clip()),
     "clippy()": ("step", optaxclip.clippy()),
-    "gradient_stabilizer()": ("gradient", optaxclip.gradient_stabilizer()),
+    "gradient_stabilizer(decay=0.7, square_decay=0.9)": (
+        "gradient",
+        optaxclip.gradient_stabilizer(decay=0.7, square_decay=0.9),
+    ),
     "autoclip()": ("gradient", optaxclip.autoclip()),
     "quantile_clip()": ("gradient", optaxclip.quantile_clip()),
     "adagc()": ("gradient", optaxclip.adagc()),

@@ -14,6 +14,7 @@ from optaxclip._clip import clip as clip
 from optaxclip._feedback import error_feedback as error_feedback
 from optaxclip._guard import skip_nonfinite as skip_nonfinite
 from optaxclip._guard import skip_spikes as skip_spikes
+from optaxclip._precondition import clip_after as clip_after
 from optaxclip._types import ClipState as ClipState
 from optaxclip._types import Context as Context
 from optaxclip._types import Norm as Norm
@@ -26,6 +27,7 @@ from optaxclip.methods import autoclip as autoclip
 from optaxclip.methods import clip_by_block_rms as clip_by_block_rms
 from optaxclip.methods import clip_by_global_norm as clip_by_global_norm
 from optaxclip.methods import clip_by_norm as clip_by_norm
+from optaxclip.methods import clip_by_trust_ratio as clip_by_trust_ratio
 from optaxclip.methods import clip_by_value as clip_by_value
 from optaxclip.methods import clippy as clippy
 from optaxclip.methods import gradient_stabilizer as gradient_stabilizer
@@ -43,6 +45,7 @@ __all__ = [
     "clip_by_block_rms",
     "clip_by_global_norm",
     "clip_by_norm",
+    "clip_by_trust_ratio",
     "clip_by_value",
     "adaptive_grad_clip",
     "adagc",
@@ -59,6 +62,7 @@ __all__ = [
     "zclip",
     "clip_activation_grad",
     "clip_cotangent",
+    "clip_after",
     "error_feedback",
     "skip_nonfinite",
     "skip_spikes",

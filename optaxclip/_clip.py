@@ -109,7 +109,8 @@ def clip(
 
     Raises:
         TypeError: an argument is not what it should be, such as a threshold that is no number.
-        ValueError: an argument is out of range, such as a threshold that is negative.
+        ValueError: an argument is out of range, such as a threshold that is negative; or the
+            response is `clamp` and the norm does not measure the largest element.
 
     Example:
         >>> import jax.numpy as jnp, optax, optaxclip
@@ -126,9 +127,13 @@ def clip(
     _validate.scope_given(scope)
     threshold, scope = as_thresholds(threshold), cast(Scope, scope)
     _check_parts(scope, norm, response, nonfinite, record)
+    bounds_elements = response is not responses.clamp or _is_largest_element(norm)
+    _validate.bounds_elements(norm, bounds_elements or scope.axes is not None)
     rules = threshold.values() if isinstance(threshold, dict) else [threshold]
     relative = norm.uses_params or any(rule.uses_params for rule in rules)
     cuts = response in CUTS  # the size after is the smaller of size and limit
+    # Only a measurement tells what a response that changes the direction leaves.
+    unknown = not cuts and not hasattr(response, "target")
     recorder = Recorder(record, cuts and nonfinite != "zero")
     plain = norm.magnitude is jnp.abs
 
@@ -137,6 +142,7 @@ def clip(
         if is_placeholder(params):
             return ClipState(step, placeholder_state(threshold, scope, params), recorder.unread())
         layout = lay_out(scope, params, weights=relative)
+        _validate.bounds_elements(norm, bounds_elements or layout.is_of_elements)
         _check_names(threshold, layout)
         sizes = _no_sizes(norm, layout, sharded_over)
         learned = initial_state(threshold, layout, sizes)
@@ -166,6 +172,8 @@ def clip(
         sizes = sizes_of(source) if given is None else _given(layout, given, measured)
         limits = rules.limits(sizes)
         clipped, clipped_sizes = _respond(response, nonfinite, layout.gradients, sizes, limits)
+        if unknown and given is None and not layout.is_of_elements:
+            clipped_sizes = sizes_of(clipped)
         learned = rules.learn(sizes, clipped_sizes if cuts else _kept(sizes, clipped_sizes, limits))
         numbers = source if plain and given is None else None
         reading = recorder.next(state.reading, layout, sizes, clipped_sizes, limits, numbers)
@@ -185,6 +193,11 @@ def _check_parts(scope: Any, norm: Any, response: Any, nonfinite: Any, record: A
     _validate.function("response", response, "responses.rescale", takes=3)
     _validate.option("nonfinite", nonfinite, POLICIES)
     _validate.option("record", record, (True, False, "full"))
+
+
+def _is_largest_element(norm: Norm) -> bool:
+    """Whether a size is the magnitude of the largest element, so that to cut elements bounds it."""
+    return norm.join is norms.linf().join and not norm.uses_params
 
 
 def _measure(

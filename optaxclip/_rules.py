@@ -67,7 +67,7 @@ class Rules:
         """How large the sizes may be; a limit that is negative or NaN is 0, never ascent."""
 
         def limit(size: Array, rule: Threshold, state: Any, param_size: Any) -> Array:
-            context = self._context(sizes)._replace(param_sizes=param_size)
+            context = self._context(sizes, rule)._replace(param_sizes=param_size)
             return _never_ascent(jnp.asarray(rule.limit(size, state, context), size.dtype))
 
         return sizes.map(limit, self.rules, self._states(sizes), self.param_sizes)
@@ -82,7 +82,7 @@ class Rules:
         each = (self.rules, sizes.each(), clipped_sizes.each(), self._states(sizes), param_sizes)
         states = []
         for rule, size, clipped_size, state, param_size in zip(*each, strict=True):
-            context = self._context(sizes)._replace(param_sizes=param_size)
+            context = self._context(sizes, rule)._replace(param_sizes=param_size)
             states.append(rule.learn(size, clipped_size, state, context))
         after = joined(self.threshold, self.layout, states, self.state)
         return _sharding.split_as(self.state, after)
@@ -91,10 +91,13 @@ class Rules:
     def _learns(self) -> bool:
         return bool(jax.tree.leaves(self.state))
 
-    def _context(self, sizes: Blocks) -> Context:
-        if isinstance(self.threshold, dict):  # a rule of one group sees no other group
+    def _context(self, sizes: Blocks, rule: Threshold) -> Context:
+        if not isinstance(self.threshold, dict) or self.layout.axes is None:
+            return self.context._replace(blocks=tuple(sizes.stacks))
+        if not rule.joint:  # a rule of one group sees no other group
             return self.context
-        return self.context._replace(blocks=tuple(sizes.stacks))
+        blocks = zip(self.rules, sizes.each(), strict=True)
+        return self.context._replace(blocks=tuple(size for rule, size in blocks if rule.joint))
 
     def _states(self, sizes: Blocks) -> list[Any]:
         """The states, on an explicit mesh sharded as the sizes are."""

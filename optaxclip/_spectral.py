@@ -1,6 +1,8 @@
 """Clipping the singular values of matrices."""
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,22 +10,63 @@ import optax
 from jax import Array
 
 from optaxclip import _sharding, _validate, scopes
-from optaxclip._layout import lay_out
+from optaxclip._layout import Layout, lay_out
+from optaxclip._lowering import most
 from optaxclip._numerics import cast_like, share, widen
+from optaxclip._rules import is_placeholder
 from optaxclip._types import Axes, Response
-from optaxclip.responses import smooth
+from optaxclip.responses import clamp, rescale, smooth
+
+MatrixAxes = Callable[[str, Any], tuple[Axes, Axes]]
 
 
-def matrix_axes(path: str, leaf: Any) -> Axes:
-    """Returns the axes of one matrix in a leaf: the last two, or the one of a vector."""
+def last_two(path: str, leaf: Any) -> Axes:
+    """Returns the axes of one matrix `[..., rows, columns]`."""
     del path
-    return tuple(range(max(leaf.ndim - 2, 0), leaf.ndim))
+    return leaf.ndim - 2, leaf.ndim - 1
+
+
+def last_one(path: str, leaf: Any) -> Axes:
+    """Returns the axis of one spectrum `[..., k]`."""
+    del path
+    return (leaf.ndim - 1,)
+
+
+def by_layer(path: str, leaf: Any) -> tuple[Axes, Axes]:
+    """Returns the axes of the rows and of the columns, by the names of Flax's layers.
+
+    A kernel of three axes or more is a matrix of fan-in by outputs, a bias or scale is one row. In
+    all other leaves the last two axes are a matrix, and the ones before are a stack.
+    """
+    every, name = tuple(range(leaf.ndim)), path.split("/")[-1]
+    if leaf.ndim < 2 or name in ("bias", "scale"):
+        return (), every
+    if name != "kernel":
+        return every[-2:-1], every[-1:]
+    rows = scopes.flax_axes(path, leaf)
+    return rows, every[len(rows) :]
+
+
+def on_values(response: Response | None) -> Response:
+    """The response on the spectrum of a matrix, whose size is the largest singular value.
+
+    None cuts singular values at the limit, `rescale` shrinks the matrix as a whole, and any other
+    response sees each singular value.
+    """
+    if response is None or response is rescale:
+        return response or clamp
+
+    def on_each(values: Array, size: Array, limit: Array) -> Array:
+        del size
+        return response(values, jnp.abs(values), limit)
+
+    return on_each
 
 
 def on_spectra(
     clip: optax.GradientTransformationExtraArgs, *, uses_params: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Applies the clip to the singular values `[..., k]` of each leaf.
+    """Applies the clip to the singular values `[..., k]` of matrices `[..., rows, columns]`.
 
     It decomposes parameters only if the clip uses them; otherwise the clip gets zeros of the same
     shapes.
@@ -31,28 +74,26 @@ def on_spectra(
 
     def no_values(tree: Any) -> Any:
         layout = lay_out(scopes.leaf(), tree)
-        matrices = map(_matrices, layout.gradients)
+        matrices = map(widen, layout.gradients)
         shapes = [((*x.shape[:-2], min(x.shape[-2:])), x.real.dtype) for x in matrices]
         return layout.rebuild([jnp.zeros(*shape) for shape in shapes])
 
     def values(tree: Any) -> Any:
         layout = lay_out(scopes.leaf(), tree)
-        parts = _decomposed(list(map(_matrices, layout.gradients)))
+        parts = _decomposed(list(map(widen, layout.gradients)))
         return layout.rebuild([s for _, s, _ in parts])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        del extra_args
         layout = lay_out(scopes.leaf(), updates, params)
-        matrices = list(map(_matrices, layout.gradients))
+        matrices = list(map(widen, layout.gradients))
         parts = _decomposed(matrices)
         weights = None if params is None else values(params) if uses_params else no_values(params)
         spectra = [s for _, s, _ in parts]
-        clipped, state = clip.update(layout.rebuild(spectra), state, weights)
+        clipped, state = clip.update(layout.rebuild(spectra), state, weights, **extra_args)
         out = []
         leaves = zip(matrices, parts, layout.of(clipped), layout.gradients, strict=True)
         for x, (u, s, vh), new, like in leaves:
-            matrix = _recompose(x, u, s, vh, s if new is None else new)
-            out.append(cast_like(matrix.reshape(jnp.shape(like)), like))
+            out.append(cast_like(_recompose(x, u, s, vh, s if new is None else new), like))
         return layout.rebuild(out), state
 
     return optax.GradientTransformationExtraArgs(
@@ -60,14 +101,61 @@ def on_spectra(
     )
 
 
+class Matrices(NamedTuple):
+    """Which axes of a leaf are rows, which are columns; all others are a stack of matrices."""
+
+    rows: Axes
+    columns: Axes
+    shape: tuple[int, ...]
+
+    @property
+    def order(self) -> Axes:
+        """The axes of the leaf: first those of the stack, then rows, then columns."""
+        matrix = self.rows + self.columns
+        return tuple(k for k in range(len(self.shape)) if k not in matrix) + matrix
+
+    def taken(self, leaf: Array) -> Array:
+        """Returns `[..., rows, columns]`."""
+        lengths = [math.prod(self.shape[k] for k in axes) for axes in (self.rows, self.columns)]
+        stack = len(self.shape) - len(self.rows) - len(self.columns)
+        moved = jnp.transpose(leaf, self.order)
+        return moved.reshape(*moved.shape[:stack], *lengths)
+
+    def put_back(self, matrices: Array) -> Array:
+        """Returns the leaf."""
+        moved = matrices.reshape([self.shape[k] for k in self.order])
+        return jnp.transpose(moved, [self.order.index(k) for k in range(len(self.shape))])
+
+
 def on_whole_matrices(
-    clip: optax.GradientTransformationExtraArgs, sharded_over: Any
+    clip: optax.GradientTransformationExtraArgs,
+    axes: MatrixAxes,
+    batch: Callable[[str, Any], Axes],
+    sharded_over: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes sure that the clip sees whole matrices: a shard has other singular values.
+    """Shows the clip whole matrices `[..., rows, columns]`: a shard has other singular values.
 
     On an explicit mesh the matrices are gathered first. Inside `shard_map` a sharded leaf is an
     error.
     """
+
+    def matrices_of(path: str, leaf: Any) -> Matrices:
+        rest = scopes.rest_of(batch(path, leaf), leaf)
+        chosen = axes(path, scopes.with_axes(leaf, rest))
+        _validate.matrix_axes(path, chosen, len(rest))
+        rows, columns = (tuple(rest[k] for k in one) for one in chosen)
+        return Matrices(rows, columns, jnp.shape(leaf))
+
+    def views(layout: Layout) -> list[Matrices]:
+        leaves = zip(layout.paths, layout.gradients, strict=True)
+        return [matrices_of(path, jnp.asarray(leaf)) for path, leaf in leaves]
+
+    def taken(layout: Layout) -> Any:
+        pairs = zip(views(layout), layout.gradients, strict=True)
+        return layout.rebuild([_gathered(view, jnp.asarray(leaf)) for view, leaf in pairs])
+
+    def of_params(params: Any) -> Any:
+        return params if is_placeholder(params) else taken(lay_out(scopes.leaf(), params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         layout = lay_out(scopes.leaf(), updates, params)
@@ -75,14 +163,24 @@ def on_whole_matrices(
         for path, leaf, of_leaf in zip(layout.paths, layout.gradients, names, strict=True):
             bound = _sharding.all_bound("sharded_over", of_leaf)
             _validate.not_split(path, _sharding.split_axes("sharded_over", bound, leaf))
+        weights = None if params is None else of_params(params)
+        clipped, state = clip.update(taken(layout), state, weights, **extra_args)
+        parts = zip(views(layout), layout.of(clipped), layout.gradients, strict=True)
+        out = [
+            like if x is None else _sharding.sharded_like(view.put_back(x), like)
+            for view, x, like in parts
+        ]
+        return layout.rebuild(out), state
 
-        def gathered(tree: Any) -> Any:
-            return jax.tree.map(lambda x: _sharding.unsharded(x, 2), tree)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: clip.init(of_params(params)), update
+    )
 
-        clipped, state = clip.update(gathered(updates), state, gathered(params), **extra_args)
-        return jax.tree.map(_sharding.sharded_like, clipped, updates), state
 
-    return optax.GradientTransformationExtraArgs(clip.init, update)
+def _gathered(view: Matrices, leaf: Array) -> Array:
+    """The matrices of a leaf, on an explicit mesh with rows and columns on every device."""
+    stack = view.order == tuple(range(leaf.ndim)) and len(view.rows) == len(view.columns) == 1
+    return view.taken(_sharding.unsharded(leaf, 2 if stack else leaf.ndim))
 
 
 def newton_schulz(response: Response, iterations: int) -> Response:
@@ -106,17 +204,17 @@ def newton_schulz(response: Response, iterations: int) -> Response:
 
     def clipped(gradient: Array, size: Array, limit: Array) -> Array:
         del size
-        x, c = _matrices(gradient), _matrices(limit)
+        x, c = widen(gradient), widen(limit)
         wide = x.shape[-2] <= x.shape[-1]
         x = x if wide else _transposed(x)  # the smaller of X X^T and X^T X
         c = jnp.where(c < jnp.inf, c, 1)
         # scale by the largest element, so that no product over- or underflows
-        top = jnp.maximum(jnp.max(abs(x), (-2, -1), keepdims=True, initial=0), c)
+        top = jnp.maximum(most(abs(x), (-2, -1)), c)
         x, scaled_limit = share(x, top), share(c, top)
         one = jnp.eye(x.shape[-2], dtype=x.dtype)
         a = scaled_limit**2 * one + _product(x, _transposed(x))
         # two upper bounds of the eigenvalues of A; dividing by one brings them to at most 1
-        largest_row = jnp.max(jnp.sum(abs(a), -1, keepdims=True), -2, keepdims=True, initial=0)
+        largest_row = most(jnp.sum(abs(a), -1, keepdims=True), (-2,))
         bound = jax.lax.stop_gradient(jnp.minimum(largest_row, _frobenius(a)))
         bound = jnp.where(bound > 0, bound, 1)
         y, z = a / bound, jnp.broadcast_to(one, a.shape)
@@ -124,7 +222,7 @@ def newton_schulz(response: Response, iterations: int) -> Response:
             t = (3 * one - _product(z, y)) / 2
             y, z = _product(y, t), _product(t, z)
         out = _product(z, x) * (c / jnp.sqrt(bound))
-        out = (out if wide else _transposed(out)).reshape(gradient.shape)
+        out = out if wide else _transposed(out)
         return jnp.where(limit < jnp.inf, out, gradient)
 
     return clipped
@@ -133,12 +231,6 @@ def newton_schulz(response: Response, iterations: int) -> Response:
 def _frobenius(a: Array) -> Array:
     """Returns Frobenius norms; the elements must be of moderate size, since it squares them."""
     return jnp.sqrt(jnp.sum(abs(a) ** 2, (-2, -1), keepdims=True))
-
-
-def _matrices(x: Any) -> Array:
-    """Returns `[..., rows, columns]` in float32 or wider; a vector is one row."""
-    x = widen(x)
-    return x if x.ndim >= 2 else x.reshape(1, -1)
 
 
 def _transposed(x: Array) -> Array:
@@ -156,7 +248,7 @@ def _decomposed(matrices: list[Array]) -> list[tuple[Array, Array, Array]]:
         if parts:
             # On CPU, two batched decompositions at the same time can deadlock. Adding a zero that
             # is computed from the last result makes each decomposition wait for the one before.
-            x = x + (jnp.max(parts[-1][1], initial=0) > jnp.inf).astype(x.dtype)
+            x = x + (most(parts[-1][1]) > jnp.inf).astype(x.dtype)
         parts.append(_decompose(x))
     return parts
 
@@ -166,7 +258,7 @@ def _decompose(x: Array) -> tuple[Array, Array, Array]:
 
     Only S has a derivative. S is NaN if an element of the matrix is not finite.
     """
-    top = jnp.max(abs(x), (-2, -1), keepdims=True, initial=0)
+    top = most(abs(x), (-2, -1))
     ok = jnp.isfinite(top)
     unit = jnp.where(ok & (top > 0), top, 1)
     # the largest element becomes 1, so that nothing over- or underflows in the decomposition
@@ -197,7 +289,7 @@ def _recompose(x: Array, u: Array, s: Array, vh: Array, new: Array) -> Array:
     NaN or zero, as the clip made its singular values.
     """
     finite, same = (holds.all(-1)[..., None, None] for holds in (jnp.isfinite(s), s == new))
-    fill = jnp.max(new, -1, initial=0)[..., None, None]  # NaN or 0
+    fill = most(new, (-1,))[..., None]  # NaN or 0
     changed = jnp.where(finite, _product(u * new[..., None, :], vh), fill)
     return jnp.where(same, x, changed)
 
@@ -213,7 +305,7 @@ def _recompose_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> t
     dx, *_, dnew = tangents
     ratio = jnp.where(s > 0, new / jnp.where(s > 0, s, 1), 1)
     rows, columns = s[..., :, None], s[..., None, :]
-    apart = abs(rows - columns) > 1e-6 * jnp.max(s, -1, initial=0)[..., None, None]
+    apart = abs(rows - columns) > 1e-6 * most(s, (-1,))[..., None]
     slope = (new[..., :, None] - new[..., None, :]) / jnp.where(apart, rows - columns, 1)
     between = jnp.where(apart, slope, ratio[..., None, :]) * (1 - jnp.eye(s.shape[-1]))
     odd = (new[..., :, None] + new[..., None, :]) / jnp.where(rows + columns > 0, rows + columns, 1)

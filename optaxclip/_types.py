@@ -27,7 +27,8 @@ Axes = tuple[int, ...]
 Response = Callable[..., Array]
 """`(gradient, size, limit) -> gradient` on one leaf, where size and limit broadcast.
 
-Applied to the sizes themselves, `response(size, size, limit)`, it tells the size after clipping.
+A response with a `target` tells the size after clipping. After any other response the gradient is
+measured again; where every element is a group, the response is applied to the sizes themselves.
 """
 
 Partials = tuple[Any, ...]
@@ -101,8 +102,8 @@ class Context(NamedTuple):
         step: int32 scalar, updates completed so far.
         param_sizes: the parameters measured by the same scope and norm, a block like
             `sizes`; None unless the rule says `uses_params`.
-        blocks: all sizes of the tree, a block for each leaf if a leaf holds many groups; empty for
-            a rule that only some of the groups have.
+        blocks: all sizes of the tree, a block for each leaf if a leaf holds many groups; in a dict
+            of thresholds those of the groups whose rules say `joint`, and empty for all others.
         extra: the extra arguments of this `update`, by name: `update(..., value=loss)`.
     """
 
@@ -127,6 +128,7 @@ class Threshold(NamedTuple):
             limit.
         uses_params: whether `context.param_sizes` is needed.
         name: how it prints.
+        joint: whether the limit depends on the sizes of other groups (`context.blocks`).
     """
 
     init: Callable[[Array], Any]
@@ -134,6 +136,7 @@ class Threshold(NamedTuple):
     learn: Callable[[Array, Array, Any, Context], Any]
     uses_params: bool = False
     name: str = ""
+    joint: bool = False
 
     def __repr__(self) -> str:
         return self.name or "Threshold()"

@@ -23,7 +23,15 @@ from optaxclip import _validate, norms, responses, scopes, thresholds
 from optaxclip._clip import clip
 from optaxclip._numerics import negative_part, positive_part, widen
 from optaxclip._precondition import clip_after
-from optaxclip._spectral import matrix_axes, newton_schulz, on_spectra, on_whole_matrices
+from optaxclip._spectral import (
+    by_layer,
+    last_one,
+    last_two,
+    newton_schulz,
+    on_spectra,
+    on_values,
+    on_whole_matrices,
+)
 from optaxclip._types import Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_threshold, as_thresholds, negated
 
@@ -234,6 +242,8 @@ def adaptive_grad_clip(
 
     .. math:: g_u \min(1, \lambda \max(\|w_u\|, \epsilon) / \|g_u\|)
 
+    Units are those of `optax.adaptive_grad_clip`, which go by the rank of a leaf. They are wrong
+    for the output of attention and for embeddings; pass `axes=scopes.flax_axes` for Flax's layers.
     `update` needs the parameters. The paper leaves the last layer unclipped: give that leaf None as
     axes, or use `optax.masked`. DreamerV3 uses `scope=scopes.leaf()` with a ratio of 0.3. Known
     failure: weights that start at zero move slowly, because their limit is :math:`\lambda
@@ -275,6 +285,60 @@ def adaptive_grad_clip(
 
 
 @_row
+def clip_by_trust_ratio(
+    ratio: Any,
+    *,
+    low: Any = 0.0,
+    high: Any = jnp.inf,
+    scope: Scope = scopes.leaf(),
+    norm: Norm = norms.l2(),
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Limits each leaf's step to a share of the norm of its weights, as LARC, LARS and LAMB do.
+
+    .. math:: u \min(1, \eta\, \mathrm{clip}(\|w\|, \ell, h) / \|u\|)
+
+    `update` needs the parameters. A leaf whose weights or updates are all zero stays as it is. No
+    state. After `optax.scale(-learning_rate)` this is LARC's clip. With
+    `response=responses.normalize` small updates grow too: before the learning rate it is LARS after
+    SGD and LAMB after Adam, and equals `optax.scale_by_trust_ratio`. LAMBC is LAMB with this
+    default response. Known failure: a leaf of small weights, such as a bias, moves slowly; use
+    `scopes.leaf(where=...)` to leave it out, as the papers' code does.
+
+    Args:
+        ratio: the trust coefficient :math:`\eta`: 0.001 in LARS, 0.02 in apex's LARC, 1 in LAMB.
+        low: :math:`\ell`; smaller weight norms count as this large, 0 in the papers.
+        high: :math:`h`; larger weight norms count as this large. LAMB's paper leaves it open; 10 is
+            common.
+        scope: which numbers share a norm.
+        norm: which norm, of updates and weights.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: `ratio` is not a threshold, or `low` or `high` is not a number.
+        ValueError: `ratio`, `low` or `high` is negative or NaN; on `update`: the parameters are
+            missing.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> clip = optaxclip.clip_by_trust_ratio(0.1)
+        >>> params = {"w": jnp.array([3.0, 4.0]), "b": jnp.zeros(1)}
+        >>> updates = {"w": jnp.array([0.6, 0.8]), "b": jnp.array([0.2])}
+        >>> clip.update(updates, clip.init(params), params)[0]
+        {'b': Array([0.2], dtype=float32), 'w': Array([0.3, 0.4], dtype=float32)}
+
+    References:
+        You, Gitman and Ginsburg, [LARS](https://arxiv.org/abs/1708.03888), 2017; You et al.,
+        [LAMB](https://arxiv.org/abs/1904.00962), 2019; Fong et al.,
+        [LAMBC](https://arxiv.org/abs/2011.13584), 2020.
+    """
+    _validate.number("low", low)
+    _validate.number("high", high)
+    limit = thresholds.relative_to_params(ratio, floor=low, ceiling=high, zero="free")
+    return clip(limit, scope=scope, norm=norm, **options)
+
+
+@_row
 def autoclip(
     q: Any = 0.1,
     *,
@@ -289,6 +353,7 @@ def autoclip(
 
     The statistic sees raw norms, the current one included. State: 8 KiB per group, exact for the
     first 1024 norms and within 1 % after that; with a window, one float per group and step in it.
+    The reference code keeps every norm, NaN too.
     With the paper's quantile of 0.1, about 90 % of steps are clipped, each a little. Known failure:
     all history has the same weight, so the limit follows a late change of level slowly.
 
@@ -335,7 +400,8 @@ def quantile_clip(
     .. math:: c \leftarrow c\, e^{-\eta (1[s \le c] - q)}
 
     The limit starts at the first norm. The statistic sees whether each raw norm was within the
-    limit. State: three numbers per group. The limit follows a tenfold rise in 13 steps and a
+    limit. TensorFlow Privacy starts at 0.1 and adds noise to the share. State: three numbers per
+    group. The limit follows a tenfold rise in 13 steps and a
     tenfold fall in 115. The paper clips single examples to the median; the default 0.9 is meant for
     whole gradients. Known failure: the limit keeps moving up and down by the rate.
 
@@ -374,6 +440,7 @@ def zclip(
     decay: Any = 0.97,
     warmup: Any = 25,
     max_norm: Any = None,
+    option: Literal["adaptive_scaling", "mean", "percentile"] = "adaptive_scaling",
     scope: Scope = scopes.tree(),
     norm: Norm = norms.l2(),
     **options: Unpack[Options],
@@ -385,8 +452,10 @@ def zclip(
 
     The statistic sees norms clipped at this limit only, even if `max_norm` clips further. State:
     five numbers per group. The reference code also sets `max_norm=1.0`, which decides in most runs;
-    here it is off. Known failures: there is no limit in the first 25 steps unless `max_norm` is
-    given, and a lasting change by many deviations is never accepted. For the second, use
+    here it is off. Its `clip_factor` is `thresholds.times(factor, thresholds.zscore())`, except
+    that there the averages see the factor; its `skip_update_on_spike` is `skip_spikes`. Known
+    failures: there is no limit in the first 25 steps unless `max_norm` is given, and a lasting
+    change by many deviations is never accepted. For the second, use
     `thresholds.reset_after(thresholds.zscore(), 50)`.
 
     Args:
@@ -394,6 +463,8 @@ def zclip(
         decay: decay of mean and variance, 0.97 in the paper.
         warmup: how many norms the averages start from, 25 in the paper.
         max_norm: an additional limit, from the first step on.
+        option: where a spike is lowered to: `"adaptive_scaling"` is the paper's; the reference code
+            also has the `"mean"`, and `"percentile"`, the plain :math:`\mu + z_0 \sigma`.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
@@ -414,7 +485,7 @@ def zclip(
     References:
         Kumar et al., [ZClip](https://arxiv.org/abs/2504.02507), 2025.
     """
-    rule = thresholds.zscore(z, decay=decay, warmup=warmup)
+    rule = thresholds.zscore(z, decay=decay, warmup=warmup, option=option)
     return clip(
         rule if max_norm is None else thresholds.at_most(rule, max_norm),
         scope=scope,
@@ -438,10 +509,11 @@ def adagc(
 
     The limit of leaf :math:`i` is :math:`\lambda \gamma_i`, where :math:`\gamma_i` averages its
     clipped norms. In the warm-up the gradient is clipped by its global norm, and :math:`\gamma_i`
-    is the smallest clipped norm so far. One read of the gradients serves both. State: four numbers
-    per leaf. Known failures: :math:`\gamma` rises by at most 0.1 % a step. So 40 % of steady noisy
-    steps are clipped, and a tenfold change takes 2300 steps (see `thresholds.reset_after`). A leaf
-    with zero gradients does not update its statistics, so its limit never becomes zero.
+    is the smallest clipped norm so far. One read of the gradients serves both. ERNIE's code has a
+    factor of 1.03, 101 steps of warm-up, and the smallest raw norm. State: four numbers per leaf.
+    Known failures: :math:`\gamma` rises by at most 0.1 % a step. So 40 % of steady noisy steps are
+    clipped, and a tenfold change takes 2300 steps (see `thresholds.reset_after`). A leaf with zero
+    gradients does not update its statistics, so its limit never becomes zero.
 
     Args:
         factor: :math:`\lambda`, 1.05 in the paper; a factor of 2 hardly clips.
@@ -493,8 +565,9 @@ def history_clip(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips at mean plus deviations of the last norms, :math:`\mu + k \sigma`.
 
-    The statistic sees raw norms, the current one excluded. State: one float per group and step in
-    the window. Levanter clips updates this way: after the preconditioner, before the learning rate.
+    The statistic sees raw norms, the current one excluded. A deviation counts as at least a
+    thousandth of the mean, in Levanter as 1e-6. State: one float per group and step in the window.
+    Levanter clips updates this way: after the preconditioner, before the learning rate.
     It also works on gradients. Known failure: one spike raises the limit until the spike leaves the
     window; a spike of 100 times the mean raises it to 28 times the mean.
 
@@ -591,7 +664,9 @@ def growth_clip(
     The statistic is the last clipped norm :math:`\|u\|`. State: three numbers per group. Fira
     limits updates this way: after the preconditioner, before the learning rate. Known failures:
     with noisy norms the limit settles below their mean, and after a small norm it takes 231 steps
-    to grow tenfold. Zeros are not observed, so the limit never sticks at zero.
+    to grow tenfold. Zeros are not observed, so the limit never sticks at zero; in Fira's code a
+    zero step leaves a limit of 1e-8. After a jump by more than ten thousand times, Fira's code
+    takes 926 steps and more; here the limit starts again at the tenth such norm in a row.
 
     Args:
         factor: :math:`\gamma`, the largest ratio of one norm to the one before; 1.01 in the paper.
@@ -625,7 +700,7 @@ def spam_clip(
     factor: Any = 5000.0,
     *,
     decay: Any = 0.999,
-    warmup: Any = 20,
+    warmup: Any = 19,
     scope: Scope = scopes.element(),
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
@@ -635,13 +710,13 @@ def spam_clip(
     element. State: one buffer as large as the parameters. SPAM also resets Adam's moments every 500
     steps; `spam_clip` does not. Known failures: with 5000, an element may reach 70 times its usual
     size late in training, and 10 times after 20 steps. An element that was always zero is not
-    clipped. A spike in the warm-up is learned; `thresholds.ignore_outliers` prevents that with
-    three more buffers.
+    clipped; the reference code keeps it at zero. A spike in the warm-up is learned;
+    `thresholds.ignore_outliers` prevents that with three more buffers.
 
     Args:
         factor: :math:`\theta`, 5000 in the paper.
         decay: decay of the average, 0.999 as in Adam; the average starts at zero, uncorrected.
-        warmup: updates without a limit, 20 in the reference code.
+        warmup: updates without a limit; the reference code clips from its 20th update on.
         scope: which elements share a limit; it is learned from the largest of them.
         **options: as for `clip`.
 
@@ -670,8 +745,8 @@ def spam_clip(
 @_row
 def gradient_stabilizer(
     *,
-    decay: Any = 0.7,
-    square_decay: Any = 0.9,
+    decay: Any = 0.6,
+    square_decay: Any = 0.999,
     scope: Scope = scopes.leaf(),
     norm: Norm = norms.l2(),
     **options: Unpack[Options],
@@ -682,14 +757,21 @@ def gradient_stabilizer(
 
     :math:`m` and :math:`v` are moving averages of the norm and of its square, corrected for
     starting at zero. They see raw norms, the current one included. State: five numbers per group.
-    With the defaults the new norm is about 1 for any old norm: 0.95 at a huge spike, 1.41 at most.
-    Known failure: after a spike of 100 times the mean, the new norms stay below 0.75 for 70 steps.
-    Small gradients are enlarged, so use it before an optimizer that ignores scale (Adam), or tune
-    the learning rate for it.
+    Steady norms become 1. After them a huge spike becomes
+
+    .. math:: (1 - \beta_1) / \sqrt{1 - \beta_2},
+
+    12.6 with the defaults, 0.95 with Stable-SPAM's (0.7, 0.9), and 47 with its (0.85, 0.99999) for
+    bfloat16. Known failure: the spike stays in the mean square. After one of 100
+    times the mean, the new norms are below 0.75 for 2546 steps (67 with 0.7 and 0.9). Small
+    gradients are enlarged, so use it before an optimizer that ignores scale (Adam), or tune the
+    learning rate for it.
 
     Args:
-        decay: decay of the mean, 0.7 in the paper (0.85 in bfloat16).
-        square_decay: decay of the mean square, 0.9 in the paper (0.99999 in bfloat16).
+        decay: :math:`\beta_1`, decay of the mean: 0.6 in GradientStabilizer's released code, 0.7 in
+            Stable-SPAM.
+        square_decay: :math:`\beta_2`, decay of the mean square: 0.999 in GradientStabilizer's
+            released code, 0.9 in Stable-SPAM.
         scope: which numbers share a norm.
         norm: which norm.
         **options: as for `clip`.
@@ -707,7 +789,7 @@ def gradient_stabilizer(
         ...     print(f"{updates[0]:.3f}")
         1.000
         1.000
-        0.752
+        0.883
 
     References:
         Huang et al., [Stable-SPAM](https://arxiv.org/abs/2502.17055), 2025.
@@ -730,7 +812,9 @@ def clippy(
 
     `update` needs the parameters :math:`w`. It limits the step itself: put it after the learning
     rate, last in a chain. No state. Known failure: one weight near zero holds back its whole leaf,
-    unless :math:`a` allows the weight to move.
+    unless :math:`a` allows the weight to move. TensorFlow Recommenders has two more options, which
+    need its Adagrad accumulator and are left out: a budget that grows with :math:`1 / \sqrt{v}`,
+    and an accumulator of clipped gradients.
 
     Args:
         relative: :math:`r`, the share of itself by which a weight may change; 0.1 in TensorFlow
@@ -776,7 +860,8 @@ def scale_by_stable_adam(
 
     Use it in place of `optax.scale_by_adam`, before the learning rate. The statistic is Adam's
     :math:`v`, which includes the current gradient, so the only state is Adam's two buffers. RMS is
-    measured on the gradient, not on the step, because momentum smooths the step. Known failure: a
+    measured on the gradient, not on the step, because momentum smooths the step; Levanter and
+    Praxis measure the step, which is a weaker rule. Known failure: a
     step shrinks by at most :math:`1 / \sqrt{1 - b_2}`, 10 with the defaults.
 
     Args:
@@ -818,28 +903,58 @@ def scale_by_stable_adam(
     return clip_after(adam, limit, measured=relative_to_second_moment)
 
 
+def _on_spectra(
+    limit: Any, scope: str, response: Response | None, options: dict[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Clips spectra, with a size for each matrix or each singular value."""
+    rules = limit.values() if isinstance(limit, dict) else [limit]
+    if scope == "value":
+        parts = {"scope": scopes.element(), "response": response or responses.rescale}
+    else:
+        by_matrix = scopes.unit(last_one)
+        parts = {"scope": by_matrix, "norm": norms.linf(), "response": on_values(response)}
+    relative = any(rule.uses_params for rule in rules)
+    return on_spectra(clip(limit, **parts, **options), uses_params=relative)
+
+
 @_validate.checks_keywords
 def spectral_clip(
     max_norm: Any,
     *,
+    scope: Literal["matrix", "value"] = "matrix",
+    axes: Callable[[str, Any], tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    batch_axes: Any = None,
     response: Response | None = None,
     iterations: int | None = None,
-    nonfinite: str = "propagate",
+    nonfinite: Literal["propagate", "zero", "raise"] = "propagate",
     sharded_over: Any = None,
     record: bool | Literal["full"] = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the singular values of each matrix, :math:`U \min(S, c) V^\top`.
 
-    With `response=responses.smooth` it is SPECTRA's soft clip, :math:`S / \sqrt{1 + (S / c)^2}`.
-    Leading axes are batches; a vector is a matrix of one row. No state. The default is a singular
-    value decomposition, which is exact but slow on accelerators. For the soft clip, Newton-Schulz
-    `iterations` need only matrix products. They are within 0.1 % while :math:`\|X\|_F / c` is below
-    :math:`1.5^{\text{iterations}} / 3`. SPECTRA clips updates this way: after the preconditioner,
-    before the learning rate.
+    The size of a matrix is its largest singular value :math:`\sigma`, and a rule that learns learns
+    that: `spectral_clip(thresholds.ema(1.0, decay=0.9, of="raw"))` follows its average. With
+    `response=responses.rescale` the whole matrix is scaled by :math:`\min(1, c / \sigma)`. With
+    `response=responses.smooth` it is SPECTRA's soft clip, :math:`S / \sqrt{1 + (S / c)^2}`; the
+    recipes have the rest of SPECTRA, whose code leaves vectors within the limit as they are. No
+    state for a number.
+
+    The default is a singular value decomposition, which is exact but slow on accelerators. For the
+    soft clip, Newton-Schulz `iterations` need only matrix products. They are within 0.1 % while
+    :math:`\|X\|_F / c` is below :math:`1.5^{\text{iterations}} / 3`. SPECTRA clips updates this
+    way: after the preconditioner, before the learning rate.
 
     Args:
         max_norm: the limit :math:`c` of singular values.
-        response: what to do with larger singular values; `responses.rescale` if None.
+        scope: what has a size, and learns: a `"matrix"`, or each `"value"` by its rank.
+        axes: `(path, leaf) -> (row axes, column axes)`, where all others are a stack of matrices.
+            By default, a kernel with Flax's names is fan-in by outputs: `[in, heads x depth]`,
+            `[heads x depth, out]`, `[height x width x in, out]`. In any other leaf the last two
+            axes are a matrix. A vector is a matrix of one row.
+        batch_axes: axes along which a leaf is a stack of layers, as for `scopes.unit`; `axes` gets
+            the shape of one layer.
+        response: what to do with singular values above the limit; None cuts them. `rescale` shrinks
+            the whole matrix, any other response acts on each singular value.
         iterations: number of Newton-Schulz steps, 10 in SPECTRA; None for a decomposition. Only for
             `responses.smooth`. The recorded size is then the Frobenius norm.
         nonfinite: as for `clip`, for each matrix.
@@ -848,9 +963,10 @@ def spectral_clip(
         record: as for `clip`.
 
     Raises:
-        TypeError: `max_norm` is not a threshold, or `iterations` is not an integer.
-        ValueError: `max_norm` is negative or NaN, or `iterations` is given without
-            `responses.smooth`; on `update`: a matrix is sharded over mapped axes.
+        TypeError: `max_norm` is not a threshold, `iterations` is not an integer, or `axes` is not a
+            function of two arguments.
+        ValueError: `max_norm` is negative or NaN, `scope` is another word, or `iterations` is given
+            without `responses.smooth`; on `update`: a matrix is sharded over mapped axes.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -861,15 +977,16 @@ def spectral_clip(
          [0.  0.5]]
 
     References:
-        SPECTRA, [arXiv:2603.14315](https://arxiv.org/abs/2603.14315), 2026, for the soft clip.
+        SPECTRA, [arXiv:2603.14315](https://arxiv.org/abs/2603.14315), 2026, for the soft clip;
+        [arXiv:2605.11838](https://arxiv.org/abs/2605.11838), 2026, for a learned limit.
     """
-    limit, response = as_thresholds(max_norm, name="max_norm"), response or responses.rescale
+    limit, axes = as_thresholds(max_norm, name="max_norm"), axes or by_layer
+    _validate.option("scope", scope, ("matrix", "value"))
+    _validate.function("axes", axes, "lambda path, leaf: ((0,), (1,))", takes=2)
     options = {"nonfinite": nonfinite, "sharded_over": (), "record": record}
-    if iterations is None:
-        rules = limit.values() if isinstance(limit, dict) else [limit]
-        values = clip(limit, scope=scopes.element(), response=response, **options)
-        relative = any(rule.uses_params for rule in rules)
-        return on_whole_matrices(on_spectra(values, uses_params=relative), sharded_over)
-    soft = newton_schulz(response, iterations)
-    by_matrix = clip(limit, scope=scopes.unit(matrix_axes), response=soft, **options)
-    return on_whole_matrices(by_matrix, sharded_over)
+    if iterations is not None:
+        soft = newton_schulz(response or responses.rescale, iterations)
+        inner = clip(limit, scopes.unit(last_two), response=soft, **options)
+    else:
+        inner = _on_spectra(limit, scope, response, options)
+    return on_whole_matrices(inner, axes, scopes.batch_of(batch_axes), sharded_over)

@@ -99,8 +99,8 @@ def rescale(size: Array, limit: Array) -> Array:
 def clamp(gradient: Array, size: Array, limit: Array) -> Array:
     r"""Cuts each element at the limit, :math:`\mathrm{sign}(g) \min(|g|, c)`, if the size is above.
 
-    With element scope this is clipping by value. With larger scopes it bounds their `linf` norm
-    exactly, and other norms not at all.
+    With element scope this is clipping by value. With larger scopes it bounds the `linf` norm. It
+    does not bound other norms, so `clip` refuses it with them.
     """
     if jnp.iscomplexobj(gradient):
         magnitude = jnp.abs(gradient)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from optaxclip import _validate
 from optaxclip._naming import named
 from optaxclip._types import Axes, Scope
@@ -13,6 +15,7 @@ __all__ = [
     "leaf",
     "unit",
     "element",
+    "flax_axes",
 ]
 
 
@@ -106,8 +109,8 @@ def leaf(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> 
     _check_where(where)
     if batch_axes is None:
         return Scope(where=where)
-    stacked = _batch(batch_axes)
-    return Scope(axes=lambda path, leaf: _rest(stacked(path, leaf), leaf), where=where)
+    stacked = batch_of(batch_axes)
+    return Scope(axes=lambda path, leaf: rest_of(stacked(path, leaf), leaf), where=where)
 
 
 @named("scopes")
@@ -130,9 +133,11 @@ def unit(
 
     Args:
         axes: the axes measured together instead; or `(path, leaf) -> axes`, where None leaves the
-            leaf alone. A leaf with too few axes for a fixed choice is one unit.
+            leaf alone, such as `scopes.flax_axes`. A leaf with too few axes for a fixed choice is
+            one unit.
         where: as for `tree`.
-        batch_axes: axes along which a leaf is a stack of layers; not counted in the conventions.
+        batch_axes: axes along which a leaf is a stack of layers; not counted in the conventions,
+            nor by a function that chooses axes: it gets the shape of one layer.
 
     Raises:
         TypeError: `axes` or `batch_axes` is neither axes nor a function that chooses some, or
@@ -145,18 +150,20 @@ def unit(
         normalization](https://arxiv.org/abs/2102.06171), 2021.
     """
     _check_where(where)
-    stacked = _batch(() if batch_axes is None else batch_axes)
+    stacked = batch_of(batch_axes)
     if axes is None:
         return Scope(
-            axes=lambda path, leaf: _fan_in(_rest(stacked(path, leaf), leaf), leaf),
+            axes=lambda path, leaf: _fan_in(rest_of(stacked(path, leaf), leaf), leaf),
             where=where,
             by_shape=True,
         )
     chosen = _axes_function("axes", axes, lambda leaf: tuple(range(leaf.ndim)))
 
     def measured_together(path: str, leaf: Any) -> Axes | None:
-        given = chosen(path, leaf)
-        return None if given is None else _normalize("axes", given, path, leaf)
+        layer = rest_of(stacked(path, leaf) if callable(axes) else (), leaf)
+        one = leaf if len(layer) == leaf.ndim else with_axes(leaf, layer)
+        given = chosen(path, one)
+        return None if given is None else _of_layer(_normalize("axes", given, path, one), layer)
 
     return Scope(axes=measured_together, where=where)
 
@@ -173,15 +180,62 @@ def element(*, where: Where | None = None, batch_axes: BatchAxes | None = None) 
         TypeError: `where` is not a function of a path, or `batch_axes` are no axes.
     """
     _check_where(where)
-    _batch(() if batch_axes is None else batch_axes)
+    batch_of(batch_axes)
     return Scope(axes=lambda path, leaf: (), where=where)
+
+
+def flax_axes(path: str, leaf: Any) -> Axes:
+    """The axes of the fan-in of Flax's layers, by the names of the layer and of the parameter.
+
+    For `unit(axes=scopes.flax_axes)`. The convention of `unit` goes by rank, so it takes one head
+    of the output of attention for the fan-in, and one feature of all words for a word.
+
+    | the path ends with | shape | axes measured together |
+    |---|---|---|
+    | `embedding` | `[words, features]` | 1: each word |
+    | `query/kernel`, `key/kernel`, `value/kernel` | `[in, heads, depth]` | 0 |
+    | `out/kernel` of rank 3 | `[heads, depth, out]` | 0, 1 |
+    | `kernel` of a dense or recurrent layer | `[in, out]` | 0 |
+    | any other `kernel`: convolutions | `[..., in, out]` | all but the last |
+    | anything else: `bias`, `scale` | | all |
+
+    Args:
+        path: such as `"encoder/attention/query/kernel"`.
+        leaf: the parameter or gradient, or its shape.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> from optaxclip import scopes
+        >>> scopes.flax_axes("attention/out/kernel", jnp.zeros((8, 64, 512)))
+        (0, 1)
+        >>> agc = optaxclip.adaptive_grad_clip(axes=scopes.flax_axes)
+    """
+    layer, name = ["", *path.split("/")][-2:]
+    every = tuple(range(leaf.ndim))
+    if name == "embedding" and leaf.ndim == 2:
+        return (1,)
+    if name != "kernel" or leaf.ndim < 2:
+        return every
+    if leaf.ndim == 2 or layer in ("query", "key", "value"):
+        return (0,)
+    return every[:-1]
+
+
+def with_axes(leaf: Any, axes: Axes) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf without the other axes."""
+    return jax.ShapeDtypeStruct([leaf.shape[axis] for axis in axes], leaf.dtype)
+
+
+def _of_layer(axes: Axes, layer: Axes) -> Axes:
+    """Axes of one layer, counted in the stack, whose other axes these are."""
+    return tuple(layer[axis] for axis in axes)
 
 
 def _groups(
     name_of: Callable[[str], str | None], where: Where | None, batch_axes: BatchAxes | None
 ) -> Scope:
     _check_where(where)
-    batch = None if batch_axes is None else _batch(batch_axes)
+    batch = None if batch_axes is None else batch_of(batch_axes)
     return Scope(group=name_of, where=where, batch=batch)
 
 
@@ -197,8 +251,9 @@ def _fan_in(layer: Axes, leaf: Any) -> Axes:
     return layer[:1] if len(layer) < 4 else layer[:-1]
 
 
-def _batch(batch_axes: BatchAxes) -> Callable[[str, Any], Axes]:
-    """The axes of a stack, counted from the front."""
+def batch_of(batch_axes: BatchAxes | None) -> Callable[[str, Any], Axes]:
+    """The axes of a stack, counted from the front; `()` for None."""
+    batch_axes = () if batch_axes is None else batch_axes
     stacked = _axes_function("batch_axes", batch_axes, lambda leaf: ())
     return lambda path, leaf: _normalize("batch_axes", stacked(path, leaf), path, leaf)
 
@@ -237,5 +292,6 @@ def _normalize(name: str, axes: int | Sequence[int] | None, path: str, leaf: Any
     return tuple(sorted({axis % leaf.ndim for axis in axes}))
 
 
-def _rest(axes: Axes, leaf: Any) -> Axes:
+def rest_of(axes: Axes, leaf: Any) -> Axes:
+    """The other axes of a leaf."""
     return tuple(axis for axis in range(leaf.ndim) if axis not in axes)

@@ -201,16 +201,17 @@ def quantile_clip(sizes, q=0.9, rate=0.2, initial=None):
     return limits
 
 
-def zclip(sizes, z=2.5, decay=0.97, warmup=25, max_norm=math.inf):
+def zclip(sizes, z=2.5, decay=0.97, warmup=25, max_norm=math.inf, option="adaptive_scaling"):
     """Kumar et al. 2025: limited to mu + z0^2 sigma / z from z0 on; first mu, then sigma about it,
-    see the size so cut.
+    see the size so cut. The released code also has mu, or mu + z0 sigma ("percentile").
     """
     limits = [math.inf] * warmup
     mean, variance = np.mean(sizes[:warmup]), np.var(sizes[:warmup])
     for size in sizes[warmup:]:
         deviation = math.sqrt(variance)
         score = (size - mean) / deviation
-        limits.append(mean + z**2 * deviation / score if score > z else math.inf)
+        to = {"adaptive_scaling": z**2 / max(score, z), "mean": 0, "percentile": z}[option]
+        limits.append(mean + to * deviation if score > z else math.inf)
         cut = min(size, limits[-1])
         mean = decay * mean + (1 - decay) * cut
         variance = decay * variance + (1 - decay) * (cut - mean) ** 2
@@ -261,9 +262,9 @@ def growth_clip(sizes, factor=1.01):
     return limits
 
 
-def spam_clip(sizes, factor=5000.0, decay=0.999, warmup=20):
+def spam_clip(sizes, factor=5000.0, decay=0.999, warmup=19):
     """SPAM: g^2 at most theta v, where v is the average of clipped squares so far, from zero; free
-    at first.
+    at first. The reference code counts steps from 1 and clips unless its count is below 20.
     """
     v, limits = 0.0, []
     for t, size in enumerate(sizes):
@@ -272,7 +273,7 @@ def spam_clip(sizes, factor=5000.0, decay=0.999, warmup=20):
     return limits
 
 
-def gradient_stabilizer(sizes, decay=0.7, square_decay=0.9):
+def gradient_stabilizer(sizes, decay=0.6, square_decay=0.999):
     """GradientStabilizer: the norm becomes m / sqrt(v), as in Adam, of raw norms with the current
     one.
     """

@@ -141,6 +141,8 @@ METHODS = {
     ),
     "zclip": row(optaxclip.zclip, reference.zclip),
     "zclip, max_norm": row(optaxclip.zclip, reference.zclip, max_norm=4.0),
+    "zclip, mean": row(optaxclip.zclip, reference.zclip, option="mean"),
+    "zclip, percentile": row(optaxclip.zclip, reference.zclip, option="percentile"),
     "zclip, quick": row(optaxclip.zclip, reference.zclip, z=3.0, decay=0.9, warmup=7),
     "adagc": row(optaxclip.adagc, reference.adagc, "leaf"),
     "adagc, wide": row(
@@ -164,8 +166,12 @@ METHODS = {
     "gradient_stabilizer": row(
         optaxclip.gradient_stabilizer, reference.gradient_stabilizer, *TO_A_NORM
     ),
-    "gradient_stabilizer, slow": row(
-        optaxclip.gradient_stabilizer, reference.gradient_stabilizer, *TO_A_NORM, square_decay=0.99
+    "gradient_stabilizer, quick": row(
+        optaxclip.gradient_stabilizer,
+        reference.gradient_stabilizer,
+        *TO_A_NORM,
+        decay=0.7,
+        square_decay=0.9,
     ),
 }
 CASES = [(name, None) for name in METHODS]
@@ -408,7 +414,7 @@ def test_a_limit_to_growth_is_tenfold_after_231_steps_and_settles_below_noisy_si
 
 
 def test_a_stabilized_size_is_1_when_steady_and_at_a_huge_spike_095_and_at_most_141():
-    run = scan(optaxclip.gradient_stabilizer())
+    run = scan(optaxclip.gradient_stabilizer(decay=0.7, square_decay=0.9))
 
     def last(sizes):
         return float(run(np.float32([1] * (400 - len(sizes)) + [*sizes]))[0][-1])
@@ -423,6 +429,27 @@ def test_a_stabilized_size_is_1_when_steady_and_at_a_huge_spike_095_and_at_most_
         math.sqrt(0.9 / (1 - 0.49 / 0.9)), rel=2e-3
     )
     assert max(np.abs(run(np.float32(noisy(400, 2, seed)))[0]).max() for seed in range(20)) < 1.406
+
+
+@pytest.mark.parametrize(
+    "decay, square_decay, steady, spike, below",
+    # after 200 000 steady steps a spike of 1000, and for how many steps one of 100 is felt
+    [
+        (0.7, 0.9, 400, 0.951, 67),
+        (0.6, 0.999, 10_000, 12.66, 2546),
+        (0.85, 1 - 1e-5, 200_000, 42.6, 0),
+    ],
+)
+def test_a_spike_is_stabilized_to_what_the_decays_say(decay, square_decay, steady, spike, below):
+    clip = optaxclip.gradient_stabilizer(decay=decay, square_decay=square_decay, record=False)
+    run = scan(clip)
+    steps = np.ones(steady + 3000, np.float32)
+    steps[steady] = 1000
+    assert float(run(steps)[0][steady]) == pytest.approx(spike, rel=5e-3)
+    limit = (1 - decay) / math.sqrt(1 - square_decay)
+    assert abs(spike / limit - 1) < 0.003 or steady == 200_000  # not yet in its steady state
+    steps[steady] = 100
+    assert np.sum(run(steps)[0][steady:] < 0.75) == pytest.approx(below, abs=3)
 
 
 def test_a_tracker_moves_by_its_rate_and_follows_a_tenfold_rise_in_13_steps_and_a_fall_in_115():
@@ -492,6 +519,21 @@ def test_what_hardly_varies_has_a_deviation_of_a_thousandth_or_in_logs_of_a_ten_
     run = scan(optaxclip.log_norm_clip())
     for last, clipped in (1.0002, False), (1.00023, True):  # 2e-4 / 0.95: it is in the mean, too
         assert (float(run(np.float32([1.0] * 100 + [last]))[0][-1]) < 1.0001) == clipped
+
+
+def test_growth_starts_again_at_the_tenth_norm_after_a_huge_jump():
+    clipped, _ = follow(optaxclip.growth_clip(), [1.0] * 5 + [2e4] * 12)
+    # the ninth such norm is still held back, the one after the tenth is free
+    assert clipped[5 + 8] < 1.2 and clipped[5 + 10] == pytest.approx(2e4)
+    below, _ = follow(optaxclip.growth_clip(), [1.0] * 5 + [0.9e4] * 12)
+    assert below[-1] < 1.2
+
+
+def test_spam_clips_from_the_20th_update_on():
+    for spike, clipped in (19, False), (20, True):
+        sizes = [1.0] * (spike - 1) + [500.0]
+        last = math.sqrt(5000 * (1 - 0.999 ** (spike - 1))) if clipped else 500
+        assert follow(optaxclip.spam_clip(), sizes)[0][-1] == pytest.approx(last, rel=1e-5)
 
 
 def test_spam_lets_an_element_be_70_times_its_usual_size():

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
-from optaxclip import scopes, skip_nonfinite
+from optaxclip import scopes, skip_nonfinite, thresholds
 
 
 def messages(program):
@@ -29,6 +29,11 @@ FIXED = [
     optaxclip.clip_by_global_norm(1.0),
     optaxclip.clip_by_norm(1.0),
     optaxclip.clip({"a": 1.0, "b": 1.0}, scope=scopes.group(lambda path: path[0])),
+    optaxclip.clip(
+        {"a": thresholds.by_global_norm(1.0), "b": thresholds.by_global_norm(jnp.inf)},
+        scope=scopes.group(lambda path: path[0]),
+    ),
+    optaxclip.clip_by_trust_ratio(0.1),
 ]
 
 

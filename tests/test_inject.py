@@ -33,6 +33,7 @@ ROWS = {
     "clip_by_global_norm": ({"max_norm": 1.0}, {"max_norm": 0.5}),
     "clip_by_block_rms": ({"max_rms": 1.0}, {"max_rms": 0.5}),
     "adaptive_grad_clip": ({}, {"ratio": 0.1, "floor": 2.5}),
+    "clip_by_trust_ratio": ({"ratio": 0.1, "high": 9.0}, {"ratio": 0.05, "low": 2.5, "high": 0.5}),
     "autoclip": ({}, {"q": 0.5}),
     "autoclip of the last": ({"window": 3}, {"q": 0.5}),
     "quantile_clip": ({}, {"q": 0.5, "rate": 0.4}),
@@ -57,7 +58,7 @@ ROWS = {
         {"max_norm": 0.5},
     ),
 }
-STATIC = ("window", "iterations", "response", "axes")
+STATIC = ("window", "iterations", "response", "axes", "batch_axes", "option")
 SHARED = {"scope", "norm", "response", "nonfinite", "sharded_over", "record"}
 EACH = [(row, name) for row, (_, numbers) in ROWS.items() for name in numbers]
 
@@ -179,8 +180,8 @@ def test_a_number_may_change_between_steps(row, name):
 def test_rows_are_injected_with_their_own_defaults(row):
     needed = {
         name: 1.0
-        for name in ("limit", "max_norm", "max_rms")
-        if name in ROWS[row][1] and row not in ("zclip", "adagc")
+        for name in ("limit", "max_norm", "max_rms", "ratio")
+        if name in ROWS[row][1] and row not in ("zclip", "adagc", "adaptive_grad_clip")
     }
     injected = optax.inject_hyperparams(
         row_of(row), static_args="window" if row == "history_clip" else ()

@@ -71,7 +71,8 @@ def test_each_leaf_is_clipped_as_it_would_be_alone(rule, response, nonfinite):
         own = (
             {name: threshold[name] for name in names} if isinstance(threshold, dict) else threshold
         )
-        return optaxclip.clip(own, scope=scopes.unit(), response=response, nonfinite=nonfinite)
+        norm = norms.linf() if response is responses.clamp else norms.l2()
+        return optaxclip.clip(own, scopes.unit(), norm=norm, response=response, nonfinite=nonfinite)
 
     @jax.jit
     def together_and_alone():

@@ -49,7 +49,8 @@ def l2(x):
 
 
 def clip_leaf(response, gradient, limit):
-    clip = optaxclip.clip(limit, scopes.tree(), response=response)
+    norm = norms.linf() if response is responses.clamp else norms.l2()
+    clip = optaxclip.clip(limit, scopes.tree(), norm=norm, response=response)
     return clip.update(gradient, clip.init(gradient))[0]
 
 
@@ -329,3 +330,57 @@ def test_sizes_after_clipping_are_those_of_the_result(scope, name):
     measured = clip.update(updates, clip.init(updates))[1].reading
     np.testing.assert_allclose(state.reading.size_after, measured.size_before, rtol=1e-6)
     assert (state.reading.size_after <= 1 + 1e-6).all()
+
+
+NORMS = {
+    "l1": (norms.l1(), reference.l1),
+    "l2": (norms.l2(), reference.l2),
+    "linf": (norms.linf(), reference.linf),
+    "rms": (norms.rms(), reference.rms),
+    "lp": (norms.lp(3), reference.lp(3)),
+}
+SCOPES = {
+    "tree": (scopes.tree(), reference.tree),
+    "group": (scopes.group(lambda path: path[0]), reference.group(lambda name: name[0])),
+    "leaf": (scopes.leaf(), reference.leaf),
+    "unit": (scopes.unit(), reference.unit),
+    "element": (scopes.element(), reference.element),
+}
+LEAVES = {
+    "a": np.array([3.0, 4.0], np.float32),
+    "b": np.array([5.0], np.float32),
+    "b2": np.array([[0.5, -2.0, 0.1], [1.5, 0.2, -0.1]], np.float32),
+}
+
+
+def sign(gradient, size, limit):
+    """A response that changes the direction, and says nothing of the size after it."""
+    return jnp.where(size > limit, jnp.sign(gradient) * limit / 10, gradient)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_size_that_is_recorded_is_that_of_the_result(scope, norm):
+    parts, measure = (SCOPES[scope][0], NORMS[norm][0]), NORMS[norm][1]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(response, limit):
+        clip = optaxclip.clip(limit, parts[0], norm=parts[1], response=response)
+        return clip.update(LEAVES, None)
+
+    for name, response in {**RESPONSES, "sign": sign}.items():
+        if name == "clamp" and norm != "linf" and scope != "element":
+            with pytest.raises(ValueError, match="clamp cuts elements, so the norm must be"):
+                run(response, 1.0)
+            continue
+        for limit in 1.0, 4.5:
+            updates, state = jax.device_get(run(response, limit))
+            after = [
+                (places[0][0], measure([updates[leaf][i] for leaf, i in places]))
+                for places in SCOPES[scope][1](updates)
+            ]
+            if scope in ("unit", "element"):  # the reading has the largest of each leaf
+                after = [(leaf, max(size for of, size in after if of == leaf)) for leaf in LEAVES]
+            recorded = state.reading.size_after
+            np.testing.assert_allclose(recorded, [size for _, size in after], rtol=2e-6)
+            assert (recorded <= limit * (1 + 1e-6)).all() or name == "sign"

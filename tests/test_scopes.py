@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import reference
 from compiling import optimized
+from flax import nnx
 
 import optaxclip
 from optaxclip import norms, scopes, telemetry, thresholds
+from optaxclip._layout import by_path
 
 
 def random_leaves(shapes, seed=0):
@@ -449,3 +451,51 @@ def test_stacks_of_other_lengths_are_refused():
     )
     with pytest.raises(ValueError, match=words):
         clipped(scopes.tree(batch_axes=0), grads)
+
+
+FLAX = {  # path: shape, axes of the fan-in
+    "attention/query/kernel": ((8, 2, 4), (0,)),
+    "attention/value/bias": ((2, 4), (0, 1)),
+    "attention/out/kernel": ((2, 4, 8), (0, 1)),
+    "attention/out/bias": ((8,), (0,)),
+    "embed/embedding": ((10, 8), (1,)),
+    "conv/kernel": ((3, 4, 5), (0, 1)),
+    "conv2/kernel": ((3, 3, 4, 5), (0, 1, 2)),
+    "lstm/hf/kernel": ((4, 4), (0,)),
+    "lstm/ii/kernel": ((3, 4), (0,)),
+    "dense/kernel": ((3, 4), (0,)),
+    "dense/single/kernel": ((3, 1), (0,)),
+    "norm/scale": ((4,), (0,)),
+    "kernel": ((3, 4), (0,)),
+    "temperature": ((), ()),
+}
+
+
+@pytest.mark.parametrize("path", FLAX)
+def test_units_of_flax_layers_go_by_their_names(path):
+    shape, axes = FLAX[path]
+    assert scopes.flax_axes(path, jax.ShapeDtypeStruct(shape, jnp.float32)) == axes
+    grads = functools.reduce(lambda x, key: {key: x}, path.split("/")[::-1], jnp.ones(shape))
+    clip = optaxclip.clip_by_norm(0.5, scope=scopes.unit(scopes.flax_axes))
+    (updates,) = jax.tree.leaves(clip.update(grads, None)[0])
+    norms_of_units = np.sqrt(np.sum(np.asarray(updates) ** 2, axes))
+    np.testing.assert_allclose(norms_of_units, np.full(norms_of_units.shape, 0.5), rtol=1e-6)
+    stack = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), grads)
+    stacked = optaxclip.clip_by_norm(0.5, scope=scopes.unit(scopes.flax_axes, batch_axes=0))
+    (of_layers,) = jax.tree.leaves(stacked.update(stack, None)[0])
+    np.testing.assert_allclose(of_layers, np.stack([updates, updates]), rtol=1e-6)
+
+
+def test_flax_names_its_layers_as_flax_axes_expects():
+    rngs = nnx.Rngs(0)
+    layers = {
+        "attention": nnx.MultiHeadAttention(num_heads=2, in_features=8, rngs=rngs, decode=False),
+        "embed": nnx.Embed(10, 8, rngs=rngs),
+        "conv": nnx.Conv(3, 4, (3,), rngs=rngs),
+        "lstm": nnx.LSTMCell(3, 4, rngs=rngs),
+    }
+    state = {name: nnx.state(layer, nnx.Param) for name, layer in layers.items()}
+    axes = {path: scopes.flax_axes(path, leaf) for path, leaf in by_path(state).items()}
+    assert axes["attention/out/kernel"] == (0, 1) and axes["attention/query/kernel"] == (0,)
+    assert axes["attention/key/bias"] == (0, 1) and axes["embed/embedding"] == (1,)
+    assert axes["conv/kernel"] == (0, 1) and axes["lstm/hf/kernel"] == (0,)

@@ -109,10 +109,10 @@ def test_matrices_in_a_leaf_are_clipped_by_themselves():
     np.testing.assert_allclose(out, [np.eye(2), 2 * np.eye(2)], rtol=1e-6)
     np.testing.assert_allclose(state.reading.size_before, [5.0], rtol=1e-6)
     np.testing.assert_allclose(state.reading.size_after, [2.0], rtol=1e-6)
-    np.testing.assert_allclose(state.reading.clipped_share, [1])  # some singular value was
-    clip = optaxclip.spectral_clip(2.0, record="full")
-    reading = clip.update(x, clip.init(x))[1].reading
-    np.testing.assert_allclose(reading.clipped_share, [0.5])
+    np.testing.assert_allclose(state.reading.clipped_share, [0.5])  # one of two matrices
+    for record, share in (True, 1), ("full", 0.5):  # some singular value was; a half of them
+        reading = clipped(x, 2.0, scope="value", record=record)[1].reading
+        np.testing.assert_allclose(reading.clipped_share, [share])
 
 
 def test_a_vector_is_clipped_by_its_norm_without_a_jump_at_the_limit():
@@ -239,3 +239,153 @@ def test_matrices_are_decomposed_one_after_the_other():
             before = before | {len(found) - 1}
         made_of.update(dict.fromkeys(equation.outvars, before))
     assert found == [set(), {0}, {0, 1}]
+
+
+# A size for each matrix
+
+
+def of_spectrum(values, seed=0):
+    """A matrix with these singular values."""
+    u, v = (np.linalg.qr(random((len(values),) * 2, seed + k))[0] for k in range(2))
+    return np.float32(u * values @ v)
+
+
+def spectrum(x):
+    return np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [thresholds.ema(1.0, decay=0.9, of="raw"), thresholds.quantile(0.85, 100)],
+    ids=["ema", "quantile"],
+)
+def test_a_rule_learns_the_largest_singular_value(rule):
+    first, second = of_spectrum([4.0, 2.0, 1.0]), of_spectrum([4.0, 3.9, 3.8], 5)
+    clip = optaxclip.spectral_clip(rule)
+    _, state = clip.update(first, clip.init(first))
+    out, state = clip.update(second, state)
+    np.testing.assert_allclose(spectrum(out), [4.0, 3.9, 3.8], rtol=1e-5)
+    out, state = clip.update(2 * second, state)
+    top = 4.0 if rule.name.startswith("thresholds.ema") else np.quantile([4.0, 4.0, 8.0], 0.85)
+    np.testing.assert_allclose(spectrum(out), np.minimum([8.0, 7.8, 7.6], top), rtol=1e-5)
+    by_rank = optaxclip.spectral_clip(rule, scope="value")
+    _, state = by_rank.update(first, by_rank.init(first))
+    out, _ = by_rank.update(second, state)
+    assert spectrum(out)[1] < 3.9
+
+
+def test_each_matrix_of_a_stack_learns_for_itself():
+    stack = np.stack([of_spectrum([1.0, 0.5]), of_spectrum([8.0, 2.0])])
+    clip = optaxclip.spectral_clip(thresholds.ema(1.0, of="raw"))
+    _, state = clip.update({"w": stack}, clip.init({"w": stack}))
+    np.testing.assert_allclose(state.threshold[1]["w"].ravel(), [1, 8], rtol=1e-6)
+    out, _ = clip.update({"w": 2 * stack}, state)
+    np.testing.assert_allclose(spectrum(out["w"]), [[1, 1], [8, 4]], rtol=1e-5)
+
+
+def test_rescale_shrinks_the_whole_matrix_to_its_spectral_norm():
+    x = of_spectrum([4.0, 2.0, 1.0])
+    out, state = clipped(x, 2.0, response=responses.rescale)
+    np.testing.assert_allclose(out, x / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.reading.size_after, [2.0], rtol=1e-6)
+    same, _ = clipped(x, 4.1, response=responses.rescale)
+    np.testing.assert_array_equal(same, x)
+
+
+def test_the_record_tells_the_largest_singular_value_that_is_left():
+    x = of_spectrum([4.0, 2.0, 1.0])
+    for response, left in {
+        responses.drop: 2.0,
+        responses.normalize: 3.0,
+        responses.smooth: soft(4.0, 3.0),
+        None: 3.0,
+    }.items():
+        out, state = clipped(x, 3.0, response=response)
+        np.testing.assert_allclose(state.reading.size_after, [left], rtol=1e-5)
+        np.testing.assert_allclose(spectrum(out)[0], left, rtol=1e-5)
+
+
+LAYERS = {  # path: shape, the matrices in it
+    ("query", "kernel"): ((5, 2, 3), lambda x: x.reshape(1, 5, 6)),
+    ("out", "kernel"): ((2, 3, 5), lambda x: x.reshape(1, 6, 5)),
+    ("conv", "kernel"): ((2, 2, 3, 4), lambda x: x.reshape(1, 12, 4)),
+    ("query", "bias"): ((2, 3), lambda x: x.reshape(1, 1, 6)),
+    ("dense", "kernel"): ((5, 4), lambda x: x[None]),
+    ("stack", "w"): ((2, 5, 4), lambda x: x),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"response": responses.smooth, "iterations": 12}], ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids="/".join)
+def test_matrices_are_those_of_the_layers(layer, options):
+    shape, matrices = LAYERS[layer]
+    x = random(shape, dtype=np.float32).astype(np.float32)
+    clip = optaxclip.spectral_clip(1.0, **options)
+    tree = {layer[0]: {layer[1]: x}}
+    out, _ = clip.update(tree, clip.init(tree))
+    expected = soft if options else hard
+    got = matrices(np.asarray(out[layer[0]][layer[1]]))
+    np.testing.assert_allclose(got, reference(matrices(x), 1.0, expected), rtol=2e-3, atol=1e-4)
+
+
+def test_axes_and_stacks_may_be_chosen():
+    x = random((3, 2, 5, 2), dtype=np.float32).astype(np.float32)
+    clip = optaxclip.spectral_clip(
+        1.0, axes=lambda path, leaf: ((2,), (0, 1)), batch_axes=lambda path, leaf: 1
+    )
+    out, _ = clip.update(x, clip.init(x))
+    for k in range(2):  # [3, 5, 2] with the last axis as rows
+        matrix = np.moveaxis(x[:, k], 2, 0).reshape(2, 15)
+        got = np.moveaxis(np.asarray(out)[:, k], 2, 0).reshape(2, 15)
+        np.testing.assert_allclose(got, reference(matrix, 1.0, hard), rtol=1e-5, atol=1e-6)
+    layers = {"query": {"kernel": np.stack([np.ones((4, 2, 2)), 3 * np.ones((4, 2, 2))])}}
+    clip = optaxclip.spectral_clip(1.0, batch_axes=0)
+    out, state = clip.update(layers, clip.init(layers))
+    np.testing.assert_allclose(out["query"]["kernel"], np.full((2, 4, 2, 2), 1 / 4), rtol=1e-5)
+    with pytest.raises(TypeError, match="axes must return .row axes, column axes., got 0"):
+        optaxclip.spectral_clip(1.0, axes=lambda path, leaf: 0).init(x)
+    with pytest.raises(ValueError, match="scope must be one of 'matrix', 'value', got 'leaf'"):
+        optaxclip.spectral_clip(1.0, scope="leaf")
+
+
+@pytest.mark.parametrize("options", [{}, {"response": responses.smooth, "iterations": 3}], ids=str)
+def test_a_nan_in_a_large_matrix_is_seen(options):
+    x = random((80, 80)).astype(np.float32)
+    x[79, 78] = np.nan
+    assert np.isnan(clipped(x, 1.0, **options)[0]).all()
+    out, state = clipped(x, 1.0, nonfinite="zero", **options)
+    assert not np.any(out) and state.reading.nonfinite_steps == 1
+
+
+def test_a_joint_norm_counts_what_is_finite_in_a_large_block():
+    grads = np.ones((1, 5000), np.float32)
+    grads[0, 7] = np.nan
+    clip = optaxclip.clip(thresholds.by_global_norm(1.0), optaxclip.scopes.unit(0))
+    out, state = clip.update(grads, clip.init(grads))
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(grads))
+    np.testing.assert_allclose(np.nansum(np.square(out)), 1, rtol=1e-5)
+
+
+def test_on_an_explicit_mesh_layers_are_clipped_as_on_one_device():
+    mesh = jax.make_mesh((2,), ("x",))
+    spec = jax.sharding.PartitionSpec
+    tree = {
+        str(k): {layer[0]: {layer[1]: np.float32(random(shape, k))}}
+        for k, (layer, (shape, _)) in enumerate(LAYERS.items())
+    }
+    clip = optaxclip.spectral_clip(thresholds.ema(0.5))
+    expected, _ = clip.update(tree, clip.update(tree, clip.init(tree))[1])
+
+    def place(x):
+        axis = next((k for k, n in enumerate(x.shape) if n % 2 == 0), None)
+        parts = ["x" if k == axis else None for k in range(x.ndim)]
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec(*parts)))
+
+    split = jax.tree.map(place, tree)
+    with jax.set_mesh(mesh):
+        step = jax.jit(clip.update)
+        out, state = step(split, step(split, clip.init(split))[1])
+    chex.assert_trees_all_close(jax.device_get(out), expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda x: x.sharding, out), jax.tree.map(lambda x: x.sharding, split)
+    )

@@ -20,6 +20,7 @@ LEVELS = [
         "_validate",
         "_validate.arguments",
         "_validate.axes",
+        "_validate.combinations",
         "_validate.rules",
         "_validate.trees",
         "_numerics",

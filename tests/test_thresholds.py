@@ -590,15 +590,16 @@ def test_at_scopes_finer_than_a_leaf_there_is_one_factor_too(scope):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y / 3, rtol=1e-6), updates, grads)
 
 
-def test_a_dict_of_thresholds_gives_each_group_what_is_joint_in_it():
+def test_groups_of_a_dict_that_are_joint_share_one_norm():
     grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([8.0])}
     clip = optaxclip.clip(
         {"a": thresholds.by_global_norm(1.0), "b": thresholds.by_global_norm(2.0)},
         scope=scopes.leaf(),
     )
     updates, _ = clip.update(grads, clip.init(grads))
-    np.testing.assert_allclose(updates["a"], [0.6, 0.8], rtol=1e-6)
-    np.testing.assert_allclose(updates["b"], [2.0], rtol=1e-6)
+    norm = np.sqrt(3**2 + 4**2 + 8**2)
+    np.testing.assert_allclose(updates["a"], np.array([3.0, 4.0]) / norm, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], [8 * 2 / norm], rtol=1e-6)
 
 
 def test_no_array_is_made_when_a_rule_is_looked_at(monkeypatch):
@@ -733,6 +734,13 @@ ARGUMENTS = {
         "z": [*NUMBER, *NOT_NEGATIVE],
         "decay": [*NUMBER, *SHARE],
         "warmup": AT_LEAST_ONE,
+        "option": [
+            (
+                "median",
+                ValueError,
+                "must be one of 'adaptive_scaling', 'mean', 'percentile', got 'median'; choose one",
+            )
+        ],
     },
     thresholds.log_zscore: {"deviations": [*NUMBER, *NOT_NEGATIVE], "decay": [*NUMBER, *SHARE]},
     thresholds.window_zscore: {
@@ -777,6 +785,7 @@ ARGUMENTS = {
     thresholds.at_most: {"threshold": LIMIT, "bound": LIMIT},
     thresholds.at_least: {"threshold": LIMIT, "bound": LIMIT},
     thresholds.with_fallback: {"threshold": LIMIT, "fallback": LIMIT},
+    thresholds.times: {"factor": LIMIT, "threshold": LIMIT},
     thresholds.by_global_norm: {"threshold": LIMIT},
     thresholds.reset_after: {"threshold": LIMIT, "patience": AT_LEAST_ONE},
     thresholds.ignore_outliers: {
@@ -792,6 +801,7 @@ REQUIRED = {
     "bound": 2.0,
     "patience": 3,
     "fallback": 2.0,
+    "factor": 2.0,
 }
 NEEDS_NO_CHECK = {"lagged"}  # true or false, whatever it is
 

@@ -24,6 +24,31 @@ RELATIVE = norms.relative_linf(0.1, 1e-7)
 STEEP = fixed.scheduled(optax.linear_schedule(1.0, 0.1, 10))
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
+    "matrix_axes": [
+        (
+            ("w", 0, 2),
+            {},
+            TypeError,
+            "axes must return (row axes, column axes), got 0 for the leaf 'w'; return two tuples "
+            "such as ((0,), (1, 2))",
+        ),
+        (
+            ("w", ((0,), (0, 1)), 2),
+            {},
+            ValueError,
+            "axes must be different axes from 0 to 1, got ((0,), (0, 1)) for the leaf 'w'; count "
+            "them from the front, without those of batch_axes",
+        ),
+    ],
+    "bounds_elements": [
+        (
+            (norms.l2(), False),
+            {},
+            ValueError,
+            "response=responses.clamp cuts elements, so the norm must be norms.linf(), got "
+            "norms.l2(); pass norm=norms.linf(), scope=scopes.element(), or another response",
+        )
+    ],
     "one_source": [
         (
             (1,),
@@ -973,6 +998,8 @@ ACCEPTED = {
     "not_both": [(("a", -1.0, "b", None, "c"), {}), (("a", None, "b", -1.0, "c"), {})],
     "real": [((np.dtype("float16"),), {})],
     "scope_given": [((scopes.tree(),), {})],
+    "bounds_elements": [((norms.l2(), True), {})],
+    "matrix_axes": [(("w", ((0,), (1, 2)), 3), {}), (("b", ((), (0,)), 1), {})],
     "renamed": [(("clip", {"sharded_over": "x"}), {})],
 }
 RETURNED = {"batch": 4, "divided": 2, "same_structure": [[1, 2]]}  # by all others, nothing

@@ -96,6 +96,20 @@ CASES = [
         l2,
         limit=lambda params: 0.1 * max(l2(params), 1e-3),
     ),
+    Case(
+        "clip_by_trust_ratio",
+        lambda s, **o: optaxclip.clip_by_trust_ratio(s, **o),
+        each_leaf,
+        l2,
+        limit=lambda params: l2(params) or np.inf,
+    ),
+    Case(
+        "clip_after",
+        lambda s, **o: optaxclip.clip_after(
+            optax.identity(), optaxclip.clip_by_global_norm(s, **o), measured=lambda g, state: g
+        ),
+        whole_tree,
+    ),
     Case("zclip", lambda s, **o: optaxclip.zclip(max_norm=s, **o), whole_tree, remembers=True),
     Case(
         "adagc",
@@ -143,6 +157,11 @@ SCALERS = [
     Case("gradient_stabilizer", lambda s, **o: optaxclip.gradient_stabilizer(**o), each_leaf),
     Case("scale_by_stable_adam", lambda s, **o: optaxclip.scale_by_stable_adam(s, **o), each_leaf),
     Case("spectral_clip", lambda s, **o: optaxclip.spectral_clip(s, **o), each_leaf),
+    Case(
+        "spectral_clip",
+        lambda s, **o: optaxclip.spectral_clip(s, **{"scope": "value", **o}),
+        each_leaf,
+    ),
     Case(
         "spectral_clip",
         lambda s, **o: optaxclip.spectral_clip(

@@ -1,7 +1,8 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get; `axes` checks mapped axes; `rules` checks threshold rules where not all make sense.
+`update` get; `axes` checks mapped axes; `rules` checks threshold rules where not all make sense;
+`combinations` checks arguments that do not fit each other.
 """
 
 from optaxclip._validate.arguments import boundaries as boundaries
@@ -32,6 +33,8 @@ from optaxclip._validate.axes import stack as stack
 from optaxclip._validate.axes import tracked as tracked
 from optaxclip._validate.axes import units as units
 from optaxclip._validate.axes import whole as whole
+from optaxclip._validate.combinations import bounds_elements as bounds_elements
+from optaxclip._validate.combinations import matrix_axes as matrix_axes
 from optaxclip._validate.rules import absolute as absolute
 from optaxclip._validate.rules import in_backward_pass as in_backward_pass
 from optaxclip._validate.rules import memoryless as memoryless

@@ -11,6 +11,7 @@ from optaxclip.thresholds.combine import by_global_norm as by_global_norm
 from optaxclip.thresholds.combine import ignore_outliers as ignore_outliers
 from optaxclip.thresholds.combine import join as join
 from optaxclip.thresholds.combine import reset_after as reset_after
+from optaxclip.thresholds.combine import times as times
 from optaxclip.thresholds.combine import with_fallback as with_fallback
 from optaxclip.thresholds.fixed import ranked as ranked
 from optaxclip.thresholds.fixed import relative_to_params as relative_to_params
@@ -32,6 +33,7 @@ __all__ = [
     "ignore_outliers",
     "join",
     "reset_after",
+    "times",
     "with_fallback",
     "ranked",
     "relative_to_params",

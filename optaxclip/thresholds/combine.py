@@ -1,10 +1,11 @@
-"""Rules built from rules: `join at_most at_least with_fallback by_global_norm reset_after`."""
+"""Rules built from rules: `join at_most with_fallback times by_global_norm reset_after`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from optaxclip import _sharding, _validate, responses
@@ -100,13 +101,48 @@ def with_fallback(threshold: Any, fallback: Any) -> Threshold:
 
 
 @named("thresholds")
+def times(factor: ThresholdLike, threshold: ThresholdLike) -> Threshold:
+    """A multiple of a limit: `times(3.0, quantile(0.5, window=100))` is three running medians.
+
+    An infinite limit stays infinite. The rule learns as it does alone, from the sizes before and
+    after this larger or smaller limit.
+
+    Args:
+        factor: by how much to multiply: a number, a schedule or a rule.
+        threshold: the limit that is multiplied.
+
+    Raises:
+        TypeError: `factor` or `threshold` is not a threshold.
+        ValueError: `factor` or `threshold` is a negative number or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> from optaxclip import thresholds
+        >>> medians = thresholds.times(3.0, thresholds.quantile(0.5, window=100))
+        >>> clip = optaxclip.clip(medians, optaxclip.scopes.tree())
+        >>> state = clip.init(jnp.zeros(1))
+        >>> for size in 1.0, 1.0, 1.0, 100.0:
+        ...     updates, state = clip.update(jnp.array([size]), state)
+        >>> updates
+        Array([3.], dtype=float32)
+    """
+
+    def product(limits: list[Array], context: Context) -> Array:
+        finite = limits[1] < jnp.inf  # 0 times infinity is NaN
+        return jnp.where(finite, limits[0] * jnp.where(finite, limits[1], 1), jnp.inf)
+
+    return _combine([factor, threshold], ["factor", "threshold"], product)
+
+
+@named("thresholds")
 def by_global_norm(threshold: Any) -> Threshold:
-    r"""Scales all groups by one factor, so that their joint l2 norm is at most the threshold.
+    r"""Limits the joint l2 norm of all groups, which are scaled by one factor.
 
     .. math:: c_i = s_i \min(1, c / \|s\|)
 
     With `norms.l2()` it clips by the global norm at any scope, with the same read of the gradients.
-    In a dict of thresholds it sees only the sizes of its group. Sizes that are not finite do not
+    In a dict of thresholds, all groups that have this rule share one norm, and each has its limit
+    :math:`c`; with `inf` a group is measured and not clipped. Sizes that are not finite do not
     count.
 
     Args:
@@ -115,6 +151,17 @@ def by_global_norm(threshold: Any) -> Threshold:
     Raises:
         TypeError: `threshold` is not a threshold, or it learns or is relative to the parameters.
         ValueError: `threshold` is a negative number or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> from optaxclip import scopes
+        >>> from optaxclip.thresholds import by_global_norm
+        >>> limits = {"body": by_global_norm(1.0), "head": by_global_norm(jnp.inf)}
+        >>> clip = optaxclip.clip(limits, scopes.group(lambda path: path))
+        >>> grads = {"body": jnp.array([3.0]), "head": jnp.array([4.0])}
+        >>> updates, _ = clip.update(grads, None)
+        >>> print(updates["body"], updates["head"])
+        [0.6] [4.]
     """
     rule = as_threshold(threshold)
     _validate.memoryless("threshold", rule)
@@ -136,9 +183,10 @@ def by_global_norm(threshold: Any) -> Threshold:
             for axes, blocks in by_axes.items()
         ]
         norm = jnp.sqrt(jnp.where(top > 0, sum(squares), 1))  # in units of the largest size
-        return responses.rescale(sizes, top, rule.limit(top, state, context) / norm)
+        most = rule.limit(top, state, context) / norm
+        return jnp.where(most < jnp.inf, responses.rescale(sizes, top, most), jnp.inf)
 
-    return rule._replace(limit=limit)
+    return rule._replace(limit=limit, joint=True)
 
 
 @named("thresholds")
@@ -188,7 +236,9 @@ def reset_after(threshold: Any, patience: int | Array) -> Threshold:
         learned = rule.learn(sizes, jnp.where(accepted, sizes, clipped_sizes), start, context)
         return learned, streak
 
-    return Threshold(lambda sizes: (rule.init(sizes), count(sizes)), limit, learn, rule.uses_params)
+    return rule._replace(
+        init=lambda sizes: (rule.init(sizes), count(sizes)), limit=limit, learn=learn
+    )
 
 
 FAR, LASTING = 1e4, 10  # how many times off the usual size, and how many in a row
@@ -232,7 +282,7 @@ def ignore_outliers(rule: Threshold) -> Threshold:
         moved = jnp.where((usual > 0) & ~accepted, jnp.clip(sizes, usual / 2, usual * 2), sizes)
         return _select(ignored, known, learned), jnp.where(ignored, usual, moved), streak
 
-    return Threshold(init, limit, learn, rule.uses_params)
+    return rule._replace(init=init, limit=limit, learn=learn)
 
 
 def _lasts(holds: Array, streak: Array, needed: int | Array) -> tuple[Array, Array]:
@@ -282,6 +332,7 @@ def _combine(
         limit,
         learn,
         any(rule.uses_params for rule in rules),
+        joint=any(rule.joint for rule in rules),
     )
 
 
@@ -298,9 +349,12 @@ def side_by_side(rules: Sequence[Threshold], order: Sequence[int] | None = None)
 
     def each(function: Callable[..., Any], context: Context, *blocks: Array) -> list[Any]:
         """Calls `function(i, *blocks of group i, context of group i)` for every group."""
-        results = []
-        for i in range(len(rules)):
-            of_group = context._replace(param_sizes=one(context.param_sizes, i), blocks=())
+        results, joint = [], [i for i, rule in enumerate(rules) if rule.joint]
+        together = (blocks[0][np.array(joint)],) if joint else ()
+        for i, rule in enumerate(rules):
+            of_group = context._replace(
+                param_sizes=one(context.param_sizes, i), blocks=together if rule.joint else ()
+            )
             results.append(function(i, *[one(block, i) for block in blocks], of_group))
         return results
 

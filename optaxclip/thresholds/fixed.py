@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +63,14 @@ def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
 
 
 @named("thresholds")
-def relative_to_params(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
-    r"""A share of the size of the parameters, :math:`\lambda \max(\|w\|, \epsilon)`.
+def relative_to_params(
+    ratio: Any,
+    *,
+    floor: ArrayLike = 1e-3,
+    ceiling: ArrayLike = math.inf,
+    zero: Literal["floor", "free"] = "floor",
+) -> Threshold:
+    r"""A share of the size of the parameters, :math:`\lambda \min(\max(\|w\|, \epsilon), M)`.
 
     The parameters are measured by the scope and norm of the clip; `update` needs them.
 
@@ -72,18 +78,24 @@ def relative_to_params(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
         ratio: the share :math:`\lambda`: a number, a schedule or a rule.
         floor: :math:`\epsilon`; smaller parameters count as this large, because a parameter that
             starts at zero could never move otherwise.
+        ceiling: :math:`M`; larger parameters count as this large.
+        zero: what holds for parameters that are all zero: the `"floor"`, or no limit (`"free"`), as
+            in LARS and LAMB.
 
     Raises:
-        TypeError: `floor` is not a number.
-        ValueError: `floor` is negative or NaN.
+        TypeError: `floor` or `ceiling` is not a number.
+        ValueError: `floor` or `ceiling` is negative or NaN, or `zero` is another word.
     """
     _validate.number("floor", floor)
+    _validate.number("ceiling", ceiling)
+    _validate.option("zero", zero, ("floor", "free"))
     share = as_threshold(ratio, name="ratio")
 
     def limit(sizes: Array, state: Any, context: Context) -> Array:
-        return share.limit(sizes, state, context) * jnp.maximum(context.param_sizes, floor).astype(
-            sizes.dtype
-        )
+        weights = context.param_sizes
+        bounded = jnp.minimum(jnp.maximum(weights, floor), ceiling).astype(sizes.dtype)
+        limits = share.limit(sizes, state, context) * bounded
+        return limits if zero == "floor" else jnp.where(weights == 0, jnp.inf, limits)
 
     return share._replace(limit=limit, uses_params=True)
 

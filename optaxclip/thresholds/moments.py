@@ -19,6 +19,7 @@ from optaxclip.thresholds.combine import ignore_outliers
 
 LEAST_DEVIATION = 1e-3
 STARTS = ("mean", "least")
+OPTIONS = ("adaptive_scaling", "mean", "percentile")
 
 
 class Moments(NamedTuple):
@@ -96,7 +97,11 @@ def ema(
 
 @named("thresholds")
 def zscore(
-    z: float | Array = 2.5, *, decay: float | Array = 0.97, warmup: int | Array = 25
+    z: float | Array = 2.5,
+    *,
+    decay: float | Array = 0.97,
+    warmup: int | Array = 25,
+    option: Literal["adaptive_scaling", "mean", "percentile"] = "adaptive_scaling",
 ) -> Threshold:
     r"""Learns the size clipped at this limit: larger spikes get lower limits.
 
@@ -112,10 +117,12 @@ def zscore(
         z: :math:`z_0`, the number of deviations above the mean at which a spike begins.
         decay: decay of the averages.
         warmup: how many sizes the averages start from, at least one.
+        option: the limit of a spike: `"adaptive_scaling"` as above, the `"mean"` :math:`\mu`, or
+            `"percentile"`, which is the plain :math:`\mu + z_0 \sigma` (the reference code's word).
 
     Raises:
         TypeError: `z` or `decay` is not a number, or `warmup` is not an integer.
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or `option` is another word.
 
     References:
         Kumar et al., [ZClip](https://arxiv.org/abs/2504.02507), 2025.
@@ -123,14 +130,18 @@ def zscore(
     _validate.number("z", z)
     _validate.number("decay", decay, high=1.0, exclusive=True)
     _validate.count("warmup", warmup, traced=True)
+    _validate.option("option", option, OPTIONS)
 
     def limit(sizes: Array, state: Moments, context: Context) -> Array:
+        early = _blocks.is_early(state.seen, warmup)
         mean = jnp.where(state.seen > 0, state.mean, 1)
         deviation = _deviation(state.variance)
+        if option == "percentile":
+            return jnp.where(early, jnp.inf, mean * (1 + z * deviation))
         score = (sizes / mean - 1) / deviation
-        spike = ~_blocks.is_early(state.seen, warmup) & (score > z)
-        lowered = mean * (1 + z * z * deviation / jnp.where(spike, score, 1))
-        return jnp.where(spike, lowered, jnp.inf)
+        spike = ~early & (score > z)
+        over = z * z * deviation / jnp.where(spike, score, 1)
+        return jnp.where(spike, mean if option == "mean" else mean * (1 + over), jnp.inf)
 
     def learn(sizes: Array, clipped_sizes: Array, state: Moments, context: Context) -> Moments:
         cut = jnp.minimum(sizes, limit(sizes, state, context))
@@ -266,7 +277,7 @@ def growth(factor: float | Array = 1.01) -> Threshold:
 
 @named("thresholds")
 def rms_multiple(
-    factor: float | Array = 5000.0, *, decay: float | Array = 0.999, warmup: int | Array = 20
+    factor: float | Array = 5000.0, *, decay: float | Array = 0.999, warmup: int | Array = 19
 ) -> Threshold:
     r"""Learns the clipped size: the limit is a multiple of its root mean square.
 
@@ -278,7 +289,7 @@ def rms_multiple(
     Args:
         factor: :math:`\theta`.
         decay: :math:`\beta`.
-        warmup: number of updates without a limit.
+        warmup: number of updates without a limit; with 19 the 20th is the first to be clipped.
 
     Raises:
         TypeError: `factor` or `decay` is not a number, or `warmup` is not an integer.
@@ -304,16 +315,19 @@ def rms_multiple(
 
 
 @named("thresholds")
-def mean_to_rms(*, decay: float | Array = 0.7, square_decay: float | Array = 0.9) -> Threshold:
+def mean_to_rms(*, decay: float | Array = 0.6, square_decay: float | Array = 0.999) -> Threshold:
     r"""Learns the raw size: its mean over its root mean square, :math:`c = \hat m / \sqrt{\hat v}`.
 
     Both are moving averages that include the current size, corrected for starting at zero. The
-    limit has no unit: it is 1 for steady sizes. With the defaults it is 0.95 at a huge spike, and
-    1.41 at most. It is meant for the response `normalize`.
+    limit has no unit: it is 1 for steady sizes. At a huge spike it is
+
+    .. math:: (1 - \beta_1) / \sqrt{1 - \beta_2},
+
+    12.6 with the defaults. It is meant for the response `normalize`.
 
     Args:
-        decay: decay of the mean :math:`m`.
-        square_decay: decay of the mean square :math:`v`.
+        decay: :math:`\beta_1`, decay of the mean :math:`m`.
+        square_decay: :math:`\beta_2`, decay of the mean square :math:`v`.
 
     Raises:
         TypeError: `decay` or `square_decay` is not a number.

@@ -849,6 +849,22 @@ def optax_unitwise_norm(there, here):
 
 
 @line(
+    "`optax.scale_by_trust_ratio()`",
+    "`clip_by_trust_ratio(1.0, response=responses.normalize)`",
+    "Same, and zeros stay as they are in both. Without `response` it only shrinks, as LAMBC and "
+    "LARC do",
+)
+def optax_trust_ratio(there, here):
+    for grads, params in (
+        (LARGE, SMALL),
+        (SMALL, LARGE),
+        (ZEROS, ZEROS),
+        ([np.ones(2, np.float32)], ZEROS),
+    ):
+        same(ours(here, grads, params=params)[0], ours(there, grads, params=params)[0], rtol=1e-5)
+
+
+@line(
     "`optax.normalize_by_update_norm()`",
     "`clip(1.0, scopes.tree(), response=responses.normalize)`",
     "Same; Optax adds 1e-6 to the norm, so a gradient of 1e-6 gets the length 0.5 there and 1 here",
