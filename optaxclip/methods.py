@@ -700,7 +700,7 @@ def spam_clip(
     factor: Any = 5000.0,
     *,
     decay: Any = 0.999,
-    warmup: Any = 19,
+    warmup: Any = 20,
     scope: Scope = scopes.element(),
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
@@ -716,7 +716,7 @@ def spam_clip(
     Args:
         factor: :math:`\theta`, 5000 in the paper.
         decay: decay of the average, 0.999 as in Adam; the average starts at zero, uncorrected.
-        warmup: updates without a limit; the reference code clips from its 20th update on.
+        warmup: the first update that is clipped, 20 in the reference code.
         scope: which elements share a limit; it is learned from the largest of them.
         **options: as for `clip`.
 
@@ -726,7 +726,7 @@ def spam_clip(
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
-        >>> clip = optaxclip.spam_clip(4.0, decay=0.5, warmup=2)
+        >>> clip = optaxclip.spam_clip(4.0, decay=0.5, warmup=3)
         >>> state = clip.init(jnp.zeros(2))
         >>> for _ in range(2):
         ...     updates, state = clip.update(jnp.array([1.0, 2.0]), state)

@@ -262,13 +262,13 @@ def growth_clip(sizes, factor=1.01):
     return limits
 
 
-def spam_clip(sizes, factor=5000.0, decay=0.999, warmup=19):
+def spam_clip(sizes, factor=5000.0, decay=0.999, warmup=20):
     """SPAM: g^2 at most theta v, where v is the average of clipped squares so far, from zero; free
     at first. The reference code counts steps from 1 and clips unless its count is below 20.
     """
     v, limits = 0.0, []
     for t, size in enumerate(sizes):
-        limits.append(math.sqrt(factor * v) if t >= warmup else math.inf)
+        limits.append(math.sqrt(factor * v) if t + 1 >= warmup else math.inf)
         v = decay * v + (1 - decay) * min(size, limits[-1]) ** 2
     return limits
 

@@ -277,7 +277,7 @@ def growth(factor: float | Array = 1.01) -> Threshold:
 
 @named("thresholds")
 def rms_multiple(
-    factor: float | Array = 5000.0, *, decay: float | Array = 0.999, warmup: int | Array = 19
+    factor: float | Array = 5000.0, *, decay: float | Array = 0.999, warmup: int | Array = 20
 ) -> Threshold:
     r"""Learns the clipped size: the limit is a multiple of its root mean square.
 
@@ -289,7 +289,7 @@ def rms_multiple(
     Args:
         factor: :math:`\theta`.
         decay: :math:`\beta`.
-        warmup: number of updates without a limit; with 19 the 20th is the first to be clipped.
+        warmup: the first update that has a limit; there is none before it.
 
     Raises:
         TypeError: `factor` or `decay` is not a number, or `warmup` is not an integer.
@@ -303,7 +303,9 @@ def rms_multiple(
     _validate.count("warmup", warmup, low=0, traced=True)
 
     def limit(sizes: Array, root: Array, context: Context) -> Array:
-        return jnp.where((context.step >= warmup) & (root > 0), jnp.sqrt(factor) * root, jnp.inf)
+        return jnp.where(
+            (context.step + 1 >= warmup) & (root > 0), jnp.sqrt(factor) * root, jnp.inf
+        )
 
     return Threshold(
         init=jnp.zeros_like,
