@@ -12,6 +12,7 @@ from optaxclip import _validate, norms, responses, scopes
 from optaxclip._clip import clip
 from optaxclip._layout import lay_out
 from optaxclip._types import Norm, Response, Scope
+from optaxclip.thresholds.fixed import by_path
 
 
 @_validate.checks_keywords
@@ -76,7 +77,9 @@ def clip_cotangent(
         Graves, [Generating sequences with recurrent neural
         networks](https://arxiv.org/abs/1308.0850), 2013.
     """
-    limits = dict(threshold) if isinstance(threshold, Mapping) else threshold
+    limits = threshold
+    if isinstance(threshold, Mapping):
+        limits = {path: limit for path, (_, limit) in by_path(threshold).items()}
     _validate.no_functions("threshold", limits)
     clipper = functools.partial(
         clip, norm=norm, scope=scope, response=response, sharded_over=sharded_over, record=False
@@ -84,7 +87,7 @@ def clip_cotangent(
     clipper(limits)  # raises its errors here instead of in the backward pass
     _validate.absolute("norm", norm)
     if isinstance(limits, dict):
-        _validate.names(limits, lay_out(scope, x).names)
+        _validate.names(limits, lay_out(scopes.divided(scope, limits.keys()), x).keys)
     return _identity(clipper, x, jax.tree.map(lambda limit: 1.0 * limit, limits))
 
 

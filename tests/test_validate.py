@@ -579,6 +579,22 @@ REFUSALS = {
             "threshold has no limit for the groups ['b', 'c']; add one for each, float('inf') for "
             "no limit",
         ),
+        (
+            (["a"], ["a", "tree"]),
+            {},
+            ValueError,
+            "threshold has limits for ['a'], and only the groups ['tree'] (the leaves under no "
+            "key) have none; add one for each, float('inf') for no limit",
+        ),
+    ],
+    "one_limit": [
+        (
+            ("threshold", "a/b", ["a/b"]),
+            {},
+            ValueError,
+            "threshold has two limits for 'a/b', got it as a key with a slash and as nested keys; "
+            "keep one",
+        )
     ],
     "params_given": [
         (
@@ -870,6 +886,7 @@ REFUSALS = {
     ],
 }
 ACCEPTED = {
+    "one_limit": [(("threshold", "a/b", ["a"]), {})],
     "one_source": [((None,), {})],
     "given_sizes": [((5.0, ["tree"]), {}), (({"a": 1, "b": 2.0}, ["b", "a"]), {})],
     "given_block": [(("w", np.ones((1, 3)), (1, 3)), {}), (("w", 2.0, (1, 3)), {})],

@@ -17,6 +17,7 @@ from optaxclip._validate.arguments import no_functions as no_functions
 from optaxclip._validate.arguments import not_both as not_both
 from optaxclip._validate.arguments import not_relative as not_relative
 from optaxclip._validate.arguments import number as number
+from optaxclip._validate.arguments import one_limit as one_limit
 from optaxclip._validate.arguments import only_with as only_with
 from optaxclip._validate.arguments import option as option
 from optaxclip._validate.arguments import part as part

@@ -200,6 +200,11 @@ def names(given: Iterable[str], groups: Iterable[str]) -> None:
             f"{sorted(groups)}; remove or rename them"
         )
     if groups - given:
+        if given and groups - given == {"tree"}:
+            raise ValueError(
+                f"threshold has limits for {sorted(given)}, and only the groups ['tree'] (the "
+                "leaves under no key) have none; add one for each, float('inf') for no limit"
+            )
         raise ValueError(
             f"threshold has no limit for the groups {sorted(groups - given)}; add one for each, "
             "float('inf') for no limit"
