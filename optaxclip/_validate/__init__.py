@@ -1,7 +1,7 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get; `axes` checks mapped axes.
+`update` get; `examples` checks batches of examples; `axes` checks mapped axes.
 """
 
 from optaxclip._validate.arguments import absolute as absolute
@@ -37,16 +37,19 @@ from optaxclip._validate.axes import stack as stack
 from optaxclip._validate.axes import tracked as tracked
 from optaxclip._validate.axes import units as units
 from optaxclip._validate.axes import whole as whole
+from optaxclip._validate.examples import batch as batch
+from optaxclip._validate.examples import center as center
+from optaxclip._validate.examples import divided as divided
+from optaxclip._validate.examples import mask as mask
+from optaxclip._validate.examples import reduction as reduction
+from optaxclip._validate.examples import weights as weights
 from optaxclip._validate.trees import axes_of as axes_of
-from optaxclip._validate.trees import batch as batch
-from optaxclip._validate.trees import divided as divided
 from optaxclip._validate.trees import given_block as given_block
 from optaxclip._validate.trees import given_sizes as given_sizes
 from optaxclip._validate.trees import group_name as group_name
 from optaxclip._validate.trees import is_sparse as is_sparse
 from optaxclip._validate.trees import leaf as leaf
 from optaxclip._validate.trees import limits as limits
-from optaxclip._validate.trees import mask as mask
 from optaxclip._validate.trees import names as names
 from optaxclip._validate.trees import not_a_transform as not_a_transform
 from optaxclip._validate.trees import one_source as one_source
