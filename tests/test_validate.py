@@ -587,6 +587,61 @@ REFUSALS = {
             "key) have none; add one for each, float('inf') for no limit",
         ),
     ],
+    "weights": [
+        (
+            ("weights", np.ones(2), 3),
+            {},
+            ValueError,
+            "weights must have shape (3,), got (2,); pass one for each example, such as the number "
+            "of its samples",
+        ),
+        (
+            ("weights", np.ones(3, bool), 3),
+            {},
+            TypeError,
+            "weights must be real numbers, got bool; pass one for each example, such as the number "
+            "of its samples, and a mask for what is no example",
+        ),
+        (
+            ("weights", np.array([1.0, -1.0]), 2),
+            {},
+            ValueError,
+            "weights must not be negative or NaN, got [ 1. -1.]; pass one for each example, such "
+            "as the number of its samples",
+        ),
+    ],
+    "center": [
+        (
+            (np.ones(2), {"a": np.ones(2)}),
+            {},
+            ValueError,
+            "center must have the structure of the gradient, PyTreeDef({'a': *}), got "
+            "PyTreeDef(*); pass a tree like the result, such as the last one",
+        ),
+        (
+            ({"a": np.ones(3)}, {"a": np.ones(2)}),
+            {},
+            ValueError,
+            "center has shape (3,) at ['a'], where the gradient has shape (2,); pass a tree like "
+            "the result, such as the last one",
+        ),
+    ],
+    "reduction": [
+        (
+            ("sum", True, None),
+            {},
+            ValueError,
+            "reduce must be 'mean' or 'kept' with a center or iterate, got 'sum'; a center is "
+            "added to a mean",
+        ),
+        (
+            ("kept", False, len),
+            {},
+            ValueError,
+            "reduce='kept' counts examples by group of whole leaves, got a finer scope; pass "
+            "scopes.tree(), scopes.group() or scopes.leaf()",
+        ),
+    ],
     "one_limit": [
         (
             ("threshold", "a/b", ["a/b"]),
@@ -886,6 +941,9 @@ REFUSALS = {
     ],
 }
 ACCEPTED = {
+    "weights": [(("weights", [1, 2, 0], 3), {})],
+    "center": [(({"a": np.ones(2), "n": 0}, {"a": np.ones(2), "n": np.ones(3, int)}), {})],
+    "reduction": [(("sum", False, len), {}), (("kept", True, None), {})],
     "one_limit": [(("threshold", "a/b", ["a"]), {})],
     "one_source": [((None,), {})],
     "given_sizes": [((5.0, ["tree"]), {}), (({"a": 1, "b": 2.0}, ["b", "a"]), {})],

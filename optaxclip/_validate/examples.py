@@ -47,6 +47,7 @@ def weights(name: str, value: Any, size: int) -> None:
         ValueError: `value` has another shape, or a number in it is negative or NaN.
     """
     advice = "pass one for each example, such as the number of its samples"
+    value = value if hasattr(value, "dtype") else np.asarray(value)
     real = any(jnp.issubdtype(jnp.result_type(value), kind) for kind in (jnp.floating, jnp.integer))
     if not real:
         raise TypeError(
@@ -78,8 +79,8 @@ def center(value: Any, like: Any) -> None:
         is_float = jnp.issubdtype(jnp.result_type(one), jnp.inexact)
         if is_float and jnp.shape(one) != jnp.shape(other):
             raise ValueError(
-                f"center must have shape {jnp.shape(one)} at {jax.tree_util.keystr(path)}, got "
-                f"{jnp.shape(other)}; {advice}"
+                f"center has shape {jnp.shape(other)} at {jax.tree_util.keystr(path)}, where the "
+                f"gradient has shape {jnp.shape(one)}; {advice}"
             )
 
 
