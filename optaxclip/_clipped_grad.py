@@ -13,6 +13,7 @@ from optaxclip._batches import Present
 from optaxclip._examples import Parts
 from optaxclip._layout import lay_out
 from optaxclip._numerics import widen
+from optaxclip._sensitivity import sensitivity
 from optaxclip._types import ClipState
 
 
@@ -42,7 +43,7 @@ class ExampleStats(NamedTuple):
 
 
 class ClippedGrad:
-    """The result of `clipped_grad`: a function `(params, *batch)` with `init` and `plan`."""
+    """The result of `clipped_grad`: a function `(params, *batch)` with methods."""
 
     def __init__(self, loss: Callable[..., Any], parts: Parts, microbatch: int | None) -> None:
         self._loss, self._parts, self._microbatch = loss, parts, microbatch
@@ -185,6 +186,39 @@ class ClippedGrad:
         parted = _batches.parted(mesh, (present, batch), count)
         totals, results = jax.lax.scan(some, totals, parted)
         return totals, _batches.joined(mesh, results)
+
+    def sensitivity(self, neighbors: str, *, params: Any = None, state: Any = None) -> Array:
+        r"""Returns the l2 norm by which one example changes the sum: the scale of private noise.
+
+        .. math:: \Delta = \sqrt{\textstyle \sum_g C_g^2}, \qquad
+            \Delta_{\text{replace}} = 2 \Delta
+
+        This holds to the rounding of float32, for an example of weight 1; multiply it by the
+        largest weight. It is known for sums, the `l2` norm, and every response except `clamp` and
+        a response that you wrote.
+
+        Args:
+            neighbors: `"add_or_remove"` if neighboring data sets differ by one example that is
+                there or not, `"replace"` if one example is another one.
+            params: needed where the number of groups depends on them: by leaf, unit or element, in
+                stacks, and for `scopes.group` with one limit for all.
+            state: for limits that change, the state that this step gets; the first step without it.
+
+        Raises:
+            ValueError: `neighbors` is another word, or the sensitivity is not known.
+
+        Example:
+            >>> from optaxclip import per_example
+            >>> loss = lambda params, x: (params["w"] @ x + params["b"]) ** 2
+            >>> clipped = per_example.clipped_grad(loss, {"w": 3.0, "b": 4.0}, reduce="sum")
+            >>> print(clipped.sensitivity("add_or_remove"), clipped.sensitivity("replace"))
+            5.0 10.0
+
+        References:
+            Dwork and Roth, [The algorithmic foundations of differential
+            privacy](https://doi.org/10.1561/0400000042), 2014.
+        """
+        return sensitivity(self._parts, neighbors, params, state)
 
     def plan(self, params: Any, *batch: Any) -> dict[str, str]:
         """Returns how the gradient of each leaf is held: `path -> "factors"` or `"stored"`.

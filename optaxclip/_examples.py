@@ -68,8 +68,8 @@ class Parts:
         centered = self.centered or self.iterate > 1
         relative = self.norm.uses_params or getattr(self.threshold, "uses_params", False)
         direction = hasattr(getattr(self.response, "func", self.response), "target")
-        whole = self.norm == norms.l2() and self.scope.axes is None
-        return whole and direction and not relative and not centered
+        whole = self.scope.axes is None and self.scope.batch is None
+        return whole and self.norm == norms.l2() and direction and not relative and not centered
 
     def around(self, center: Any) -> "Parts":
         """Returns the parts for gradients around this center; None is no center."""

@@ -49,11 +49,13 @@ class BatchThreshold(NamedTuple):
         limit: `(state, context) -> limits`, `[groups]` or a scalar.
         learn: `(sizes, counted, limits, state, context) -> state`. `sizes` is `[batch, groups]`;
             `counted` is `[batch]`, False for examples that are masked or not finite.
+        expected: the number of examples that `learn` divides by; None if it counts them.
     """
 
     init: Callable[[int], Any]
     limit: Callable[[Any, Context], Array]
     learn: Callable[[Array, Array, Array, Any, Context], Any]
+    expected: Any = None
 
 
 def quantile(
@@ -123,6 +125,7 @@ def quantile(
         lambda groups: jnp.full((groups,), initial, jnp.float32),
         lambda state, context: state,
         learn,
+        expected,
     )
 
 
@@ -264,7 +267,7 @@ def clipped_grad(
 
     Returns:
         A function `(params, *batch, mask=None, state=None) -> ((loss, seen), gradients)`, with the
-        methods `init` and `plan`; see `ClippedGrad` and `ExampleStats`.
+        methods `init`, `plan` and `sensitivity`; see `ClippedGrad` and `ExampleStats`.
 
     Raises:
         TypeError: an argument has the wrong type, such as a rule that learns from one size at a

@@ -198,6 +198,11 @@ def divided(scope: Scope, keys: Collection[str]) -> Scope:
     return scope if scope.group else scope._replace(key=key_of)
 
 
+def is_whole(scope: Scope) -> bool:
+    """Returns whether all leaves are one group, or one for each index of a stack."""
+    return scope.group is _whole
+
+
 def _whole(path: str) -> str:
     """The name of the group of all leaves."""
     return "tree"

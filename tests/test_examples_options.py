@@ -220,6 +220,20 @@ def test_kept_layers_of_a_stack():
     np.testing.assert_allclose(out[:, 0], [0.2, 0.2], rtol=1e-6)
 
 
+@pytest.mark.parametrize("limit", [1.0, per_example.quantile(0.5)], ids=["number", "rule"])
+def test_layers_of_a_stack_are_clipped_by_themselves(limit):
+    def linear(params, x):
+        return jnp.sum(x[:, None, :] @ params)
+
+    params, x = np.zeros((2, 6, 6), np.float32), normal(4, 2, 6, seed=9)
+    scope = scopes.tree(batch_axes=0)
+    (_, seen), got = clipped_grad(linear, limit, scope=scope, reduce="sum")(params, x)
+    sizes = np.linalg.norm(x, axis=2) * 6**0.5
+    np.testing.assert_allclose(seen.sizes, sizes, rtol=1e-5)
+    want = (x / np.maximum(sizes, 1)[..., None]).sum(0)
+    np.testing.assert_allclose(got, np.repeat(want[..., None], 6, 2), rtol=1e-5, atol=1e-6)
+
+
 # Karimireddy, He and Jaggi, Learning from history for Byzantine robust optimization, 2021
 
 

@@ -43,6 +43,7 @@ LEVELS = [
     {"_record", "_rules"},
     {"_clip", "_feedback", "_guard", "_precondition", "_spectral"},
     {"_examples"},
+    {"_sensitivity"},
     {"_clipped_grad"},
     {"telemetry", "_backward", "per_example", "testing"},
     {"methods", "plots"},

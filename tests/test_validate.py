@@ -642,6 +642,15 @@ REFUSALS = {
             "scopes.tree(), scopes.group() or scopes.leaf()",
         ),
     ],
+    "sensitivity": [
+        (
+            ("reduce", False, "mean"),
+            {},
+            ValueError,
+            "sensitivity() needs reduce='sum', got 'mean'; the divisor of a mean depends on who is "
+            "in the batch",
+        )
+    ],
     "one_limit": [
         (
             ("threshold", "a/b", ["a/b"]),
@@ -943,6 +952,7 @@ REFUSALS = {
 ACCEPTED = {
     "weights": [(("weights", [1, 2, 0], 3), {})],
     "center": [(({"a": np.ones(2), "n": 0}, {"a": np.ones(2), "n": np.ones(3, int)}), {})],
+    "sensitivity": [(("norm", True, None), {})],
     "reduction": [(("sum", False, len), {}), (("kept", True, None), {})],
     "one_limit": [(("threshold", "a/b", ["a"]), {})],
     "one_source": [((None,), {})],

@@ -42,6 +42,7 @@ from optaxclip._validate.examples import center as center
 from optaxclip._validate.examples import divided as divided
 from optaxclip._validate.examples import mask as mask
 from optaxclip._validate.examples import reduction as reduction
+from optaxclip._validate.examples import sensitivity as sensitivity
 from optaxclip._validate.examples import weights as weights
 from optaxclip._validate.trees import axes_of as axes_of
 from optaxclip._validate.trees import given_block as given_block

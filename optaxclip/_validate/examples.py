@@ -7,6 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+# What the sensitivity needs: of which argument, in which words, and what to do.
+SENSITIVITY = {
+    "reduce": ("reduce='sum'", "the divisor of a mean depends on who is in the batch"),
+    "norm": ("norm=norms.l2()", "limits of another norm do not bound the l2 norm"),
+    "response": (
+        "a response that keeps sizes within the limit",
+        "pass one such as responses.rescale",
+    ),
+    "threshold": (
+        "limits that depend on neither sizes nor parameters",
+        "pass numbers, schedules, or per_example.quantile(expected=...)",
+    ),
+    "expected": (
+        "a limit whose learning does not depend on the number of examples",
+        "pass per_example.quantile(expected=...)",
+    ),
+    "params": ("the parameters, to count the groups", "pass params=params"),
+    "scope": ("a limit for every leaf", "choose a scope that leaves none alone"),
+}
+
 
 def batch(name: str, tree: Any) -> int:
     """Checks that the first axis of all arrays is the batch; returns its length.
@@ -96,6 +116,17 @@ def divided(name: str, value: int, size: int) -> int:
             "and mask the batch"
         )
     return size // value
+
+
+def sensitivity(part: str, holds: bool, value: Any) -> None:
+    """Refuses what makes the contribution of an example unknown.
+
+    Raises:
+        ValueError: `holds` is False.
+    """
+    needs, advice = SENSITIVITY[part]
+    if not holds:
+        raise ValueError(f"sensitivity() needs {needs}, got {value!r}; {advice}")
 
 
 def reduction(reduce: str, centered: bool, axes: Any) -> None:
