@@ -142,14 +142,16 @@ def aggregate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each gradient along the first axis, and returns their mean or sum.
 
-    .. math:: \frac1n \sum_{i=1}^n g_i \min(1, c / \|g_i\|)
+    .. math:: v + \frac{\sum_i w_i\, \mathrm{clip}(g_i - v)}{\sum_i w_i}, \qquad
+        \mathrm{clip}(g) = g \min(1, c / \|g\|)
 
-    An example with a gradient that is not finite counts as zero, also in the mean. The sum is
+    The weights :math:`w_i` are 1 and the center :math:`v` is 0, if `update` is not given others. An
+    example with a gradient that is not finite counts as zero, also in the mean. The sum is
     computed in float32 or wider, and returned in the dtype of the updates.
 
     Args:
         threshold: how large an example's gradient may be: a number, a schedule, a dict from group
-            name to these, or a `BatchThreshold`.
+            name to these, a tree of limits as for `clip`, or a `BatchThreshold`.
         scope: which numbers share one size.
         norm: which norm.
         response: what to do with a group whose size exceeds its limit.
@@ -161,15 +163,18 @@ def aggregate(
             under `jit`.
 
     Returns:
-        A transform. `init` takes the parameters; `update(updates, state, params, mask=None)` takes
-        their gradients `[batch, ...]`. Where `mask` `[batch]` is False, there is no example. The
-        state is a `ClipState`; sizes and shares in its `reading` are means over the examples.
+        A transform. `init` takes the parameters; `update(updates, state, params, mask=None,
+        weights=None, center=None)` takes their gradients `[batch, ...]`. Where `mask` `[batch]` is
+        False, there is no example. `weights` `[batch]` are multiplied after the clip. `center` is a
+        tree like the result. The state is a `ClipState`; sizes and shares in its `reading` are
+        means over the examples.
 
     Raises:
         TypeError: an argument has the wrong type, such as a rule that learns from one size at a
             time.
-        ValueError: an argument is out of range; on `update`: leaves differ in the length of their
-            first axis.
+        ValueError: an argument is out of range, `reduce="kept"` is given for a scope finer than a
+            leaf, or `reduce="sum"` for a center; on `update`: leaves differ in the length of their
+            first axis, a weight is negative, or `center` is another tree.
 
     Example:
         >>> import jax.numpy as jnp
@@ -178,6 +183,15 @@ def aggregate(
         >>> gradients = jnp.array([[0.0, 4.0], [0.0, 0.5], [jnp.nan, 0.0]])
         >>> clip.update(gradients, clip.init(jnp.zeros(2)))[0]
         Array([0. , 1.5], dtype=float32)
+        >>> clients = jnp.array([[0.0, 4.0], [0.0, 0.5]])
+        >>> per_example.aggregate(1.0).update(clients, None, weights=jnp.array([1, 3]))[0]
+        Array([0.   , 0.625], dtype=float32)
+
+    References:
+        Karimireddy, He and Jaggi, [Learning from history for Byzantine robust
+        optimization](https://arxiv.org/abs/2012.10333), 2021, for `center` and `iterate`. McMahan
+        et al., [Communication-efficient learning of deep networks from decentralized
+        data](https://arxiv.org/abs/1602.05629), 2017, for `weights`.
     """
     parts = _parts(threshold, scope, norm, response, reduce, iterate, sharded_over)
 
@@ -251,7 +265,7 @@ def clipped_grad(
     Args:
         loss_fn: `(params, *example) -> loss` of one example, a scalar.
         threshold: how large an example's gradient may be: a number, a schedule, a dict from group
-            name to these, or a `BatchThreshold`.
+            name to these, a tree of limits as for `clip`, or a `BatchThreshold`.
         scope: which numbers share one size.
         norm: which norm.
         response: what to do with a group whose size exceeds its limit.

@@ -200,6 +200,8 @@ def test_each_example_has_the_limits_of_its_subtrees(scope):
         (_, seen), got = jax.jit(clipped)(UPDATES, batch)
         close(flat(got), want)
         assert seen.limits.shape == ((3,) if scope == "tree" else (5,))
+        names = ["encoder", "head/b", "head/w"] if scope == "tree" else list(FLAT)
+        assert telemetry.group_names(seen.state.reading) == names
 
 
 def test_factors_serve_a_tree_of_limits():

@@ -1169,7 +1169,8 @@ def privacy_padding(there, here):
     "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), "
     "keep_batch_dim=False).sensitivity()`",
     '`per_example.clipped_grad(loss, 0.5, reduce="sum").sensitivity("add_or_remove")`',
-    'Same. `"replace"` is twice that. With several limits it is the root of the sum of their squares',
+    'Same. `"replace"` is twice that. With several limits it is the root of the sum of their '
+    "squares",
 )
 def privacy_sensitivity(there, here):
     found, expected = both(there, here)
