@@ -52,10 +52,10 @@ class Parts:
         limits = self.threshold
         for one in limits.values() if isinstance(limits, dict) else [limits]:
             _validate.without_memory("threshold", one)
+        self.engine(None, ())  # raises its errors here, not in the first step
         if isinstance(limits, dict):
             divided = scopes.divided(self.scope, limits.keys())
             object.__setattr__(self, "scope", divided)  # the state has the names of these groups
-        self.engine(None, ())  # raises its errors here, not in the first step
         _validate.reduction(self.reduce, self.centered or self.iterate > 1, self.scope.axes)
 
     @property

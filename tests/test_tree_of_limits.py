@@ -241,6 +241,17 @@ def test_wrong_trees_of_limits_are_refused():
             clip({"head": 1.0}, scope).init(UPDATES)
 
 
+def test_a_scope_that_was_not_called_is_refused():
+    calls = {
+        "clip": lambda: clip(LIMITS, scopes.leaf),
+        "cotangent": lambda: optaxclip.clip_cotangent(UPDATES, LIMITS, scope=scopes.leaf),
+        "examples": lambda: per_example.aggregate(LIMITS, scope=scopes.leaf),
+    }
+    for call in calls.values():
+        with pytest.raises(TypeError, match="^scope must be a Scope, got <function leaf"):
+            call()
+
+
 def test_normalized_subtrees_and_other_norms():
     got, _ = clip(LIMITS, scopes.tree(), norm=norms.l1(), response=responses.normalize).update(
         UPDATES, None
