@@ -14,6 +14,7 @@ from optaxclip._clip import clip
 from optaxclip._layout import lay_out
 from optaxclip._probe import Probe, seen
 from optaxclip._types import Norm, Response, Scope, Threshold
+from optaxclip.thresholds.fixed import by_path
 
 
 @_validate.checks_keywords
@@ -81,6 +82,8 @@ def clip_cotangent(
         Graves, [Generating sequences with recurrent neural
         networks](https://arxiv.org/abs/1308.0850), 2013.
     """
+    if isinstance(threshold, Mapping):
+        threshold = {path: limit for path, (_, limit) in by_path(threshold).items()}
     numbers, with_rules = _parted(threshold)
     if probe is not None:
         _validate.part("probe", probe, Probe, "telemetry.probe()")
@@ -92,7 +95,7 @@ def clip_cotangent(
     clipper(numbers)  # raises its errors here instead of in the backward pass
     _validate.absolute("norm", norm)
     if isinstance(threshold, Mapping):
-        _validate.names(threshold, lay_out(scope, x).names)
+        _validate.names(threshold, lay_out(scopes.divided(scope, threshold.keys()), x).keys)
     return _identity(clipper, x, jax.tree.map(lambda limit: 1.0 * limit, numbers), probe)
 
 

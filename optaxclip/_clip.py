@@ -17,7 +17,7 @@ import optax
 from jax import Array
 from jax.experimental import checkify
 
-from optaxclip import _sharding, _validate, norms, responses
+from optaxclip import _sharding, _validate, norms, responses, scopes
 from optaxclip._layout import Layout, lay_out
 from optaxclip._lowering import Blocks, traced_once, unstacked
 from optaxclip._measure import measure
@@ -72,7 +72,10 @@ def clip(
 
     Args:
         threshold: how large a size may be: a number, a scalar array (traced, too), a schedule, a
-            rule from `optaxclip.thresholds`, or a dict from group name to any of these.
+            rule from `optaxclip.thresholds`, or a dict from group name to any of these. A tree that
+            the updates start with, `{"encoder": 1.0, "head": {"w": 0.5, "b": 0.1}}`, gives each
+            subtree a limit: with `tree` scope the leaves under a limit are one group, and with
+            `leaf` and finer scopes each size under it has that limit.
         scope: which numbers share one size; it has no default, because `optax.clip(1.0)` cuts
             values.
         norm: how large they are.
@@ -129,6 +132,8 @@ def clip(
     _check_parts(scope, norm, response, nonfinite, record)
     bounds_elements = response is not responses.clamp or _is_largest_element(norm)
     _validate.bounds_elements(norm, bounds_elements or scope.axes is not None)
+    if isinstance(threshold, dict):
+        scope = scopes.divided(scope, threshold.keys())
     rules = threshold.values() if isinstance(threshold, dict) else [threshold]
     relative = norm.uses_params or any(rule.uses_params for rule in rules)
     cuts = response in CUTS  # the size after is the smaller of size and limit

@@ -1,58 +1,86 @@
-"""The machinery of `per_example`: one clip mapped over examples, masks, batches on meshes."""
+"""The machinery of `per_example`: one clip mapped over examples, sums and means over a batch."""
 
-import math
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
-from optaxclip import _factored, _sharding, _validate, norms
+from optaxclip import _factored, _sharding, _validate, norms, scopes
+from optaxclip._batches import Present, floats_of, is_float, like_one, masked, tree_of
 from optaxclip._clip import clip
 from optaxclip._layout import lay_out
+from optaxclip._numerics import widen
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope
+from optaxclip.thresholds.fixed import constant
 
-REDUCTIONS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "kept")
 
 
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """The four parts of a clip, applied to gradients with a batch axis in front.
 
-    Args:
+    Attributes:
         rule: a `BatchThreshold`, or None.
         threshold: the thresholds without memory; not used if there is a rule.
         scope: as for `clip`.
         norm: as for `clip`.
         response: as for `clip`.
-        reduce: `"mean"` or `"sum"`.
+        reduce: `"mean"`, `"sum"` or `"kept"`.
+        iterate: how often to clip, each time around the last result.
         axes: mapped axes over which the batch is sharded.
+        centered: whether gradients are clipped around a center, so that they have no factors.
     """
 
-    def __init__(
-        self,
-        rule: Any,
-        threshold: Any,
-        scope: Scope,
-        norm: Norm,
-        response: Response,
-        reduce: str,
-        axes: tuple[Any, ...],
-    ) -> None:
-        _validate.option("reduce", reduce, REDUCTIONS)
-        self.rule, self.threshold = rule, threshold
-        for one in threshold.values() if isinstance(threshold, dict) else [threshold]:
+    rule: Any
+    threshold: Any
+    scope: Scope
+    norm: Norm
+    response: Response
+    reduce: str
+    iterate: int
+    axes: tuple[Any, ...]
+    centered: bool = False
+
+    def __post_init__(self) -> None:
+        _validate.option("reduce", self.reduce, REDUCTIONS)
+        _validate.count("iterate", self.iterate)
+        limits = self.threshold
+        for one in limits.values() if isinstance(limits, dict) else [limits]:
             _validate.without_memory("threshold", one)
-        self.scope, self.norm, self.response, self.reduce = scope, norm, response, reduce
-        self.axes = axes
         self.engine(None, ())  # raises its errors here, not in the first step
-        # Factors give the norm of each leaf. The norm of a group is the norm of these norms, and a
-        # response that keeps the direction scales each leaf as it scales the leaf's norm.
-        relative = norm.uses_params or getattr(threshold, "uses_params", False)
-        direction = hasattr(getattr(response, "func", response), "target")
-        self.by_factors = norm == norms.l2() and scope.axes is None and direction and not relative
+        if isinstance(limits, dict):
+            divided = scopes.divided(self.scope, limits.keys())
+            object.__setattr__(self, "scope", divided)  # the state has the names of these groups
+        _validate.reduction(self.reduce, self.centered or self.iterate > 1, self.scope.axes)
+
+    @property
+    def by_factors(self) -> bool:
+        """Whether factors can take the place of gradients.
+
+        Factors give the norm of each leaf. The norm of a group is the norm of these norms, and a
+        response that keeps the direction scales each leaf as it scales the leaf's norm.
+        """
+        centered = self.centered or self.iterate > 1
+        relative = self.norm.uses_params or getattr(self.threshold, "uses_params", False)
+        direction = hasattr(getattr(self.response, "func", self.response), "target")
+        whole = self.scope.axes is None and self.scope.batch is None
+        return whole and self.norm == norms.l2() and direction and not relative and not centered
+
+    def around(self, center: Any) -> "Parts":
+        """Returns the parts for gradients around this center; None is no center."""
+        return self if center is None else dataclasses.replace(self, centered=True)
+
+    def repeated(self, one_pass: Callable[[Any], tuple[Any, Any]], center: Any) -> tuple[Any, Any]:
+        """Calls `one_pass(center) -> (others, result)`, each time around the last result."""
+        others, result = one_pass(center)
+        for _ in range(self.iterate - 1):
+            others, result = one_pass(result)
+        return others, result
 
     def gradient(self, loss: Callable[..., Any], params: Any, *example: Any) -> Any:
         """Returns the loss of one example with its aux, and the gradients of the float leaves."""
@@ -83,7 +111,11 @@ class Parts:
 
     def engine(self, limits: Array | None, names: Any) -> optax.GradientTransformationExtraArgs:
         """Returns the clip of one example."""
-        threshold = self.threshold if limits is None else dict(zip(names, limits, strict=True))
+        threshold = self.threshold
+        if limits is not None and self.scope.axes is None:
+            threshold = constant(0.0)._replace(limit=lambda sizes, state, context: limits)
+        elif limits is not None:
+            threshold = dict(zip(names, limits, strict=True))
         return clip(
             threshold,
             scope=self.scope,
@@ -98,6 +130,15 @@ class Parts:
         start: Any = clip(0.0, scope=self.scope, norm=self.norm, sharded_over=()).init(params)
         groups = len(start.reading.names.known)
         return start._replace(threshold=self.rule.init(groups) if self.rule else ())
+
+    def shifted(self, gradients: Any, center: Any, mesh: Any) -> Any:
+        """Returns the gradients of examples as seen from a center."""
+
+        def shift(x: Array, middle: Array) -> Array:
+            out = _sharding.on_mesh(mesh, *_sharding.spec_on(mesh, x))
+            return _sharding.automatic(mesh, lambda x, m: widen(x) - widen(m), out, x, middle)
+
+        return gradients if center is None else jax.tree.map(shift, gradients, center)
 
     def clip_each(self, gradients: Any, state: Any, params: Any) -> tuple[Any, Reading, Array]:
         """Clips the gradient of each example.
@@ -141,16 +182,42 @@ class Parts:
         factors = [new / jnp.where(old > 0, old, 1) for old, new in pairs]
         return leaves, reading, finite, factors
 
-    def reduced(self, total: Any, like: Any, mask: Array) -> Any:
-        """Returns the sum or the mean over all devices, in the dtypes of `like`."""
-        total, divisor = self.over_all(total), 1
+    def reduced(self, total: Any, like: Any, divisors: Any, center: Any = None) -> Any:
+        """Returns the sum or mean over all devices, around the center, in the dtypes of `like`.
+
+        `divisors` is an array, or a tree of arrays that `total` starts with.
+        """
+
+        def divide(divisor: Array, totals: Any) -> Any:
+            nonzero = jnp.where(divisor > 0, divisor, 1)
+            return jax.tree.map(lambda x: x / nonzero if is_float(x) else x, totals)
+
+        def finish(x: Any, one: Any, middle: Any = 0) -> Any:
+            return (middle + x).astype(jnp.result_type(one)) if is_float(x) else x
+
+        result = jax.tree.map(divide, divisors, self.over_all(total))
+        centers = () if center is None else (center,)
+        return jax.tree.map(finish, result, like, *centers)
+
+    def divisors(
+        self, tree: Any, present: Present, reading: Reading, counted: Array
+    ) -> tuple[Array, Any]:
+        """Returns what to divide the sum of losses by, and the sum of each leaf of the tree.
+
+        With `"kept"`, a group is divided by the weights of the examples that the response kept.
+        """
+        if self.reduce == "sum":
+            return jnp.ones(()), jnp.ones(())
         if self.reduce == "mean":
-            divisor = jnp.maximum(self.over_all(jnp.sum(mask)), 1)
-
-        def divided(x: Any, one: Any) -> Any:
-            return (x / divisor).astype(jnp.result_type(one)) if is_float(x) else x
-
-        return jax.tree.map(divided, total, like)
+            total = self.over_all(present.total(present.mask))
+            return total, total
+        layout = lay_out(self.scope, tree)
+        total = self.over_all(present.total(counted))
+        dropped = (reading.clipped_share > 0) & (reading.size_after == 0)
+        weights = present.weighed(counted)[:, None]
+        kept = self.over_all(jnp.sum(jnp.where(dropped, 0, weights), 0))  # [groups]
+        everywhere = jax.tree.map(lambda x: total, tree)
+        return total, layout.replaced(everywhere, [kept[group] for group in layout.group_of])
 
     def measured(
         self, mesh: Any, state: Any, mask: Array, reading: Reading, counted: Array
@@ -203,96 +270,26 @@ class Parts:
         return jnp.broadcast_to(limits, (len(state.reading.names.known),))
 
 
-def mask_of(mask: Any, size: int) -> Any:
-    """Returns the mask `[batch]`, all True if there is none."""
-    if mask is not None:
-        _validate.mask("mask", mask, size)
-    return np.ones(size, bool) if mask is None else mask
+def aggregated(
+    parts: Parts, updates: Any, state: Any, params: Any, present: Present, mesh: Any, center: Any
+) -> tuple[Any, Any]:
+    """Clips the gradients of a batch around a center; returns the state, and the sum or mean."""
+    parts = parts.around(center)
+    floats = jax.tree.map(lambda x: x if is_float(x) else masked(x), updates)
+    middles = center
+    if center is not None:
+        middles = tree_of(updates, floats_of(center, updates), masked)
+    clipped, reading, finite = parts.clip_each(parts.shifted(floats, middles, mesh), state, params)
+    counted = present.mask & finite
+    weights = present.weighed(counted)
 
-
-def nobody() -> Any:
-    """Returns the mask of a batch of one example that does not count."""
-    return np.zeros(1, bool)
-
-
-def at_least_one(x: Any) -> Any:
-    """Returns the array; for an empty batch, a batch of one example of zeros."""
-    if x.shape[0]:
-        return x
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = jax.random.key_data(x)
-        zeros = jnp.zeros((1, *data.shape[1:]), data.dtype)
-        return jax.random.wrap_key_data(zeros, impl=jax.random.key_impl(x))
-    return np.zeros((1, *x.shape[1:]), x.dtype)
-
-
-def like_one(x: Any) -> Any:
-    """Returns zeros of the shape and dtype of one example's gradient."""
-    return jnp.zeros(x.shape[1:], x.dtype) if is_float(x) else x
-
-
-def aligned(mesh: Any, batch: Any, mask: Any) -> tuple[Any, Array]:
-    """Returns the arrays and the mask, all with the same sharding along the batch axis."""
-    axes = _sharding.batch_axes(batch)
-
-    def align(x: Any) -> Any:
-        spec = _sharding.spec_on(mesh, x)
-        if spec[0] == axes:
-            return x
-        return _sharding.resharded(x, _sharding.on_mesh(mesh, axes, *spec[1:]))
-
-    batch = jax.tree.map(align, batch)
-    return batch, _sharding.varying_as(batch, align(jnp.asarray(mask)))
-
-
-def parted(mesh: Any, tree: Any, count: int) -> Any:
-    """Reshapes `[batch, ...]` to `[count, rest, ...]`.
-
-    Every microbatch takes rows from all over the batch. So if the batch is sharded over devices,
-    each device has a share of every microbatch.
-    """
-
-    def part(x: Any) -> Any:
-        return jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0)
-
-    def change(x: Any) -> Any:
-        axes, *rest = _sharding.spec_on(mesh, x)
-        even = mesh is not None and len(x) // count % _sharding.parts_of(mesh, axes) == 0
-        out = _sharding.on_mesh(mesh, None, axes if even else None, *rest)
-        return _sharding.automatic(mesh, part, out, x)
-
-    return jax.tree.map(change, tree)
-
-
-def joined(mesh: Any, tree: Any) -> Any:
-    """Reshapes `[count, rest, ...]` to `[batch, ...]`."""
-
-    def join(x: Any) -> Any:
-        return jnp.moveaxis(x, 0, 1).reshape(math.prod(x.shape[:2]), *x.shape[2:])
-
-    def change(x: Any) -> Any:
+    def total(x: Any, clipped: Any) -> Any:
         out = _sharding.on_mesh(mesh, *_sharding.spec_on(mesh, x)[1:])
-        return _sharding.automatic(mesh, join, out, x)
+        if is_float(x):
+            return _sharding.automatic(mesh, _factored.weighted_sum, out, clipped, weights)
+        return _sharding.automatic(mesh, lambda x: x[0], out, x)
 
-    return jax.tree.map(change, tree)
-
-
-def tree_of(params: Any, floats: Sequence[Any], other: Callable[[Any], Any]) -> Any:
-    """Replaces the floats of `params` by `floats`, and every other leaf by `other(leaf)`."""
-    remaining = iter(floats)
-    return jax.tree.map(lambda x: next(remaining) if is_float(x) else other(x), params)
-
-
-def masked(x: Any) -> Any:
-    """Returns a leaf that no clip measures."""
-    return optax.MaskedNode()
-
-
-def no_gradient(x: Any) -> Any:
-    """Returns the gradient of a leaf without floats, like `jax.grad` with `allow_int=True`."""
-    return np.zeros(jnp.shape(x), jax.dtypes.float0)
-
-
-def is_float(x: Any) -> bool:
-    """Returns whether a leaf holds floats or complex numbers."""
-    return jnp.issubdtype(x.dtype if hasattr(x, "dtype") else jnp.result_type(x), jnp.inexact)
+    totals = jax.tree.map(total, updates, clipped)
+    _, divisors = parts.divisors(jax.tree.map(like_one, updates), present, reading, counted)
+    result = parts.reduced(totals, updates, divisors, center)
+    return parts.next(state, reading, present.mask, counted, mesh), result

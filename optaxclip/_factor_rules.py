@@ -58,8 +58,16 @@ def compute(equation: Any, inputs: list[Any]) -> Sequence[Any]:
     return bind(equation, list(map(array, inputs)))
 
 
-def _terms(make: Terms, needed: str = "", others: str = "") -> Rule:
-    """Makes the rule of an operation with one output from a function that returns its terms."""
+def _terms(make: Terms, needed: str = "", others: str = "", *, by_terms: bool = False) -> Rule:
+    """Makes the rule of an operation with one output from a function that returns its terms.
+
+    With `by_terms` its numbers are those of its only term.
+    """
+
+    def numbers(terms: Sequence[Any], inputs: list[Any], equation: Any) -> Array:
+        if by_terms:
+            return terms[0].multiply().astype(equation.outvars[0].aval.dtype)
+        return compute(equation, inputs)[0]
 
     def outputs(inputs: list[Any], equation: Any) -> Sequence[Any] | None:
         try:
@@ -68,7 +76,8 @@ def _terms(make: Terms, needed: str = "", others: str = "") -> Rule:
             return None
         if terms is None or any(term is None for term in terms):
             return None
-        return [Lazy(terms, lambda: compute(equation, inputs)[0], equation.outvars[0].aval)]
+        value = functools.partial(numbers, terms, inputs, equation)
+        return [Lazy(terms, value, equation.outvars[0].aval)]
 
     return rule(outputs, needed, others)
 
@@ -267,6 +276,7 @@ OPERATIONS: dict[str, Rule] = {
         "dimension_numbers window_strides padding lhs_dilation rhs_dilation precision "
         "feature_group_count batch_group_count",
         _DOT,
+        by_terms=True,
     ),
     "scatter-add": _terms(
         _add_rows,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 # static fields are part of a pytree's structure, so factors pass through `vmap` and `scan`
@@ -139,6 +140,11 @@ class Product:
         )
 
 
+# Up to so many offsets of a kernel, one product for each is faster than a grouped convolution. On
+# CPU, 3 x 3 and 256 images: 1.3 ms in place of 7.4 (1 x 16 channels), 5.4 in place of 27 (16 x 32).
+MOST_OFFSETS = 64
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Convolution:
@@ -198,16 +204,51 @@ class Convolution:
         if weights is not None:
             left, right = without_zero_weights(left, weights), _weighted(right, weights)
             left, right = _merged(left), _merged(right)  # examples join the axis to sum over
-        # both arrays and the result have their channels first and space last
-        numbers = jax.lax.ConvDimensionNumbers(*[tuple(range(len(self.shape)))] * 3)
+        elif self._kernel_is_small():
+            return jnp.transpose(self._by_offsets(), self.order)
+        # in a loop XLA calls its fast convolution for CPUs only with these orders of axes
         out = jax.lax.conv_general_dilated(
-            left,
-            right,
-            dimension_numbers=numbers,
+            jnp.moveaxis(left, 1, -1),
+            jnp.moveaxis(right, (1, 0), (-2, -1)),
+            dimension_numbers=_channels_last(len(self.shape)),
             preferred_element_type=wide(right),
             **dict(self.options),
         )
-        return jnp.transpose(out, self.order)
+        return jnp.transpose(jnp.moveaxis(out, -1, 1), self.order)
+
+    def _kernel_is_small(self) -> bool:
+        """Returns whether the result has few numbers in space, and fewer than it sums over."""
+        kernel = math.prod(self.shape[self.order.index(axis)] for axis in self._space())
+        return kernel <= min(MOST_OFFSETS, math.prod(self.right.shape[2:]))
+
+    def _by_offsets(self) -> Array:
+        """Computes `[left channels, right channels, *kernel]` by a product for each offset.
+
+        Mapped over examples, it is a few batched products. The same as one convolution is a
+        convolution with a group for each example, which compilers are slow at.
+        """
+        options, space = dict(self.options), self._space()
+        margins = zip(options["padding"], options["lhs_dilation"], strict=True)
+        margins = [(0, 0, 0), *((*pair, dilation - 1) for pair, dilation in margins), (0, 0, 0)]
+        left = jnp.moveaxis(self.left, 0, -1)
+        left = jax.lax.pad(left, jnp.zeros((), left.dtype), margins)
+        right = jnp.moveaxis(self.right, 0, -1).reshape(-1, self.right.shape[0])
+        steps = options["rhs_dilation"]
+        lengths = list(map(_dilated, self.right.shape[2:], steps))
+
+        def product(offset: tuple[int, ...]) -> Array:
+            starts = [k * step for k, step in zip(offset, options["window_strides"], strict=True)]
+            ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+            first, last = (0, *starts, 0), (left.shape[0], *ends, left.shape[-1])
+            seen = jax.lax.slice(left, first, last, (1, *steps, 1)).reshape(-1, left.shape[-1])
+            return einsum(seen, (-1, 0), right, (-1, 1), (0, 1), options["precision"])
+
+        kernel = [self.shape[self.order.index(axis)] for axis in space]
+        products = jnp.stack(list(map(product, np.ndindex(*kernel))), -1)
+        return products.reshape(*products.shape[:2], *kernel)
+
+    def _space(self) -> range:
+        return range(2, len(self.shape))
 
     def transposed(self, order: Sequence[int]) -> "Convolution":
         """Returns the convolution with a transposed result."""
@@ -295,6 +336,13 @@ def _promotable(x: Array) -> Array:
 def _weighted(x: Array, weights: Array) -> Array:
     weights_of_x = weights.reshape(-1, *[1] * (x.ndim - 1))
     return (without_zero_weights(x, weights) * weights_of_x).astype(x.dtype)
+
+
+def _channels_last(ndim: int) -> jax.lax.ConvDimensionNumbers:
+    """Returns the axes of `[channels, *space, summed]` and `[*space, summed, channels]`."""
+    space = tuple(range(1, ndim - 1))
+    ends = (0, ndim - 1, *space)
+    return jax.lax.ConvDimensionNumbers(ends, (ndim - 1, ndim - 2, *range(ndim - 2)), ends)
 
 
 def _merged(x: Array) -> Array:

@@ -29,7 +29,7 @@ class Layout(NamedTuple):
         gradients: the arrays there.
         paths: of the gradients; no two are the same.
         names: of the groups; with `axes`, the paths.
-        keys: for each group its name in a dict of thresholds; a layer has the name of its stack.
+        keys: for each group its key in a dict of thresholds; a layer has the key of its stack.
         groups: for each group, the positions of its units, counted over all gradients; where no
             gradient is a stack, each has one unit. Empty with `axes`.
         axes: for each gradient the axes measured together, if parts of it have sizes;
@@ -202,8 +202,9 @@ def lay_out(scope: Scope, tree: Any, params: Any = None, *, weights: bool = Fals
     measured = [i for i in numbers if names[i] is not None and axes[i] is not None]
     gradients, leaf_paths = [present[i] for i in measured], [paths[i] for i in measured]
     parts = [axes[i] or () for i in measured]
+    limit_keys = [(scope.key and scope.key(path)) or path for path in leaf_paths]
     layout = Layout(
-        treedef, nodes, measured, gradients, leaf_paths, leaf_paths, leaf_paths, parts=parts
+        treedef, nodes, measured, gradients, leaf_paths, leaf_paths, limit_keys, parts=parts
     )
     if scope.axes is not None:
         return layout._replace(axes=parts, by_shape=scope.by_shape)

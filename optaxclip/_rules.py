@@ -138,7 +138,9 @@ def placeholder_state(threshold: Thresholds, scope: Scope, params: Any) -> Any:
     states = [rule.init(jnp.zeros((1,))) for rule in rules]
     if scope.axes is not None and _structure(threshold):
         return jax.tree.map(lambda _: params, states[0])
-    return states[0] if isinstance(threshold, Threshold) else tuple(states)
+    if isinstance(threshold, Threshold):
+        return states[0]
+    return tuple(states) if jax.tree.leaves(states) else ()
 
 
 def joined(threshold: Thresholds, layout: Layout, states: list[Any], like: Any = None) -> Any:

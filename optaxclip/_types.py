@@ -51,6 +51,7 @@ class Scope(NamedTuple):
             each layer of a group has a size.
         by_shape: whether `axes` goes by the lengths of a leaf's axes, so that it can't be trusted
             with one device's part of a leaf.
+        key: `path -> key` of a dict of thresholds, None for the path; for scopes without `group`.
         name: how it prints.
     """
 
@@ -59,6 +60,7 @@ class Scope(NamedTuple):
     where: Callable[[str], bool] | None = None
     batch: Callable[[str, Any], Axes] | None = None
     by_shape: bool = False
+    key: Callable[[str], str | None] | None = None
     name: str = ""
 
     def __repr__(self) -> str:

@@ -28,10 +28,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from optaxclip import _examples, _factored, _sharding, _validate, norms, responses, scopes
-from optaxclip._layout import lay_out
-from optaxclip._numerics import widen
-from optaxclip._types import ClipState, Context, Norm, Response, Scope
+from optaxclip import _batches, _examples, _sharding, _validate, norms, responses, scopes
+from optaxclip._clipped_grad import ClippedGrad, ExampleStats
+from optaxclip._types import Context, Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_thresholds
 
 __all__ = ["BatchThreshold", "ExampleStats", "quantile", "aggregate"]
@@ -50,36 +49,13 @@ class BatchThreshold(NamedTuple):
         limit: `(state, context) -> limits`, `[groups]` or a scalar.
         learn: `(sizes, counted, limits, state, context) -> state`. `sizes` is `[batch, groups]`;
             `counted` is `[batch]`, False for examples that are masked or not finite.
+        expected: the number of examples that `learn` divides by; None if it counts them.
     """
 
     init: Callable[[int], Any]
     limit: Callable[[Any, Context], Array]
     learn: Callable[[Array, Array, Array, Any, Context], Any]
-
-
-class ExampleStats(NamedTuple):
-    """Measurements of the examples of one batch.
-
-    Attributes:
-        losses: `[batch]`.
-        aux: the second result of the loss function, `[batch, ...]`; None without `has_aux`.
-        sizes: `[batch, groups]`, before clipping; for scopes finer than a leaf, the largest size in
-            each leaf.
-        limits: `[groups]`, the limits of the sizes.
-        clipped: bool `[batch, groups]`, whether the group was over its limit.
-        counted: bool `[batch]`, False if the example is masked or its gradient is not finite.
-        dropped: int32 scalar, number of examples that are not masked but not finite.
-        state: pass it to the next call; its `reading` has means over the examples.
-    """
-
-    losses: Array
-    aux: Any
-    sizes: Array
-    limits: Array
-    clipped: Array
-    counted: Array
-    dropped: Array
-    state: ClipState
+    expected: Any = None
 
 
 def quantile(
@@ -149,6 +125,7 @@ def quantile(
         lambda groups: jnp.full((groups,), initial, jnp.float32),
         lambda state, context: state,
         learn,
+        expected,
     )
 
 
@@ -160,36 +137,44 @@ def aggregate(
     norm: Norm = norms.l2(),
     response: Response = responses.rescale,
     reduce: str = "mean",
+    iterate: int = 1,
     sharded_over: Any = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each gradient along the first axis, and returns their mean or sum.
 
-    .. math:: \frac1n \sum_{i=1}^n g_i \min(1, c / \|g_i\|)
+    .. math:: v + \frac{\sum_i w_i\, \mathrm{clip}(g_i - v)}{\sum_i w_i}, \qquad
+        \mathrm{clip}(g) = g \min(1, c / \|g\|)
 
-    An example with a gradient that is not finite counts as zero, also in the mean. The sum is
+    The weights :math:`w_i` are 1 and the center :math:`v` is 0, if `update` is not given others. An
+    example with a gradient that is not finite counts as zero, also in the mean. The sum is
     computed in float32 or wider, and returned in the dtype of the updates.
 
     Args:
         threshold: how large an example's gradient may be: a number, a schedule, a dict from group
-            name to these, or a `BatchThreshold`.
+            name to these, a tree of limits as for `clip`, or a `BatchThreshold`.
         scope: which numbers share one size.
         norm: which norm.
         response: what to do with a group whose size exceeds its limit.
-        reduce: `"mean"` over the examples that are not masked, or `"sum"`.
+        reduce: `"mean"` over the examples that are not masked, `"sum"`, or `"kept"`: the mean over
+            the examples that are finite and that the response did not drop, group by group.
+        iterate: how often to clip, each time around the last result; 1 to 5 for robust means.
         sharded_over: mapped axes (of `jax.shard_map`, `jax.pmap`) over which the batch is sharded;
             the result covers the whole batch. Every device must have whole examples. Not needed
             under `jit`.
 
     Returns:
-        A transform. `init` takes the parameters; `update(updates, state, params, mask=None)` takes
-        their gradients `[batch, ...]`. Where `mask` `[batch]` is False, there is no example. The
-        state is a `ClipState`; sizes and shares in its `reading` are means over the examples.
+        A transform. `init` takes the parameters; `update(updates, state, params, mask=None,
+        weights=None, center=None)` takes their gradients `[batch, ...]`. Where `mask` `[batch]` is
+        False, there is no example. `weights` `[batch]` are multiplied after the clip. `center` is a
+        tree like the result. The state is a `ClipState`; sizes and shares in its `reading` are
+        means over the examples.
 
     Raises:
         TypeError: an argument has the wrong type, such as a rule that learns from one size at a
             time.
-        ValueError: an argument is out of range; on `update`: leaves differ in the length of their
-            first axis.
+        ValueError: an argument is out of range, `reduce="kept"` is given for a scope finer than a
+            leaf, or `reduce="sum"` for a center; on `update`: leaves differ in the length of their
+            first axis, a weight is negative, or `center` is another tree.
 
     Example:
         >>> import jax.numpy as jnp
@@ -198,161 +183,51 @@ def aggregate(
         >>> gradients = jnp.array([[0.0, 4.0], [0.0, 0.5], [jnp.nan, 0.0]])
         >>> clip.update(gradients, clip.init(jnp.zeros(2)))[0]
         Array([0. , 1.5], dtype=float32)
+        >>> clients = jnp.array([[0.0, 4.0], [0.0, 0.5]])
+        >>> per_example.aggregate(1.0).update(clients, None, weights=jnp.array([1, 3]))[0]
+        Array([0.   , 0.625], dtype=float32)
+
+    References:
+        Karimireddy, He and Jaggi, [Learning from history for Byzantine robust
+        optimization](https://arxiv.org/abs/2012.10333), 2021, for `center` and `iterate`. McMahan
+        et al., [Communication-efficient learning of deep networks from decentralized
+        data](https://arxiv.org/abs/1602.05629), 2017, for `weights`.
     """
-    parts = _parts(threshold, scope, norm, response, reduce, sharded_over)
+    parts = _parts(threshold, scope, norm, response, reduce, iterate, sharded_over)
 
     @_sharding.compiled_on_mesh
-    def compute(updates: Any, state: Any, params: Any, mask: Any) -> tuple[Any, Any]:
+    def compute(updates: Any, state: Any, params: Any, present: Any, center: Any) -> Any:
         mesh = _sharding.explicit_mesh(updates)
-        updates, mask = _examples.aligned(mesh, updates, mask)
-        state = parts.init(jax.tree.map(_examples.like_one, updates)) if state is None else state
-        is_float = _examples.is_float
-        floats = jax.tree.map(lambda x: x if is_float(x) else optax.MaskedNode(), updates)
-        clipped, reading, finite = parts.clip_each(floats, state, params)
-        counted = mask & finite
-
-        def total(x: Any, clipped: Any) -> Any:
-            out = _sharding.on_mesh(mesh, *_sharding.spec_on(mesh, x)[1:])
-            if is_float(x):
-                return _sharding.automatic(mesh, _factored.weighted_sum, out, clipped, counted)
-            return _sharding.automatic(mesh, lambda x: x[0], out, x)
-
-        totals = jax.tree.map(total, updates, clipped)
-        return parts.reduced(totals, updates, mask), parts.next(state, reading, mask, counted, mesh)
+        updates, present = _batches.aligned(mesh, updates, present)
+        one_pass = functools.partial(_examples.aggregated, parts, updates, state, params, present)
+        return parts.repeated(functools.partial(one_pass, mesh), center)
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, mask: Any = None, **extra_args: Any
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        mask: Any = None,
+        weights: Any = None,
+        center: Any = None,
+        **extra_args: Any,
     ) -> tuple[Any, Any]:
         del extra_args
         size = _validate.batch("updates", updates)
         _sharding.all_bound("sharded_over", parts.axes)
-        mask = _examples.mask_of(mask, size)
+        like = jax.tree.map(_batches.like_one, updates)
+        if center is not None:
+            _validate.center(center, like)
+        state = parts.init(like) if state is None else state
+        present = _batches.present(mask, weights, size)
         if size:
-            return compute(updates, state, params, mask)
-        state = parts.init(jax.tree.map(_examples.like_one, updates)) if state is None else state
-        padded = jax.tree.map(_examples.at_least_one, updates)
-        result, after = compute(padded, state, params, _examples.nobody())
+            after, result = compute(updates, state, params, present, center)
+            return result, after
+        padded = jax.tree.map(_batches.at_least_one, updates)
+        after, result = compute(padded, state, params, _batches.nobody(), center)
         return result, after._replace(threshold=state.threshold)  # an empty batch teaches nothing
 
     return optax.GradientTransformationExtraArgs(parts.init, update)
-
-
-class ClippedGrad:
-    """The result of `clipped_grad`: a function `(params, *batch)` with `init` and `plan`."""
-
-    def __init__(
-        self, loss: Callable[..., Any], parts: _examples.Parts, microbatch: int | None
-    ) -> None:
-        self._loss, self._parts, self._microbatch = loss, parts, microbatch
-        self._computed = functools.cache(
-            lambda count: _sharding.compiled_on_mesh(functools.partial(self._compute, count=count))
-        )
-
-    def init(self, params: Any) -> ClipState:
-        """Returns the state before the first step."""
-        return self._parts.init(params)
-
-    def __call__(
-        self, params: Any, *batch: Any, mask: Any = None, state: Any = None
-    ) -> tuple[tuple[Array, ExampleStats], Any]:
-        """Returns `((loss, seen), gradients)`.
-
-        `loss` and `gradients` are means, or sums with `reduce="sum"`; `seen` is an `ExampleStats`.
-        In both, an example with a gradient that is not finite counts as zero.
-
-        Args:
-            params: the parameters of the loss. Leaves that are not floats, such as counters and
-                keys, get a float0 gradient, as from `jax.grad` with `allow_int=True`. A key in
-                `params` is the same for every example. For different dropout in each example, put
-                `jax.random.split(key, batch)` in the batch.
-            *batch: trees of arrays `[batch, ...]`.
-            mask: bool `[batch]`, False where there is no example; the values there do not matter.
-            state: from `init`, or `seen.state` of the last step; not needed if the threshold is a
-                number or a dict of numbers.
-
-        Raises:
-            ValueError: arrays differ in the length of their first axis, `microbatch` does not
-                divide it, or `sharded_over` names an axis that is not mapped here.
-        """
-        size = _validate.batch("batch", batch)
-        _sharding.all_bound("sharded_over", self._parts.axes)
-        mask, count = _examples.mask_of(mask, size), 1
-        if size:
-            if self._microbatch is not None:
-                count = _validate.divided("microbatch", self._microbatch, size)
-            return self._computed(count)(params, batch, mask, state)
-        # an empty batch: compute with one masked example, and cut it off the results
-        state = self._parts.init(params) if state is None else state
-        padded = jax.tree.map(_examples.at_least_one, batch)
-        (loss, seen), gradients = self._computed(1)(params, padded, _examples.nobody(), state)
-        each = (seen.losses, seen.aux, seen.sizes, seen.clipped, seen.counted)
-        losses, aux, sizes, clipped, counted = jax.tree.map(lambda x: x[:0], each)
-        after = seen.state._replace(threshold=state.threshold)
-        seen = ExampleStats(losses, aux, sizes, seen.limits, clipped, counted, seen.dropped, after)
-        return (loss, seen), gradients
-
-    def _compute(
-        self, params: Any, batch: Any, mask: Any, state: Any, *, count: int
-    ) -> tuple[tuple[Array, ExampleStats], Any]:
-        """Computes the results for a batch that is not empty, in `count` microbatches."""
-        parts, mesh = self._parts, _sharding.explicit_mesh((params, batch))
-        batch, mask = _examples.aligned(mesh, batch, mask)
-        state = parts.init(params) if state is None else state
-        varied = _sharding.varying_as(batch, params)
-        floats = [x for x in jax.tree.leaves(params) if _examples.is_float(x)]
-        shardings = [_sharding.on_mesh(mesh, *_sharding.spec_on(mesh, x)) for x in floats]
-
-        def some(totals: list[Array], microbatch: Any) -> tuple[Any, Any]:
-            mask, examples = microbatch
-            (losses, aux), gradients = parts.gradients(self._loss, mesh, varied, examples)
-            clipped = parts.clip_factored(gradients, state, params, mesh, mask)
-            leaves, reading, finite, factors = clipped
-            counted = mask & finite
-            weights = [jnp.where(counted, factor, 0) for factor in factors]
-            sums = [
-                _sharding.automatic(mesh, _factored.weighted_sum, sharding, leaf, weight)
-                for sharding, leaf, weight in zip(shardings, leaves, weights, strict=True)
-            ]
-            return list(map(jnp.add, totals, sums)), (losses, aux, reading, counted)
-
-        zeros = [jnp.zeros(jnp.shape(x), widen(x).dtype) for x in floats]
-        totals = _sharding.varying_as(batch, _sharding.resharded(zeros, shardings))
-        if count == 1:
-            totals, results = some(totals, (mask, batch))
-        else:
-            parted = _examples.parted(mesh, (mask, batch), count)
-            totals, results = jax.lax.scan(some, totals, parted)
-            results = _examples.joined(mesh, results)
-        losses, aux, reading, counted = results
-        seen = ExampleStats(losses, aux, **parts.measured(mesh, state, mask, reading, counted))
-        loss = parts.reduced(jnp.sum(jnp.where(counted, losses, 0)), losses, mask)
-        gradients = parts.reduced(totals, floats, mask)
-        return (loss, seen), _examples.tree_of(params, gradients, _examples.no_gradient)
-
-    def plan(self, params: Any, *batch: Any) -> dict[str, str]:
-        """Returns how the gradient of each leaf is held: `path -> "factors"` or `"stored"`.
-
-        A stored leaf has an array of gradients for each example.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from optaxclip import per_example
-            >>> def loss(params, x):
-            ...     return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
-            >>> clipped = per_example.clipped_grad(loss, 1.0)
-            >>> clipped.plan({"w": jnp.ones((9, 8)), "b": jnp.ones(8)}, jnp.ones((4, 9)))
-            {'b': 'stored', 'w': 'factors'}
-        """
-
-        def first(batch: Any) -> Any:
-            return jax.tree.map(lambda x: _examples.at_least_one(x)[0], batch)
-
-        def leaves(params: Any, example: Any) -> Any:
-            return self._parts.gradient(self._loss, params, *example)[1]
-
-        shapes = jax.eval_shape(leaves, params, jax.eval_shape(first, batch))
-        pairs = zip(lay_out(scopes.leaf(), params).paths, shapes, strict=True)
-        return {path: "factors" if isinstance(x, tuple) else "stored" for path, x in pairs}
 
 
 @_validate.checks_keywords
@@ -364,6 +239,7 @@ def clipped_grad(
     norm: Norm = norms.l2(),
     response: Response = responses.rescale,
     reduce: str = "mean",
+    iterate: int = 1,
     microbatch: int | None = None,
     has_aux: bool = False,
     keep_batch_axis: bool = False,
@@ -389,11 +265,13 @@ def clipped_grad(
     Args:
         loss_fn: `(params, *example) -> loss` of one example, a scalar.
         threshold: how large an example's gradient may be: a number, a schedule, a dict from group
-            name to these, or a `BatchThreshold`.
+            name to these, a tree of limits as for `clip`, or a `BatchThreshold`.
         scope: which numbers share one size.
         norm: which norm.
         response: what to do with a group whose size exceeds its limit.
-        reduce: `"mean"` over the examples that are not masked, or `"sum"`.
+        reduce: `"mean"` over the examples that are not masked, `"sum"`, or `"kept"`: the mean over
+            the examples that are finite and that the response did not drop, group by group.
+        iterate: how often to clip, each time around the last result; 1 to 5 for robust means.
         microbatch: how many examples to process at once, in a loop; None for all.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         keep_batch_axis: whether `loss_fn` takes a batch; it is then called with batches of one.
@@ -403,7 +281,7 @@ def clipped_grad(
 
     Returns:
         A function `(params, *batch, mask=None, state=None) -> ((loss, seen), gradients)`, with the
-        methods `init` and `plan`; see `ClippedGrad` and `ExampleStats`.
+        methods `init`, `plan` and `sensitivity`; see `ClippedGrad` and `ExampleStats`.
 
     Raises:
         TypeError: an argument has the wrong type, such as a rule that learns from one size at a
@@ -438,13 +316,19 @@ def clipped_grad(
         result = loss_fn(params, *example)
         return result if has_aux else (result, None)
 
-    parts = _parts(threshold, scope, norm, response, reduce, sharded_over)
+    parts = _parts(threshold, scope, norm, response, reduce, iterate, sharded_over)
     return ClippedGrad(loss, parts, microbatch)
 
 
 def _parts(
-    threshold: Any, scope: Scope, norm: Norm, response: Response, reduce: str, sharded_over: Any
+    threshold: Any,
+    scope: Scope,
+    norm: Norm,
+    response: Response,
+    reduce: str,
+    iterate: int,
+    sharded_over: Any,
 ) -> _examples.Parts:
     rule = threshold if isinstance(threshold, BatchThreshold) else None
     fixed, axes = as_thresholds(0.0 if rule else threshold), _sharding.names_of(sharded_over) or ()
-    return _examples.Parts(rule, fixed, scope, norm, response, reduce, axes)
+    return _examples.Parts(rule, fixed, scope, norm, response, reduce, iterate, axes)

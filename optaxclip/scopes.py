@@ -1,6 +1,6 @@
 """Which numbers share one size: `tree > group > leaf > unit > element`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,9 @@ BatchAxes = int | Sequence[int] | AxesOf
 def tree(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> Scope:
     """All leaves together: one size for the whole tree.
 
+    With a tree of limits, such as `{"encoder": 1.0, "head": {"w": 0.5, "b": 0.1}}`, all leaves
+    under a limit share one size. Leaves under none of its keys are the group `"tree"`.
+
     Args:
         where: `path -> bool`. Leaves that it refuses are neither measured nor clipped.
         batch_axes: axes along which leaves are stacks, of layers that are scanned over or of
@@ -55,7 +58,7 @@ def tree(*, where: Where | None = None, batch_axes: BatchAxes | None = None) -> 
         >>> telemetry.group_names(state.reading)
         ['tree', 'tree/0', 'tree/1']
     """
-    return _groups(lambda path: "tree", where, batch_axes)
+    return _groups(_whole, where, batch_axes)
 
 
 @named("scopes")
@@ -229,6 +232,34 @@ def with_axes(leaf: Any, axes: Axes) -> jax.ShapeDtypeStruct:
 def _of_layer(axes: Axes, layer: Axes) -> Axes:
     """Axes of one layer, counted in the stack, whose other axes these are."""
     return tuple(layer[axis] for axis in axes)
+
+
+def divided(scope: Scope, keys: Collection[str]) -> Scope:
+    """Returns the scope of a clip that has a limit for each of these keys.
+
+    A key is the beginning of paths, and stands for the subtree there. `tree` makes each of these
+    subtrees a group, and one more of the leaves under no key. Scopes without groups of leaves find
+    their limit by the longest key. The groups of `group` have names, which are the keys.
+    """
+
+    def key_of(path: str) -> str | None:
+        parts = path.split("/")
+        heads = ("/".join(parts[:count]) for count in range(len(parts), 0, -1))
+        return next((head for head in heads if head in keys), None)
+
+    if scope.group is _whole:
+        return scope._replace(group=lambda path: key_of(path) or _whole(path))
+    return scope if scope.group else scope._replace(key=key_of)
+
+
+def is_whole(scope: Scope) -> bool:
+    """Returns whether all leaves are one group, or one for each index of a stack."""
+    return scope.group is _whole
+
+
+def _whole(path: str) -> str:
+    """The name of the group of all leaves."""
+    return "tree"
 
 
 def _groups(

@@ -353,3 +353,55 @@ def u_clip(trees, clip, decay=1.0):
         out.append(clip(total))
         carried = {name: decay * (total[name] - out[-1][name]) for name in total}
     return out
+
+
+# Examples: each clipped by itself, then the mean.
+
+
+def aggregate(
+    examples,
+    groups,
+    limit_of,
+    response=rescale,
+    *,
+    norm=l2,
+    reduce="mean",
+    mask=None,
+    weights=None,
+    center=None,
+    iterate=1,
+):
+    """The mean, sum, or mean of what is kept of examples, trees in float64."""
+    names = list(examples[0])
+    there = [True] * len(examples) if mask is None else mask
+    weight = [1.0] * len(examples) if weights is None else weights
+    middle = {name: 0.0 for name in names} if center is None else center
+    for _ in range(iterate):
+        total = {name: 0.0 for name in names}
+        divisor = {name: 0.0 for name in names}
+        for i, one in enumerate(examples):
+            finite = all(np.isfinite(leaf).all() for leaf in one.values())
+            if not there[i] or (not finite and reduce == "kept"):
+                continue
+            if not finite:
+                divisor = {name: divisor[name] + weight[i] for name in names}
+                continue
+            shifted = {name: one[name] - middle[name] for name in names}
+            clipped = clip(shifted, groups, norm, limit_of, response)
+            dropped = {
+                places[0][0]
+                for places in groups(shifted)
+                if norm([shifted[name][k] for name, k in places]) > limit_of(places)
+                and all(clipped[name][k] == 0 for name, k in places)
+            }
+            dropped = {
+                name for places in groups(shifted) if places[0][0] in dropped for name, _ in places
+            }
+            for name in names:
+                total[name] = total[name] + weight[i] * clipped[name]
+                if reduce != "kept" or name not in dropped:
+                    divisor[name] += weight[i]
+        if reduce == "sum":
+            return total
+        middle = {name: middle[name] + total[name] / (divisor[name] or 1.0) for name in names}
+    return middle

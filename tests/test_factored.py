@@ -834,3 +834,74 @@ def test_all_is_right_where_nothing_is_known(monkeypatch):
     for name in _factored._RULES:
         monkeypatch.setitem(_factored._RULES, name, _factored.Rule(None, frozenset({"renamed"})))
     check(loss, p, normal(BATCH, 2, 64), tokens(BATCH, 3), factored=(), rtol=2**-7)
+
+
+# The gradients of kernels that are stored: a product for each offset of the kernel
+
+
+STORED_KERNELS = {
+    "strides": {"window_strides": (2, 1), "padding": [(1, 2), (0, 3)]},
+    "cut": {"window_strides": (1, 2), "padding": [(-1, 2), (1, -2)]},
+    "dilated": {"rhs_dilation": (2, 3), "padding": "SAME", "window_strides": (1, 1)},
+    "transposed": {"lhs_dilation": (2, 3), "padding": [(2, 1), (0, 2)], "window_strides": (1, 2)},
+    "channels first": {"window_strides": (2, 2), "padding": "VALID"},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", STORED_KERNELS)
+def test_gradients_of_kernels_by_their_offsets(case, dtype):
+    specs = ("NCHW", "OIHW", "NCHW") if case == "channels first" else ("NHWC", "HWIO", "NHWC")
+    options = {**STORED_KERNELS[case], "dimension_numbers": specs}
+    rng = np.random.default_rng(0)
+    shape, kernel = (
+        ((2, 11, 12), (3, 2, 3, 2))
+        if case == "channels first"
+        else (
+            (11, 12, 2),
+            (3, 2, 2, 3),
+        )
+    )
+    x = jnp.asarray(rng.normal(size=(4, *shape)), dtype)
+    params = {"kernel": jnp.asarray(rng.normal(size=kernel) / 4, dtype)}
+
+    def loss(params, x):
+        out = jax.lax.conv_general_dilated(x[None], params["kernel"], **options)
+        return (
+            jnp.sum(jnp.tanh(out.astype(jnp.float32)) * jnp.arange(out.size).reshape(out.shape))
+            / 50
+        )
+
+    clipped = per_example.clipped_grad(loss, np.inf, reduce="sum")
+    assert clipped.plan(params, x) == {"kernel": "stored"}
+    (_, seen), got = jax.jit(clipped)(params, x)
+    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, x)["kernel"].astype(jnp.float32)
+    tolerance = 2e-5 if dtype == "float32" else 3e-2
+    np.testing.assert_allclose(
+        np.asarray(got["kernel"], float),
+        each.sum(0),
+        rtol=tolerance,
+        atol=tolerance * float(jnp.abs(each).max()),
+    )
+    sizes = jnp.sqrt(jnp.sum(each**2, (1, 2, 3, 4)))
+    np.testing.assert_allclose(seen.sizes[:, 0], sizes, rtol=tolerance)
+
+
+def test_no_convolution_has_a_group_for_each_example_and_loops_have_fast_ones():
+    def loss(params, x):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        for name in "ab":
+            x = jax.lax.conv_general_dilated(
+                x[None], params[name], (1, 1), "SAME", dimension_numbers=dimensions
+            )[0]
+        return jnp.sum(jnp.tanh(x))
+
+    params = {"a": jnp.ones((3, 3, 2, 4)), "b": jnp.ones((3, 3, 4, 2))}
+    for size in None, 4:
+        clipped = per_example.clipped_grad(loss, 1.0, microbatch=size)
+        assert set(clipped.plan(params, jnp.ones((8, 9, 9, 2))).values()) == {"stored"}
+        text = jax.jit(clipped).lower(params, jnp.ones((8, 9, 9, 2))).as_text()
+        lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+        assert len(lines) == 3  # forward twice, and back to the first output
+        assert all("feature_group_count = 1 :" in line for line in lines)
+        assert all("[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line for line in lines)

@@ -746,7 +746,9 @@ def test_wrong_arguments_are_refused():
         aggregate(thresholds.ema())
     with pytest.raises(TypeError, match=r"^threshold must not learn from single sizes"):
         clipped_grad(loss, {"1": 1.0, "2": thresholds.growth()}, scope=scopes.group(layer))
-    with pytest.raises(ValueError, match=r"^reduce must be one of 'mean', 'sum', got 'max'"):
+    with pytest.raises(
+        ValueError, match=r"^reduce must be one of 'mean', 'sum', 'kept', got 'max'"
+    ):
         aggregate(1.0, reduce="max")
     with pytest.raises(
         TypeError, match=r"^loss_fn must be a function, got 3; pass one such as lambda params, x, y"

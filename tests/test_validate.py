@@ -605,6 +605,86 @@ REFUSALS = {
             "threshold has no limit for the groups ['b', 'c']; add one for each, float('inf') for "
             "no limit",
         ),
+        (
+            (["a"], ["a", "tree"]),
+            {},
+            ValueError,
+            "threshold has limits for ['a'], and only the groups ['tree'] (the leaves under no "
+            "key) have none; add one for each, float('inf') for no limit",
+        ),
+    ],
+    "weights": [
+        (
+            ("weights", np.ones(2), 3),
+            {},
+            ValueError,
+            "weights must have shape (3,), got (2,); pass one for each example, such as the number "
+            "of its samples",
+        ),
+        (
+            ("weights", np.ones(3, bool), 3),
+            {},
+            TypeError,
+            "weights must be real numbers, got bool; pass one for each example, such as the number "
+            "of its samples, and a mask for what is no example",
+        ),
+        (
+            ("weights", np.array([1.0, -1.0]), 2),
+            {},
+            ValueError,
+            "weights must not be negative or NaN, got [ 1. -1.]; pass one for each example, such "
+            "as the number of its samples",
+        ),
+    ],
+    "center": [
+        (
+            (np.ones(2), {"a": np.ones(2)}),
+            {},
+            ValueError,
+            "center must have the structure of the gradient, PyTreeDef({'a': *}), got "
+            "PyTreeDef(*); pass a tree like the result, such as the last one",
+        ),
+        (
+            ({"a": np.ones(3)}, {"a": np.ones(2)}),
+            {},
+            ValueError,
+            "center has shape (3,) at ['a'], where the gradient has shape (2,); pass a tree like "
+            "the result, such as the last one",
+        ),
+    ],
+    "reduction": [
+        (
+            ("sum", True, None),
+            {},
+            ValueError,
+            "reduce must be 'mean' or 'kept' with a center or iterate, got 'sum'; a center is "
+            "added to a mean",
+        ),
+        (
+            ("kept", False, len),
+            {},
+            ValueError,
+            "reduce='kept' counts examples by group of whole leaves, got a finer scope; pass "
+            "scopes.tree(), scopes.group() or scopes.leaf()",
+        ),
+    ],
+    "sensitivity": [
+        (
+            ("reduce", False, "mean"),
+            {},
+            ValueError,
+            "sensitivity() needs reduce='sum', got 'mean'; the divisor of a mean depends on who is "
+            "in the batch",
+        )
+    ],
+    "one_limit": [
+        (
+            ("threshold", "a/b", ["a/b"]),
+            {},
+            ValueError,
+            "threshold has two limits for 'a/b', got it as a key with a slash and as nested keys; "
+            "keep one",
+        )
     ],
     "params_given": [
         (
@@ -906,6 +986,11 @@ REFUSALS = {
     ],
 }
 ACCEPTED = {
+    "weights": [(("weights", [1, 2, 0], 3), {})],
+    "center": [(({"a": np.ones(2), "n": 0}, {"a": np.ones(2), "n": np.ones(3, int)}), {})],
+    "sensitivity": [(("norm", True, None), {})],
+    "reduction": [(("sum", False, len), {}), (("kept", True, None), {})],
+    "one_limit": [(("threshold", "a/b", ["a"]), {})],
     "one_source": [((None,), {})],
     "given_sizes": [((5.0, ["tree"]), {}), (({"a": 1, "b": 2.0}, ["b", "a"]), {})],
     "given_block": [(("w", np.ones((1, 3)), (1, 3)), {}), (("w", 2.0, (1, 3)), {})],

@@ -1,8 +1,9 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get; `axes` checks mapped axes; `rules` checks threshold rules where not all make sense;
-`combinations` checks arguments that do not fit each other.
+`update` get; `examples` checks batches of examples; `axes` checks mapped axes; `rules` checks
+threshold rules where not all make sense; `combinations` checks arguments that do not fit each
+other.
 """
 
 from optaxclip._validate.arguments import boundaries as boundaries
@@ -15,6 +16,7 @@ from optaxclip._validate.arguments import loss as loss
 from optaxclip._validate.arguments import not_both as not_both
 from optaxclip._validate.arguments import not_relative as not_relative
 from optaxclip._validate.arguments import number as number
+from optaxclip._validate.arguments import one_limit as one_limit
 from optaxclip._validate.arguments import only_with as only_with
 from optaxclip._validate.arguments import option as option
 from optaxclip._validate.arguments import part as part
@@ -35,21 +37,25 @@ from optaxclip._validate.axes import units as units
 from optaxclip._validate.axes import whole as whole
 from optaxclip._validate.combinations import bounds_elements as bounds_elements
 from optaxclip._validate.combinations import matrix_axes as matrix_axes
+from optaxclip._validate.examples import batch as batch
+from optaxclip._validate.examples import center as center
+from optaxclip._validate.examples import divided as divided
+from optaxclip._validate.examples import mask as mask
+from optaxclip._validate.examples import reduction as reduction
+from optaxclip._validate.examples import sensitivity as sensitivity
+from optaxclip._validate.examples import weights as weights
 from optaxclip._validate.rules import absolute as absolute
 from optaxclip._validate.rules import in_backward_pass as in_backward_pass
 from optaxclip._validate.rules import memoryless as memoryless
 from optaxclip._validate.rules import no_functions as no_functions
 from optaxclip._validate.rules import without_memory as without_memory
 from optaxclip._validate.trees import axes_of as axes_of
-from optaxclip._validate.trees import batch as batch
-from optaxclip._validate.trees import divided as divided
 from optaxclip._validate.trees import given_block as given_block
 from optaxclip._validate.trees import given_sizes as given_sizes
 from optaxclip._validate.trees import group_name as group_name
 from optaxclip._validate.trees import is_sparse as is_sparse
 from optaxclip._validate.trees import leaf as leaf
 from optaxclip._validate.trees import limits as limits
-from optaxclip._validate.trees import mask as mask
 from optaxclip._validate.trees import names as names
 from optaxclip._validate.trees import not_a_transform as not_a_transform
 from optaxclip._validate.trees import one_source as one_source

@@ -110,6 +110,19 @@ def only_with(name: str, value: Any, default: Any, where: str, holds: bool) -> N
         raise ValueError(f"{name} needs {where}, got {name}={value!r} without it; leave it out")
 
 
+def one_limit(name: str, path: str, known: Iterable[str]) -> None:
+    """Refuses a second limit for the same path.
+
+    Raises:
+        ValueError: `path` is known already.
+    """
+    if path in known:
+        raise ValueError(
+            f"{name} has two limits for {path!r}, got it as a key with a slash and as nested keys; "
+            "keep one"
+        )
+
+
 def boundaries(thresholds: Any, boundaries: Any) -> None:
     """Checks that boundaries are counts in ascending order, one fewer than thresholds.
 

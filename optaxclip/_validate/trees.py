@@ -12,51 +12,6 @@ import optax
 from optaxclip._validate.arguments import is_array, is_number
 
 
-def batch(name: str, tree: Any) -> int:
-    """Checks that the first axis of all arrays is the batch; returns its length.
-
-    Raises:
-        ValueError: there is no array, an array has no axes, or the lengths differ.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in leaves}
-    lengths = {shape[:1] for shape in shapes.values()}
-    if len(lengths) != 1 or () in lengths:
-        raise ValueError(
-            f"{name} must be arrays whose first axis is that of the examples, got shapes {shapes}; "
-            "pass whole batches"
-        )
-    return next(iter(shapes.values()))[0]
-
-
-def mask(name: str, value: Any, size: int) -> None:
-    """Checks that a mask is one boolean for each example.
-
-    Raises:
-        ValueError: `value` has another shape or dtype.
-    """
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
-    if shape != (size,) or dtype != jnp.dtype(bool):
-        raise ValueError(
-            f"{name} must be bool of shape ({size},), got {dtype} of shape {shape}; pass True for "
-            "each example that is there"
-        )
-
-
-def divided(name: str, value: int, size: int) -> int:
-    """Checks that microbatches divide the batch; returns how many there are.
-
-    Raises:
-        ValueError: `value` does not divide `size`.
-    """
-    if size % value:
-        raise ValueError(
-            f"{name} must divide the batch, got {value} for {size} examples; pass another, or pad "
-            "and mask the batch"
-        )
-    return size // value
-
-
 def limits(value: Any, shape: tuple[int, ...]) -> None:
     """Checks that the limits of a rule are numbers that broadcast against the sizes.
 
@@ -200,6 +155,11 @@ def names(given: Iterable[str], groups: Iterable[str]) -> None:
             f"{sorted(groups)}; remove or rename them"
         )
     if groups - given:
+        if given and groups - given == {"tree"}:
+            raise ValueError(
+                f"threshold has limits for {sorted(given)}, and only the groups ['tree'] (the "
+                "leaves under no key) have none; add one for each, float('inf') for no limit"
+            )
         raise ValueError(
             f"threshold has no limit for the groups {sorted(groups - given)}; add one for each, "
             "float('inf') for no limit"

@@ -339,7 +339,8 @@ def _combine(
 def side_by_side(rules: Sequence[Threshold], order: Sequence[int] | None = None) -> Threshold:
     """Makes one rule for sizes `[groups]` from a rule for each group.
 
-    Its state is the tuple of their states, in this order.
+    Its state is the tuple of their states, in this order; without memory it is `()`, whose
+    structure does not depend on the number of groups.
     """
     order = range(len(rules)) if order is None else order
     position = {i: k for k, i in enumerate(order)}
@@ -359,11 +360,12 @@ def side_by_side(rules: Sequence[Threshold], order: Sequence[int] | None = None)
         return results
 
     def init(sizes: Array) -> tuple[Any, ...]:
-        return tuple(rules[i].init(one(sizes, i)) for i in order)
+        states = tuple(rules[i].init(one(sizes, i)) for i in order)
+        return states if jax.tree.leaves(states) else ()
 
     def limit(sizes: Array, states: tuple[Any, ...], context: Context) -> Array:
         def limit_one(i: int, size: Array, context: Context) -> Array:
-            return rules[i].limit(size, states[position[i]], context)
+            return rules[i].limit(size, states[position[i]] if states else (), context)
 
         limits = each(limit_one, context, sizes)
         return jnp.concatenate([jnp.broadcast_to(limit, (1,)) for limit in limits])

@@ -172,15 +172,40 @@ def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
 def as_thresholds(threshold: Any, *, name: str = "threshold") -> Threshold | dict[str, Threshold]:
     """Like `as_threshold`; a dict from group name to thresholds becomes a dict of rules.
 
+    A tree of thresholds becomes a dict by path: `{"head": {"w": 1.0}}` has the key `"head/w"`.
+
     Raises:
         TypeError: one of them is not a threshold.
-        ValueError: one of them is a negative number, NaN, or more than one number.
+        ValueError: one of them is a negative number, NaN, or more than one number; or two have the
+            same path.
     """
-    if isinstance(threshold, Mapping):
-        return {
-            group: as_threshold(one, name=f"{name}[{group!r}]") for group, one in threshold.items()
-        }
-    return as_threshold(threshold, name=name)
+    if not isinstance(threshold, Mapping):
+        return as_threshold(threshold, name=name)
+    return {
+        path: as_threshold(one, name=where)
+        for path, (where, one) in by_path(threshold, name).items()
+    }
+
+
+def by_path(tree: Any, name: str = "threshold") -> dict[str, tuple[str, Any]]:
+    """Returns the leaves of nested dicts by path, each with its name in messages.
+
+    Raises:
+        ValueError: two have the same path.
+    """
+    leaves: dict[str, tuple[str, Any]] = {}
+
+    def walk(tree: Mapping[Any, Any], where: str, before: str) -> None:
+        for key, one in tree.items():
+            path, inner = f"{before}{key}", f"{where}[{key!r}]"
+            if isinstance(one, Mapping):
+                walk(one, inner, f"{path}/")
+            else:
+                _validate.one_limit(name, path, leaves)
+                leaves[path] = inner, one
+
+    walk(tree, name, "")
+    return leaves
 
 
 def negated(bound: Any, *, name: str) -> Threshold:

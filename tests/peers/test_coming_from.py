@@ -1179,3 +1179,18 @@ def privacy_padding(there, here):
         expected,
         both(there, here.replace(", mask=real", ""), x=X[::2], y=Y[::2], real=jnp.ones(2, bool))[1],
     )
+
+
+@line(
+    "`jax_privacy.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=(1, 2), "
+    "keep_batch_dim=False).sensitivity()`",
+    '`per_example.clipped_grad(loss, 0.5, reduce="sum").sensitivity("add_or_remove")`',
+    'Same. `"replace"` is twice that. With several limits it is the root of the sum of their '
+    "squares",
+)
+def privacy_sensitivity(there, here):
+    found, expected = both(there, here)
+    same([found], [expected])
+    same([2 * found], [both(there, here.replace("add_or_remove", "replace"))[1]])
+    limits = here.replace("0.5", "{'w': 3.0, 'b': 4.0}")
+    same([both(there, limits)[1]], [5.0])
