@@ -127,6 +127,7 @@ class Threshold(NamedTuple):
             limit.
         uses_params: whether `context.param_sizes` is needed.
         name: how it prints.
+        signed: whether it takes sizes of either sign, as `skip_spikes` needs to watch a loss.
     """
 
     init: Callable[[Array], Any]
@@ -134,6 +135,7 @@ class Threshold(NamedTuple):
     learn: Callable[[Array, Array, Any, Context], Any]
     uses_params: bool = False
     name: str = ""
+    signed: bool = False
 
     def __repr__(self) -> str:
         return self.name or "Threshold()"

@@ -1,7 +1,7 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get; `axes` checks mapped axes.
+`update` get; `axes` checks mapped axes; `guards` checks what guards watch.
 """
 
 from optaxclip._validate.arguments import absolute as absolute
@@ -11,11 +11,9 @@ from optaxclip._validate.arguments import checks_keywords as checks_keywords
 from optaxclip._validate.arguments import count as count
 from optaxclip._validate.arguments import function as function
 from optaxclip._validate.arguments import keywords as keywords
-from optaxclip._validate.arguments import loss as loss
 from optaxclip._validate.arguments import memoryless as memoryless
 from optaxclip._validate.arguments import no_functions as no_functions
 from optaxclip._validate.arguments import not_both as not_both
-from optaxclip._validate.arguments import not_relative as not_relative
 from optaxclip._validate.arguments import number as number
 from optaxclip._validate.arguments import only_with as only_with
 from optaxclip._validate.arguments import option as option
@@ -36,6 +34,10 @@ from optaxclip._validate.axes import stack as stack
 from optaxclip._validate.axes import tracked as tracked
 from optaxclip._validate.axes import units as units
 from optaxclip._validate.axes import whole as whole
+from optaxclip._validate.guards import loss as loss
+from optaxclip._validate.guards import not_relative as not_relative
+from optaxclip._validate.guards import signed as signed
+from optaxclip._validate.guards import watched as watched
 from optaxclip._validate.trees import axes_of as axes_of
 from optaxclip._validate.trees import batch as batch
 from optaxclip._validate.trees import divided as divided
