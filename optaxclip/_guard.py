@@ -201,15 +201,17 @@ def skip_spikes(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         _validate.state(state, GuardState)
         norm = _norm(scope, updates, sharded_over)
-        loss = None if watch == "norm" else _loss(extra_args, watch)
-        sizes, param_sizes = watched.block(state.watch, norm, loss), None
-        if watched.rule.uses_params:
+        sizes, param_size = {"norm": norm}, None
+        if watch != "norm":
+            sizes["loss"] = _loss(extra_args, watch)
+        dtype = jax.tree.leaves(state.watch.size)[0].dtype
+        sizes = {name: sizes[name].astype(dtype)[None] for name in watched.rules}
+        if watched.uses_params:
             _validate.params_given(params)
-            param_size = _norm(scope, params, sharded_over)
-            param_sizes = watched.block(state.watch, param_size, 1.0)
+            param_size = _norm(scope, params, sharded_over)[None]
         # schedules see the steps that were not skipped
-        context = Context(state.steps - state.skipped_steps, param_sizes, extra=extra_args)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sizes).all()
+        context = Context(state.steps - state.skipped_steps, param_size, extra=extra_args)
+        finite = jnp.isfinite(jnp.stack([norm, *(size[0] for size in sizes.values())])).all()
         accepted, after = watched.next(state.watch, sizes, finite, context)
         ok = finite & accepted
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)

@@ -4,15 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
 from optaxclip import _validate
 from optaxclip._types import Context, Threshold
-from optaxclip.thresholds.combine import observed, restarted, side_by_side
+from optaxclip.thresholds.combine import observed, restarted
 from optaxclip.thresholds.fixed import as_threshold
 
 MOST = 2**31 - 1
@@ -28,7 +26,7 @@ class Watch(NamedTuple):
         size: float scalar, the gradient norm or the loss; with `watch="both"` a dict of the two,
             `{"norm": ..., "loss": ...}`.
         limit: its limit; with `watch="both"` a dict like `size`.
-        rule: state of the threshold.
+        rule: state of the threshold; with `watch="both"` a dict of states.
         streak: int32 scalar, spikes in a row up to now.
     """
 
@@ -39,50 +37,56 @@ class Watch(NamedTuple):
 
 
 class Watcher(NamedTuple):
-    """The rule for the numbers that are watched, which are one block `[watched]`.
+    """The rule for each number that is watched, which is a block of one size.
 
     Attributes:
-        names: what each number is.
-        rule: the rule for the block.
+        rules: by the name of the number.
         patience: the most spikes in a row that are skipped.
     """
 
-    names: tuple[str, ...]
-    rule: Threshold
+    rules: dict[str, Threshold]
     patience: int
+
+    @property
+    def uses_params(self) -> bool:
+        """Whether some limit is relative to the parameters."""
+        return any(rule.uses_params for rule in self.rules.values())
 
     def first(self, dtype: Any) -> Watch:
         """Returns what it knows before the first step."""
-        sizes, limits = jnp.zeros((2, len(self.names)), dtype)
-        streak = jnp.zeros((), jnp.int32)
-        return Watch(self._named(sizes), self._named(limits), self.rule.init(sizes), streak)
-
-    def block(self, watch: Watch, norm: Any, loss: Any) -> Array:
-        """Returns those of the two that are watched, in the dtype of the state."""
-        dtype, numbers = jax.tree.leaves(watch.size)[0].dtype, {"norm": norm, "loss": loss}
-        return jnp.stack([jnp.asarray(numbers[name], dtype) for name in self.names])
+        sizes, limits = ({name: jnp.zeros((1,), dtype) for name in self.rules} for _ in range(2))
+        states = {name: rule.init(sizes[name]) for name, rule in self.rules.items()}
+        return self._watch(sizes, limits, states, jnp.zeros((), jnp.int32))
 
     def next(
-        self, before: Watch, sizes: Array, finite: Array, context: Context
+        self, before: Watch, sizes: dict[str, Array], finite: Array, context: Context
     ) -> tuple[Array, Watch]:
         """Returns whether to accept these sizes, and what it knows after them.
 
         `finite` is whether the sizes and the gradients are; spikes are not counted otherwise.
         """
-        limits = self.rule.limit(sizes, before.rule, context)
-        limits = jnp.broadcast_to(jnp.asarray(limits, sizes.dtype), sizes.shape)
-        over = ~(sizes <= limits)  # a limit that is NaN accepts nothing
-        longer = optax.safe_increment(before.streak)
-        streak = jnp.where(finite, jnp.where(over.any(), longer, 0), before.streak)
+        known = before.rule if len(self.rules) > 1 else dict.fromkeys(self.rules, before.rule)
+        limits, over, learned = {}, {}, {}
+        for name, rule in self.rules.items():
+            limit = jnp.asarray(rule.limit(sizes[name], known[name], context), sizes[name].dtype)
+            limits[name] = jnp.broadcast_to(limit, (1,))
+            over[name] = ~(sizes[name] <= limits[name])  # a limit that is NaN accepts nothing
+        spike = jnp.concatenate(list(over.values())).any()
+        streak = jnp.where(spike, optax.safe_increment(before.streak), 0)
+        streak = jnp.where(finite, streak, before.streak)
         lasts = streak > self.patience
-        cut = jnp.minimum(sizes, limits)
-        learned = restarted(self.rule, over & lasts, sizes, cut, before.rule, context)
-        watch = Watch(self._named(sizes), self._named(limits), learned, jnp.where(lasts, 0, streak))
-        return lasts | ~over.any(), watch
+        for name, rule in self.rules.items():
+            size, cut = sizes[name], jnp.minimum(sizes[name], limits[name])
+            restarts = over[name] & lasts
+            learned[name] = restarted(rule, restarts, size, cut, known[name], context)
+        return lasts | ~spike, self._watch(sizes, limits, learned, jnp.where(lasts, 0, streak))
 
-    def _named(self, numbers: Array) -> Any:
-        one, *others = numbers
-        return dict(zip(self.names, numbers, strict=True)) if others else one
+    def _watch(self, sizes: Any, limits: Any, states: Any, streak: Array) -> Watch:
+        sizes, limits = ({name: x[0] for name, x in block.items()} for block in (sizes, limits))
+        if len(self.rules) > 1:
+            return Watch(sizes, limits, states, streak)
+        (size,), (limit,), (state,) = sizes.values(), limits.values(), states.values()
+        return Watch(size, limit, state, streak)
 
 
 def watcher(threshold: Any, watch: str, patience: int | None) -> Watcher:
@@ -98,29 +102,23 @@ def watcher(threshold: Any, watch: str, patience: int | None) -> Watcher:
     names = WATCHED[watch]
     if isinstance(threshold, Mapping):
         _validate.watched("threshold", threshold, names)
-        each = ((f"threshold[{name!r}]", threshold[name], (name,)) for name in names)
-        rule = side_by_side([_rule(*one, watch) for one in each])
+        labels = {name: (f"threshold[{name!r}]", threshold[name]) for name in names}
     else:
-        rule = _rule("threshold", threshold, names, watch)
-    may_be_zero = np.array([name == "loss" for name in names])
-    rule = observed(_learning_limits(rule), zeros=may_be_zero)
-    return Watcher(names, rule, MOST if patience is None else min(patience, MOST))
+        labels = dict.fromkeys(names, ("threshold", threshold))
+    rules = {name: _rule(*labels[name], name, watch) for name in names}
+    return Watcher(rules, MOST if patience is None else min(patience, MOST))
 
 
-def _rule(label: str, threshold: Any, names: tuple[str, ...], watch: str) -> Threshold:
-    """Makes a rule for these numbers; the loss may be negative, and so may its limit."""
-    low = -math.inf if names == ("loss",) else 0.0
-    rule = as_threshold(threshold, name=label, low=low)
-    if "loss" in names:
+def _rule(label: str, threshold: Any, name: str, watch: str) -> Threshold:
+    """Makes the rule for one number; a loss may be zero or negative, and so may its limit."""
+    is_loss = name == "loss"
+    rule = as_threshold(threshold, name=label, low=-math.inf if is_loss else 0.0)
+    if is_loss:
         _validate.not_relative(label, rule, watch)
         _validate.signed(label, rule)
-    return rule
-
-
-def _learning_limits(rule: Threshold) -> Threshold:
-    """Lets the rule learn the limit instead of a size that exceeds it."""
 
     def learn(sizes: Array, clipped_sizes: Array, state: Any, context: Context) -> Any:
+        # the limit in place of a size that exceeds it
         return rule.learn(clipped_sizes, clipped_sizes, state, context)
 
-    return rule._replace(learn=learn)
+    return observed(rule._replace(learn=learn), zeros=is_loss)

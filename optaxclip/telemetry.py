@@ -83,8 +83,9 @@ if any in the leaf was clipped, and the exact share with `record="full"` |
     | `clip/clipped_steps` | steps with something clipped |
     | `clip/nonfinite_steps` | steps with a size that was not finite |
     | `clip/skipped_steps` | steps that guards skipped, if there are guards |
-    | `clip/watched` | norm or loss that `skip_spikes` watched |
-    | `clip/watched_limit` | its limit |
+    | `clip/watched` | norm or loss that `skip_spikes` watched; with `watch="both"` \
+`clip/watched/norm` and `clip/watched/loss` |
+    | `clip/watched_limit` | its limit, with the same endings |
 
     The keys are always the same. Before the first step all values are NaN, except `clip/largest`
     (-1) and the counts (0).
@@ -150,8 +151,10 @@ if any in the leaf was clipped, and the exact share with `record="full"` |
     watches = [(guard.steps, guard.watch) for guard in guards if isinstance(guard.watch, Watch)]
     for i, (steps, watch) in enumerate(watches):
         number = "" if len(watches) == 1 else f"_{i}"
-        numbers[f"{prefix}/watched{number}"] = _once_seen(steps, watch.size)
-        numbers[f"{prefix}/watched_limit{number}"] = _once_seen(steps, watch.limit)
+        for key, watched in ("watched", watch.size), ("watched_limit", watch.limit):
+            for name, value in watched.items() if isinstance(watched, dict) else [("", watched)]:
+                path = f"{prefix}/{key}{number}/{name}".rstrip("/")
+                numbers[path] = _once_seen(steps, value)
     return numbers
 
 

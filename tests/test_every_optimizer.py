@@ -253,9 +253,10 @@ def run(row: Row, optimizers: tuple[tuple[str, Any], ...], carries: Any, gradien
             if name != "bare" or "extra_args" in takes or row.extra in takes
             else []
         )
-        updates, after = optimizer.update(
-            grads, state, params, **{key: known[key] for key in passed}
-        )
+        extra = {key: known[key] for key in passed}
+        if name == "skip_spikes":
+            extra["loss"] = known["value"] * jnp.where(bad, jnp.nan, -1)
+        updates, after = optimizer.update(grads, state, params, **extra)
         if name == "bare":  # the run without the bad step
             updates = jax.tree.map(lambda x: jnp.where(bad, 0, x), updates)
             after = jax.tree.map(lambda new, old: jnp.where(bad, old, new), after, state)
@@ -292,7 +293,13 @@ def test_good_steps_are_those_of_the_bare_optimizer_and_bad_ones_leave_no_trace(
     optimizers = {
         "bare": inner,
         "skip_nonfinite": optaxclip.skip_nonfinite(inner),
-        "skip_spikes": optaxclip.skip_spikes(inner if row.carries else carried(inner), 1e6),
+        "skip_spikes": optaxclip.skip_spikes(
+            inner if row.carries else carried(inner),
+            {"norm": 1e6, "loss": optaxclip.thresholds.zscore(1e6)},
+            watch="both",
+            patience=None,
+            where=lambda path: True,
+        ),
     }
 
     def start(scale: Any) -> Any:

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from optaxclip import _sharding, _validate, responses
@@ -338,7 +337,7 @@ def side_by_side(rules: Sequence[Threshold], order: Sequence[int] | None = None)
     return Threshold(init, limit, learn, uses_params, signed=signed)
 
 
-def observed(rule: Threshold, *, zeros: bool | np.ndarray = False) -> Threshold:
+def observed(rule: Threshold, *, zeros: bool = False) -> Threshold:
     """Keeps the state of a group whose size is zero or not finite, and checks the limits.
 
     With `zeros`, numbers that are zero or negative count like any other: a loss may be so.
