@@ -42,7 +42,7 @@ LEVELS = [
     },
     {"_record", "_rules", "_watch"},
     {"_clip", "_feedback", "_guard", "_precondition", "_spectral"},
-    {"_examples"},
+    {"_examples", "_monitor", "_states"},
     {"telemetry", "_backward", "per_example", "testing"},
     {"methods", "plots"},
     {"__init__"},

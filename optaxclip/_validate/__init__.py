@@ -1,7 +1,8 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get; `axes` checks mapped axes; `guards` checks what guards watch.
+`update` get; `axes` checks mapped axes; `guards` checks what guards and
+monitors watch.
 """
 
 from optaxclip._validate.arguments import absolute as absolute
@@ -36,6 +37,7 @@ from optaxclip._validate.axes import units as units
 from optaxclip._validate.axes import whole as whole
 from optaxclip._validate.guards import loss as loss
 from optaxclip._validate.guards import not_relative as not_relative
+from optaxclip._validate.guards import params_measured as params_measured
 from optaxclip._validate.guards import signed as signed
 from optaxclip._validate.guards import watched as watched
 from optaxclip._validate.trees import axes_of as axes_of
