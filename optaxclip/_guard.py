@@ -211,7 +211,9 @@ def skip_spikes(
             param_size = _norm(scope, params, sharded_over)[None]
         # schedules see the steps that were not skipped
         context = Context(state.steps - state.skipped_steps, param_size, extra=extra_args)
-        finite = jnp.isfinite(jnp.stack([norm, *(size[0] for size in sizes.values())])).all()
+        finite = jnp.isfinite(norm)
+        for size in sizes.values():
+            finite &= jnp.isfinite(size[0])
         accepted, after = watched.next(state.watch, sizes, finite, context)
         ok = finite & accepted
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)

@@ -1,5 +1,6 @@
 """What `skip_spikes` watches: the gradient norm, the loss or both, with one limit for each."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ class Watcher(NamedTuple):
             limit = jnp.asarray(rule.limit(sizes[name], known[name], context), sizes[name].dtype)
             limits[name] = jnp.broadcast_to(limit, (1,))
             over[name] = ~(sizes[name] <= limits[name])  # a limit that is NaN accepts nothing
-        spike = jnp.concatenate(list(over.values())).any()
+        spike = functools.reduce(jnp.logical_or, [is_over[0] for is_over in over.values()])
         streak = jnp.where(spike, optax.safe_increment(before.streak), 0)
         streak = jnp.where(finite, streak, before.streak)
         lasts = streak > self.patience

@@ -151,7 +151,7 @@ CONTRIB = {
     **plain(
         optax.contrib,
         *"acprop ademamix adopt cocob dadapt_adamw dog dowg galore madgrad momo".split(),
-        *"momo_adam normalize prodigy".split(),
+        *"momo_adam muon normalize prodigy".split(),
         *"reduce_on_plateau scale_by_acprop scale_by_ademamix scale_by_adopt".split(),
         *"scale_by_cocob scale_by_galore scale_by_madgrad scale_by_simplified_ademamix".split(),
         *"schedule_free_adamw schedule_free_sgd simplified_ademamix".split(),
@@ -168,15 +168,12 @@ CONTRIB = {
         optax.contrib.hutchinson_estimator_diag_hessian, extra="obj_fn"
     ),
     "mechanize": Row(lambda: optax.contrib.mechanize(SGD)),
-    # Newton's steps enlarge the last bit, and with one more number to watch XLA rounds it otherwise
-    "muon": Row(lambda: optax.contrib.muon(0.1), extra=""),
     "sam": Row(lambda: optax.contrib.sam(SGD, optax.contrib.normalize()), extra=""),
     "scale_by_muon": Row(
         lambda: optax.contrib.scale_by_muon(
             weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
         ),
         lambda params: params["w"],
-        extra="",
     ),
     "schedule_free": Row(lambda: optax.contrib.schedule_free(SGD, 0.1)),
     "sophia": Row(lambda: optax.contrib.sophia(0.1), extra="obj_fn"),
