@@ -718,6 +718,14 @@ REFUSALS = {
             "if a rule of yours does",
         )
     ],
+    "params_measured": [
+        (
+            ("ratio", None),
+            {},
+            ValueError,
+            'of="ratio" needs the parameters, got params=None; call update(updates, state, params)',
+        )
+    ],
     "no_functions": [
         (
             ("threshold", {"a": len}),
@@ -970,6 +978,7 @@ ACCEPTED = {
     "not_relative": [(("threshold", fixed.constant(1.0), "loss"), {})],
     "loss": [((1.0,), {}), ((np.float32(-1), "both"), {})],
     "watched": [(("threshold", {"loss": 1.0, "norm": 1.0}, ("norm", "loss")), {})],
+    "params_measured": [(("params", np.ones(2)), {}), (("ratio", []), {})],
     "signed": [(("threshold", thresholds.zscore()), {}), (("t", fixed.constant(1.0)), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
     "absolute": [(("norm", norms.l2()), {})],
