@@ -41,6 +41,16 @@ def guards_of(opt_state: Any) -> list[GuardState]:
     return [guard for one in outer for guard in (one, *guards_of(one.inner))]
 
 
+def without_common(labels: list[Labels]) -> list[Labels]:
+    """Returns the labels without those outer ones that all of them share."""
+    shared = 0
+    while (
+        all(len(one) > shared for one in labels) and len({one[: shared + 1] for one in labels}) == 1
+    ):
+        shared += 1
+    return [one[shared:] for one in labels]
+
+
 def distinct(names: list[str]) -> list[str]:
     """Returns the names, with a number behind each that is not the only one."""
     count = Counter(names)

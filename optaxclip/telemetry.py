@@ -18,7 +18,7 @@ from optaxclip._layout import by_path
 from optaxclip._monitor import MonitorState
 from optaxclip._monitor import monitor as monitor
 from optaxclip._monitor import spikes as spikes
-from optaxclip._states import Labels, clips_of, distinct, guards_of
+from optaxclip._states import Labels, clips_of, distinct, guards_of, without_common
 from optaxclip._types import ClipState, Reading
 from optaxclip._watch import Watch
 from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle
@@ -101,9 +101,9 @@ about 100 steps |
     counts the steps of the clip.
 
     If a state holds more than one clip, their keys begin with `clip_0`, `clip_1` and so on, in the
-    order of the chain. In `optax.partition`, `optax.named_chain` and any other dict of states, keys
-    begin with the label, `clip_body`. The keys of a `monitor` or `spikes` begin with `monitor` in
-    place of `clip`, so adding one renames nothing.
+    order of the chain. Where they differ by their labels in `optax.partition`, `optax.named_chain`
+    or any other dict of states, the label stands in place of the number: `clip_body`. The keys of a
+    `monitor` or `spikes` begin with `monitor` in place of `clip`, so adding one renames nothing.
 
     A state that is vmapped over seeds gives arrays over seeds. Without a clip that records, the
     dict is empty.
@@ -160,13 +160,17 @@ about 100 steps |
 
 def _names(prefix: str, clips: list[tuple[Labels, ClipState]]) -> list[str]:
     """Returns how the keys of each clip begin."""
+    names: dict[int, str] = {}
     of_monitors = "monitor" if prefix == "clip" else f"monitor_{prefix}"
-    return distinct(
-        [
-            "_".join([of_monitors if isinstance(state, MonitorState) else prefix, *labels])
-            for labels, state in clips
-        ]
-    )
+    for head, is_monitor in (prefix, False), (of_monitors, True):
+        chosen = {
+            k: labels
+            for k, (labels, state) in enumerate(clips)
+            if isinstance(state, MonitorState) == is_monitor
+        }
+        joined = ["_".join([head, *labels]) for labels in without_common(list(chosen.values()))]
+        names |= dict(zip(chosen, distinct(joined), strict=True))
+    return [names[k] for k in range(len(clips))]
 
 
 def _of_guards(prefix: str, guards: list[GuardState]) -> dict[str, Array]:

@@ -604,6 +604,7 @@ LABELLED = {
         lambda: optax.named_chain(("body", optax.chain(CLIP, CLIP)), ("head", CLIP)),
         ["clip_body_0", "clip_body_1", "clip_head"],
     ),
+    "all in one": (lambda: optax.named_chain(("x", optax.chain(CLIP, CLIP))), ["clip_0", "clip_1"]),
     "partition": (
         lambda: optax.partition(
             {"a": CLIP, "b": optaxclip.skip_nonfinite(CLIP)}, {"enc": {"w": "a"}, "head": "b"}
@@ -620,16 +621,25 @@ LABELLED = {
         lambda: optax.chain(CLIP, optax.named_chain(("body", CLIP))),
         ["clip", "clip_body"],
     ),
-    "one in another": (
+    "one of each": (
         lambda: optax.named_chain(
             ("all", optax.partition({"a": CLIP, "b": optax.sgd(1.0)}, {"enc": "a", "head": "b"})),
             ("step", telemetry.monitor()),
         ),
-        ["clip_all_a", "monitor_step"],
+        ["clip", "monitor"],
     ),
     "in micro-batches and guards": (
-        lambda: optax.MultiSteps(optaxclip.skip_nonfinite(optax.named_chain(("x", CLIP))), 1),
-        ["clip_x"],
+        lambda: optax.MultiSteps(
+            optaxclip.skip_nonfinite(optax.named_chain(("x", CLIP), ("y", optax.chain(CLIP)))), 1
+        ),
+        ["clip_x", "clip_y"],
+    ),
+    "one in another": (
+        lambda: optax.named_chain(
+            ("all", optax.partition({"a": CLIP, "b": CLIP}, {"enc": "a", "head": "b"})),
+            ("step", telemetry.monitor()),
+        ),
+        ["clip_a", "clip_b", "monitor"],
     ),
 }
 
