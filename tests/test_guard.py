@@ -608,6 +608,10 @@ def test_what_is_not_finite_is_never_done_however_long_it_lasts_and_leaves_the_p
     done, state = by_size(skip_spikes(optax.sgd(1.0), 5.0, patience=3), sizes)
     assert [i for i, was in enumerate(done) if was] == [0, 8]
     assert state.consecutive == 9
+    for watch, other in ("norm", np.ones(7)), ("both", np.array([1, 1, 1, np.nan, 1, 1, 1])):
+        guard = skip_spikes(optax.sgd(1.0), 5.0, watch=watch, patience=3)
+        done, _ = by_size(guard, [9.0, np.nan, 9.0, np.nan, 9.0, 9.0, 9.0], value=other)
+        assert [i for i, was in enumerate(done) if was] == [5]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_whatever_the_loss_and_the_other_way_round():
@@ -663,6 +667,16 @@ def test_a_loss_that_is_exactly_zero_is_an_observation(name):
         skip_spikes(optax.sgd(1.0), MOMENTS[name], watch="loss"), np.ones(60), value=losses
     )
     assert [k for k, was in enumerate(done) if not was] == [50]
+
+
+def test_a_run_of_zeros_does_not_make_an_outlier_of_what_follows():
+    last = optaxclip.Threshold(jnp.zeros_like, lambda *_: jnp.inf, lambda x, *_: x, signed=True)
+    rule = thresholds.ignore_outliers(last)
+    state = rule.init(jnp.zeros(1))
+    for size in 1.0, *[0.0] * 60, -1.5:
+        size = jnp.array([size])
+        state = rule.learn(size, size, state, None)
+    assert rule.signed and state[0] == -1.5
 
 
 def test_a_quantile_of_losses_may_be_negative():
@@ -767,9 +781,10 @@ def test_of_both_no_more_spikes_in_a_row_are_skipped_than_the_patience():
     steady = np.float32(1 + 0.01 * np.random.default_rng(0).standard_normal(80))
     done, state = by_size(guard, steady, value=np.where(np.arange(80) < 60, steady, 9 * steady))
     assert [k for k, was in enumerate(done) if not was] == [60, 61, 62]
-    for name, level in ("norm", 1.0), ("loss", 9.0):
-        _, usual, _ = state.watch.rule[name]
+    for name, level, seen in ("norm", 1.0, 80), ("loss", 9.0, 80 - 63):
+        moments, usual, _ = state.watch.rule[name]
         np.testing.assert_allclose(usual, [level], rtol=0.1)
+        assert moments.seen == seen
 
 
 @each_inner
