@@ -18,6 +18,9 @@ from optaxclip._layout import by_path
 from optaxclip._monitor import MonitorState
 from optaxclip._monitor import monitor as monitor
 from optaxclip._monitor import spikes as spikes
+from optaxclip._probe import Probe as Probe
+from optaxclip._probe import probe as probe
+from optaxclip._probe import probed as probed
 from optaxclip._states import Labels, clips_of, distinct, guards_of, without_common
 from optaxclip._types import ClipState, Reading
 from optaxclip._watch import Watch
@@ -32,6 +35,9 @@ __all__ = [
     "last_sizes",
     "Suggestion",
     "suggest",
+    "Probe",
+    "probe",
+    "probed",
 ]
 
 

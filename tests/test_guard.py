@@ -726,6 +726,12 @@ def test_a_rule_sees_the_extra_arguments_of_the_update():
     assert done == [True, False]
 
 
+@pytest.mark.parametrize("rule", [thresholds.ranked(2), thresholds.by_global_norm(1.0)])
+def test_a_rule_that_compares_sizes_of_a_step_is_refused_for_a_loss(rule):
+    with pytest.raises(ValueError, match="threshold must take a loss of either sign, got"):
+        skip_spikes(optax.sgd(1.0), rule, watch="loss")
+
+
 # Both: the norm and the loss
 
 

@@ -21,6 +21,7 @@ from optaxclip.thresholds import fixed
 GROWTH = thresholds.growth()
 CLIP_STATE = optaxclip.clip_by_global_norm(1.0).init(np.ones(1))
 RELATIVE = norms.relative_linf(0.1, 1e-7)
+STEEP = fixed.scheduled(optax.linear_schedule(1.0, 0.1, 10))
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
     "one_source": [
@@ -735,6 +736,16 @@ REFUSALS = {
             "a backward pass has neither steps nor memory, so pass a number such as schedule(step)",
         )
     ],
+    "in_backward_pass": [
+        (
+            ("threshold", rule),
+            {},
+            TypeError,
+            f"threshold must be a number or a rule such as thresholds.ranked(8), got {rule!r}; "
+            "a backward pass has neither steps nor memory, so pass a number such as schedule(step)",
+        )
+        for rule in (thresholds.ema(), thresholds.relative_to_params(0.1), STEEP)
+    ],
     "absolute": [
         (
             ("norm", RELATIVE),
@@ -981,6 +992,7 @@ ACCEPTED = {
     "params_measured": [(("params", np.ones(2)), {}), (("ratio", []), {})],
     "signed": [(("threshold", thresholds.zscore()), {}), (("t", fixed.constant(1.0)), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
+    "in_backward_pass": [(("threshold", thresholds.ranked(2)), {})],
     "absolute": [(("norm", norms.l2()), {})],
     "mapped": [(("sharded_over", (), ("x",)), {}), (("sharded_over", (), ()), {})],
     "tracked": [(("sharded_over", (), ("x",)), {}), (("sharded_over", ("x",), ("x",)), {})],
