@@ -77,9 +77,9 @@ def numbers(opt_state: Any, params: Any) -> dict[str, Array]:
     before, clip, after, _ = opt_state
     logged = telemetry.metrics(clip, params)
     for name, monitor in ("norm_before", before), ("norm_after", after):
-        for key, size in telemetry.metrics(monitor, params, prefix=name).items():
-            if key.startswith(f"{name}/size_before/"):
-                logged[key.replace("/size_before", "")] = size
+        for key, size in telemetry.metrics(monitor, params).items():
+            if key.startswith("monitor/size_before/"):
+                logged[key.replace("monitor/size_before", name)] = size
     return logged
 
 

@@ -168,20 +168,22 @@ def clip(
         layout = lay_out(scope, updates, params, weights=relative)
         _check(state, layout, threshold)
 
-        def sizes_of(leaves: list[Any]) -> Blocks:
-            return _measure(norm, layout, leaves, params, sharded_over)
+        def measured_sizes(leaves: list[Any]) -> Blocks:
+            return sizes_of(norm, layout, leaves, params, sharded_over)
 
-        rules = Rules(threshold, layout, state, extra, lambda: sizes_of(layout.matching(params)))
+        rules = Rules(
+            threshold, layout, state, extra, lambda: measured_sizes(layout.matching(params))
+        )
 
         source = layout.gradients if measured is None else layout.matching(measured)
-        sizes = sizes_of(source) if given is None else _given(layout, given, measured)
+        sizes = measured_sizes(source) if given is None else _given(layout, given, measured)
         limits = rules.limits(sizes)
         clipped, clipped_sizes = _respond(response, nonfinite, layout.gradients, sizes, limits)
         if unknown and given is None and not layout.is_of_elements:
-            clipped_sizes = sizes_of(clipped)
+            clipped_sizes = measured_sizes(clipped)
         learned = rules.learn(sizes, clipped_sizes if cuts else _kept(sizes, clipped_sizes, limits))
         numbers = source if plain and given is None else None
-        reading = recorder.next(state.reading, layout, sizes, clipped_sizes, limits, numbers)
+        reading = recorder.next(state, layout, sizes, clipped_sizes, limits, numbers)
 
         if nonfinite == "raise":
             _check_finite(layout, sizes)
@@ -205,7 +207,7 @@ def _is_largest_element(norm: Norm) -> bool:
     return norm.join is norms.linf().join and not norm.uses_params
 
 
-def _measure(
+def sizes_of(
     norm: Norm, layout: Layout, leaves: list[Any], params: Any, sharded_over: Any
 ) -> Blocks:
     """MEASURE: how large each group of numbers is."""

@@ -14,6 +14,7 @@ from optaxclip._batches import Present, floats_of, is_float, like_one, masked, t
 from optaxclip._clip import clip
 from optaxclip._layout import lay_out
 from optaxclip._numerics import widen
+from optaxclip._record import recent_share
 from optaxclip._types import ClipState, Context, Norm, Reading, Response, Scope
 from optaxclip.thresholds.fixed import constant
 
@@ -252,9 +253,11 @@ class Parts:
         weights = counted / jnp.maximum(jnp.sum(counted), 1)
         means = jnp.tensordot(weights, jnp.where(counted[:, None, None], measured, 0), 1)
         events = jnp.array([(means[3] > 0).any(), (mask & ~counted).any()], jnp.int32)
-        reading = state.reading._replace(
-            measured=means.astype(state.reading.measured.dtype),
-            counted=state.reading.counted + events,
+        before = state.reading
+        reading = before._replace(
+            measured=means.astype(before.measured.dtype),
+            counted=before.counted + events,
+            recent_share=recent_share(before.recent_share, state.step, events[0]),
         )
         return ClipState(jnp.asarray(optax.safe_increment(state.step)), rule_state, reading)
 

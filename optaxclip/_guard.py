@@ -1,7 +1,8 @@
 """Wrappers that skip a bad step, as if its batch had not been seen."""
 
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +17,8 @@ from optaxclip._measure import measure
 from optaxclip._numerics import widen
 from optaxclip._selection import select, select_early
 from optaxclip._transform import transform
-from optaxclip._types import Context, Threshold
-from optaxclip.thresholds.combine import observed, reset_after
-from optaxclip.thresholds.fixed import as_threshold
-
-MOST = 2**31 - 1
-"""The largest count that an int32 holds; counts stop here."""
-
-
-class Watch(NamedTuple):
-    """What `skip_spikes` watched in the last step.
-
-    Attributes:
-        size: float scalar, the gradient norm or the loss.
-        limit: float scalar, its limit.
-        rule: state of the threshold.
-    """
-
-    size: Array
-    limit: Array
-    rule: Any
+from optaxclip._types import Context, Scope
+from optaxclip._watch import MOST, Watch, watcher
 
 
 class GuardState(NamedTuple):
@@ -61,6 +44,7 @@ def skip_nonfinite(
     inner: optax.GradientTransformation,
     *,
     max_consecutive: int | None = None,
+    where: Callable[[str], bool] | None = None,
     sharded_over: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips a step if an element of its gradient is NaN or infinite.
@@ -88,13 +72,16 @@ def skip_nonfinite(
             `optax.MultiSteps`.
         max_consecutive: under `jax.experimental.checkify`, more skipped steps in a row than this
             raise an error. Without checkify they are counted and skipped.
+        where: `path -> bool`. Leaves that it refuses, such as a frozen part, are not looked at:
+            NaN there skips nothing, and reaches the optimizer.
         sharded_over: as for `clip`, so that all devices skip the same steps.
 
     Returns:
         A transform with state `GuardState`; `telemetry.metrics` has its counts.
 
     Raises:
-        TypeError: `inner` is not a transform, or `max_consecutive` is not an integer.
+        TypeError: `inner` is not a transform, `max_consecutive` is not an integer, or `where` is
+            not a function of a path.
         ValueError: `max_consecutive` is below 1.
 
     Example:
@@ -111,13 +98,13 @@ def skip_nonfinite(
         >>> state.skipped_steps
         Array(1, dtype=int32)
     """
-    optimizer = _optimizer(inner)
+    optimizer, scope = _optimizer(inner), scopes.tree(where=where)
     if max_consecutive is not None:
         _validate.count("max_consecutive", max_consecutive)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         _validate.state(state, GuardState)
-        ok = jnp.isfinite(_norm(updates, sharded_over))
+        ok = jnp.isfinite(_norm(scope, updates, sharded_over))
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
         if max_consecutive is not None:
             advice = "look at what makes the gradients, such as the learning rate"
@@ -135,8 +122,9 @@ def skip_spikes(
     inner: optax.GradientTransformation,
     threshold: Any,
     *,
-    watch: str = "norm",
+    watch: Literal["norm", "loss", "both"] = "norm",
     patience: int | None = 10,
+    where: Callable[[str], bool] | None = None,
     sharded_over: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips a step if its gradient norm or its loss exceeds a threshold.
@@ -144,26 +132,35 @@ def skip_spikes(
     .. math:: (u_t, S_t) = \mathrm{inner}(g_t, S_{t-1}) \text{ if } s_t \le c_t
         \text{, else } (0, S_{t-1})
 
-    :math:`s_t` is the norm :math:`\|g_t\|` or the loss; :math:`c_t` comes from any rule, for
-    example `thresholds.zscore`. It also skips gradients that are not finite, like `skip_nonfinite`.
-    Skipped steps have the same effect, and the guard has the same position in a chain.
+    :math:`s_t` is the norm :math:`\|g_t\|` or the loss; :math:`c_t` comes from a rule, for example
+    `thresholds.zscore`. With `watch="both"`, a spike of either skips the step. It also skips
+    gradients that are not finite, like `skip_nonfinite`. Skipped steps have the same effect, and
+    the guard has the same position in a chain.
 
     If a size exceeds its limit, the rule learns the limit instead, so one spike does not hide the
-    next. If sizes exceed the limit for more than `patience` steps in a row, they are a new level:
-    the guard takes that step, and the rule restarts from it. So a threshold that is too low slows a
-    run down but never stops it. With `patience=None` it may stop the run: the guard skips every
-    step above the limit.
+    next. If steps have spikes more than `patience` times in a row, they are a new level: the guard
+    takes that step, and the rule of each size above its limit restarts from it. So a threshold that
+    is too low slows a run down but never stops it. With `patience=None` it may stop the run: the
+    guard skips every step above the limit.
+
+    OLMo's rule, which skips a step if its loss or its norm is more than 6 standard deviations above
+    the mean of the last 128, is `skip_spikes(inner, thresholds.window_zscore(6.0), watch="both",
+    patience=None)`.
 
     Args:
         inner: any optimizer or chain, or any object with `init` and `update`, such as
             `optax.MultiSteps`.
         threshold: a number, a schedule (of the steps that were not skipped), or a rule from
-            `optaxclip.thresholds`.
+            `optaxclip.thresholds`. With `watch="both"`, one for both or a dict
+            `{"norm": ..., "loss": ...}`.
         watch: `"norm"` for the l2 norm of all updates; `"loss"` for the loss, which you then pass
-            to each update: `update(grads, state, params, value=loss)`, or `loss=`. Rules never
-            learn from a loss that is zero or negative, so use a loss with a positive lower bound.
+            to each update: `update(grads, state, params, value=loss)`, or `loss=`; or `"both"`. A
+            loss may be negative, so its threshold must be a number, a schedule, or a rule that
+            takes either sign: `zscore`, `window_zscore`, `quantile`, and combinations of these.
         patience: how many steps in a row may be skipped as spikes; None for any number. Steps that
             are not finite do not count, and are always skipped.
+        where: `path -> bool`. Leaves that it refuses, such as a frozen part, are not looked at: a
+            spike or NaN there skips nothing, and reaches the optimizer.
         sharded_over: as for `clip`, so that all devices skip the same steps. The loss must be the
             same on all devices.
 
@@ -172,11 +169,11 @@ def skip_spikes(
         its limit.
 
     Raises:
-        TypeError: `inner` is not a transform, `threshold` is not a threshold, or `patience` is not
-            an integer.
-        ValueError: `watch` is another word, `threshold` is negative, `threshold` is relative to the
-            parameters with `watch="loss"`, or `patience` is below 1; on `update`: the loss is
-            missing or is not one number.
+        TypeError: `inner` is not a transform, `threshold` is not a threshold, `patience` is not an
+            integer, or `where` is not a function of a path.
+        ValueError: `watch` is another word, the limit of the norm is negative, a dict of thresholds
+            has other keys, the threshold of the loss needs positive sizes or parameters, or
+            `patience` is below 1; on `update`: the loss is missing or is not one number.
 
     Example:
         >>> import jax.numpy as jnp, optax, optaxclip
@@ -194,52 +191,35 @@ def skip_spikes(
         [-4.5]
         [-4.5]
     """
-    optimizer = _optimizer(inner)
-    _validate.option("watch", watch, ("norm", "loss"))
-    rule = _learning_limits(as_threshold(threshold))
-    if patience is not None:
-        _validate.count("patience", patience)
-        rule = reset_after(rule, min(patience, MOST - 1) + 1)
-    rule = observed(rule)
-    if watch == "loss":
-        _validate.not_relative("threshold", rule, watch)
+    optimizer, scope = _optimizer(inner), scopes.tree(where=where)
+    watched = watcher(threshold, watch, patience)
 
     def init(params: Any) -> Any:
-        dtype = jax.eval_shape(lambda params: _norm(params, ()), params).dtype
-        size, limit = jnp.zeros((2,), dtype)
-        return _start(optimizer, params)._replace(watch=Watch(size, limit, rule.init(size[None])))
+        dtype = jax.eval_shape(lambda params: _norm(scope, params, ()), params).dtype
+        return _start(optimizer, params)._replace(watch=watched.first(dtype))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         _validate.state(state, GuardState)
-        before, norm = state.watch, _norm(updates, sharded_over)
-        size = (norm if watch == "norm" else _loss(extra_args)).astype(before.size.dtype)
-        param_size = None
-        if rule.uses_params:
+        norm = _norm(scope, updates, sharded_over)
+        sizes, param_size = {"norm": norm}, None
+        if watch != "norm":
+            sizes["loss"] = _loss(extra_args, watch)
+        dtype = jax.tree.leaves(state.watch.size)[0].dtype
+        sizes = {name: sizes[name].astype(dtype)[None] for name in watched.rules}
+        if watched.uses_params:
             _validate.params_given(params)
-            param_size = _norm(params, sharded_over)[None]
+            param_size = _norm(scope, params, sharded_over)[None]
         # schedules see the steps that were not skipped
-        context = Context(state.steps - state.skipped_steps, param_size)
-        limit = rule.limit(size[None], before.rule, context)
-        limit = jnp.broadcast_to(jnp.asarray(limit, size.dtype), (1,))[0]
-        learned = rule.learn(size[None], jnp.minimum(size, limit)[None], before.rule, context)
-        accepted = size <= limit
-        if patience is not None:
-            _, streak = learned  # sizes over the limit in a row; back at 0 after the patience
-            accepted |= streak[0] == 0
-        ok = jnp.isfinite(norm) & jnp.isfinite(size) & accepted
+        context = Context(state.steps - state.skipped_steps, param_size, extra=extra_args)
+        finite = jnp.isfinite(norm)
+        for size in sizes.values():
+            finite &= jnp.isfinite(size[0])
+        accepted, after = watched.next(state.watch, sizes, finite, context)
+        ok = finite & accepted
         updates, state = _unless_skipped(ok, optimizer, updates, state, params, extra_args)
-        return updates, state._replace(watch=Watch(size, limit, learned))
+        return updates, state._replace(watch=after)
 
     return transform(init, update)
-
-
-def _learning_limits(rule: Threshold) -> Threshold:
-    """Lets the rule learn the limit instead of a size that exceeds it."""
-
-    def learn(sizes: Array, clipped_sizes: Array, state: Any, context: Context) -> Any:
-        return rule.learn(clipped_sizes, clipped_sizes, state, context)
-
-    return rule._replace(learn=learn)
 
 
 def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -266,8 +246,8 @@ def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:
     return GuardState(optimizer.init(params), steps, skipped_steps, consecutive)
 
 
-def _norm(tree: Any, sharded_over: Any) -> Array:
-    layout = lay_out(scopes.tree(), tree)
+def _norm(scope: Scope, tree: Any, sharded_over: Any) -> Array:
+    layout = lay_out(scope, tree)
     names = layout.names_of_axes(sharded_over)
     # the decision to skip a step has no derivative
     gradients = [jax.lax.stop_gradient(g) for g in layout.gradients]
@@ -275,9 +255,9 @@ def _norm(tree: Any, sharded_over: Any) -> Array:
     return jnp.sum(norm)  # 0 for a tree without floats, which has no group
 
 
-def _loss(extra_args: dict[str, Any]) -> Array:
+def _loss(extra_args: dict[str, Any], watch: str) -> Array:
     loss = extra_args.get("loss", extra_args.get("value"))
-    _validate.loss(loss)
+    _validate.loss(loss, watch)
     _validate.same_on_all("value", _sharding.varying(loss))
     return jax.lax.stop_gradient(widen(jnp.asarray(loss)))
 

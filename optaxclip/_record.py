@@ -11,7 +11,10 @@ from optaxclip import _sharding
 from optaxclip._layout import Layout
 from optaxclip._lowering import Blocks, largest, most, share_of, traced_once
 from optaxclip._numerics import widen
-from optaxclip._types import Names, Reading
+from optaxclip._types import ClipState, Names, Reading
+
+RECENT = 0.99
+"""How much the share of recent steps keeps of itself in a step."""
 
 
 class Recorder(NamedTuple):
@@ -29,7 +32,7 @@ class Recorder(NamedTuple):
         """The reading where the groups are not known."""
         if not self.record:
             return optax.EmptyState()
-        return Reading(jnp.zeros((4, 0)), jnp.zeros(2, jnp.int32))
+        return Reading(jnp.zeros((4, 0)), jnp.zeros(2, jnp.int32), jnp.zeros(()))
 
     def first(self, layout: Layout, sizes: list[Array]) -> Any:
         """The reading before the first step, of sizes of this dtype."""
@@ -37,23 +40,25 @@ class Recorder(NamedTuple):
             return optax.EmptyState()
         dtype = jnp.result_type(*sizes) if sizes else jnp.float32
         nothing = jnp.zeros((4, len(layout.names)), dtype)
-        return Reading(nothing, jnp.zeros(2, jnp.int32), Names.of(layout.names))
+        share = jnp.zeros((), jnp.float32)
+        return Reading(nothing, jnp.zeros(2, jnp.int32), share, Names.of(layout.names))
 
     def next(
         self,
-        before: Any,
+        state: ClipState,
         layout: Layout,
         sizes: Blocks,
         clipped_sizes: Blocks,
         limits: Blocks,
         numbers: list[Any] | None,
     ) -> Any:
-        """The reading of this step, with counts over all steps from the reading before.
+        """The reading of this step, with counts over all steps from the state before.
 
         `numbers` are the leaves, where their magnitudes are the sizes.
         """
         if not self.record:
             return optax.EmptyState()
+        before = state.reading
         if not isinstance(before, Reading):  # from a clip that did not record
             before = self.first(layout, sizes.stacks)
         any_over = layout.is_of_elements and self.record != "full"
@@ -68,7 +73,19 @@ class Recorder(NamedTuple):
                 table = jnp.concatenate([table[:3], (table[3:] > 0).astype(table.dtype)])
         happened = jnp.stack([table[3] > 0, ~jnp.isfinite(table[0])]).any(1)
         counted = before.counted + happened.astype(jnp.int32)
-        return Reading(table.astype(before.measured.dtype), counted, Names.of(layout.names))
+        share = recent_share(before.recent_share, state.step, happened[0])
+        measured = table.astype(before.measured.dtype)
+        return Reading(measured, counted, share, Names.of(layout.names))
+
+
+def recent_share(share: Array, step: Array, happened: Array) -> Array:
+    """The share of recent steps in which it happened, after this step and `step` others.
+
+    It is a moving average, corrected for its start: all steps so far count, the last ones most.
+    """
+    decay = jnp.asarray(RECENT, share.dtype)
+    weight = (1 - decay) / (1 - decay ** (step + 1).astype(share.dtype))
+    return share + jnp.minimum(weight, 1) * (happened - share)
 
 
 @traced_once()

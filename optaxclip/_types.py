@@ -131,6 +131,7 @@ class Threshold(NamedTuple):
         uses_params: whether `context.param_sizes` is needed.
         name: how it prints.
         joint: whether the limit depends on the sizes of other groups (`context.blocks`).
+        signed: whether it takes sizes of either sign, as `skip_spikes` needs to watch a loss.
     """
 
     init: Callable[[Array], Any]
@@ -139,6 +140,7 @@ class Threshold(NamedTuple):
     uses_params: bool = False
     name: str = ""
     joint: bool = False
+    signed: bool = False
 
     def __repr__(self) -> str:
         return self.name or "Threshold()"
@@ -191,12 +193,14 @@ class Reading(NamedTuple):
     """What the last step measured and did, and counts over all steps.
 
     There is one number per group, or per leaf where a leaf holds many groups: then
-    sizes and limit are the largest in the leaf. They are packed in two arrays because a
+    sizes and limit are the largest in the leaf. They are packed in few arrays because a
     compiled step is cheaper with few results; read them by name.
 
     Attributes:
         measured: float `[4, groups]`, the four below.
         counted: int32 `[2]`, the two below.
+        recent_share: float32 scalar, share of recent steps in which something was clipped: a moving
+            average with the decay 0.99, corrected for its start.
         names: of the groups, in their order; read them with `telemetry.group_names`.
         size_before: `[groups]`, sizes before clipping.
         size_after: `[groups]`, sizes after clipping.
@@ -209,6 +213,7 @@ class Reading(NamedTuple):
 
     measured: Array
     counted: Array
+    recent_share: Array
     names: Names = Names()
 
     size_before = property(lambda self: self.measured[..., 0, :])
@@ -220,9 +225,12 @@ class Reading(NamedTuple):
 
     def __repr__(self) -> str:
         whole = getattr(self.measured, "ndim", 0) >= 2  # no placeholder of Optax or JAX
-        if not whole or not (is_known(self.measured) and is_known(self.counted)):
-            return f"Reading(measured={numbers(self.measured)}, counted={numbers(self.counted)})"
-        fields = "size_before size_after limit clipped_share clipped_steps nonfinite_steps".split()
+        if not whole or not all(map(is_known, self[:3])):
+            packed = zip(("measured", "counted", "recent_share"), map(numbers, self), strict=False)
+            return f"Reading({', '.join(f'{field}={shown}' for field, shown in packed)})"
+        fields = (
+            "size_before size_after limit clipped_share clipped_steps nonfinite_steps recent_share"
+        ).split()
         shown = (f"{field}={numbers(getattr(self, field))}" for field in fields)
         return f"Reading({', '.join(shown)}, names={list(self.names.known or ())})"
 
@@ -245,7 +253,8 @@ class ClipState(NamedTuple):
     def __repr__(self) -> str:
         threshold = jax.tree.map(_Shown, self.threshold)
         return (
-            f"ClipState(step={numbers(self.step)}, threshold={threshold}, reading={self.reading})"
+            f"{type(self).__name__}(step={numbers(self.step)}, threshold={threshold}, "
+            f"reading={self.reading})"
         )
 
 

@@ -1,12 +1,12 @@
-r"""How large an array is: `l2 l1 linf lp rms relative_linf`.
+r"""How large an array is: `l2 l1 linf lp rms relative_linf zeros`.
 
 Every norm is exact where its squares or powers leave the float range: the l2 norm of
 float32 `[3e20, 4e20]` is `5e20`, not `inf`, and that of `[3e-25, 4e-25]` is `5e-25`, not 0.
 Leaves of 16 bits and less are measured in float32.
 
-Laws, for each norm here: the size of zeros and of an empty array is 0, complex numbers count by
-magnitude, `size(c x) = |c| size(x)`, the size of a whole is the size of the sizes of its parts,
-and derivatives are finite, at zero too.
+Laws, for each norm here except `zeros`: the size of zeros and of an empty array is 0, complex
+numbers count by magnitude, `size(c x) = |c| size(x)`, the size of a whole is the size of the sizes
+of its parts, and derivatives are finite, at zero too.
 
 A norm is three pure functions (`Norm`): `partials` reduces the magnitudes of one leaf to a few
 numbers, `join` combines these over leaves and devices, `root` makes a size of them.
@@ -34,6 +34,7 @@ __all__ = [
     "linf",
     "lp",
     "relative_linf",
+    "zeros",
 ]
 
 
@@ -220,6 +221,29 @@ def relative_linf(relative: ArrayLike, absolute: ArrayLike) -> Norm:
         return jnp.where(jnp.isfinite(x), jnp.minimum(part, largest), magnitude(x))
 
     return linf()._replace(magnitude=relative_magnitude, uses_params=True)
+
+
+@named("norms", once=True)
+def zeros() -> Norm:
+    r"""Share of numbers that are exactly zero, :math:`\frac{1}{n} \sum 1[x = 0]`.
+
+    It is meant for `telemetry.monitor`: dead units and tokens without gradients show as zeros. No
+    response makes it smaller, so do not clip by it. It is 0 for an empty array, and NaN where a
+    number is NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> monitor = optaxclip.telemetry.monitor(norm=optaxclip.norms.zeros())
+        >>> grads = {"w": jnp.array([0.0, 0.0, 3.0]), "b": jnp.array([-1.0])}
+        >>> _, state = monitor.update(grads, monitor.init(grads))
+        >>> print(optaxclip.telemetry.metrics(state)["monitor/size_before"])
+        0.5
+    """
+
+    def is_zero(x: Array) -> Array:
+        return jnp.where(jnp.isnan(x), jnp.nan, x == 0).astype(jnp.abs(x).dtype)
+
+    return _per_element(l1())._replace(magnitude=is_zero)
 
 
 def _sum(values: Array, axes: Axes) -> Array:

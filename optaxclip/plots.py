@@ -284,8 +284,11 @@ def _groups(history: Any, prefix: str) -> list[str]:
 
 def _read(history: Any, prefix: str, names: list[str]) -> _Run:
     """Reads the values of some names at the steps in which the clip ran."""
-    guard = re.sub(r"_\d+$", "", prefix) + "/skipped_steps"
-    keys = [f"{prefix}/steps", guard, *(f"{prefix}/{name}" for name in names)]
+    keys = [
+        f"{prefix}/steps",
+        _skipped_steps(history, prefix),
+        *(f"{prefix}/{name}" for name in names),
+    ]
     done, skipped, *values = _columns(history, keys)
     steps = (done + skipped).max(axis=1)
     # where the count of steps stands still, a guard skipped the clip and its values are old
@@ -298,6 +301,15 @@ def _read(history: Any, prefix: str, names: list[str]) -> _Run:
     left_out = np.diff(skipped, axis=0, prepend=skipped[:1]).any(axis=1)
     by_name = {name: value[new] for name, value in zip(names, values, strict=True)}
     return _Run(steps[new], by_name, steps[left_out])
+
+
+def _skipped_steps(history: Any, prefix: str) -> str:
+    """Returns the key of the count of guards, which is the same for all clips of a state."""
+    keys = set(history) if isinstance(history, Mapping) else set().union(*history)
+    heads = [key.removesuffix("/skipped_steps") for key in keys if key.endswith("/skipped_steps")]
+    # "clip" for "clip_body_0", and "generator" for "monitor_generator"
+    heads = [head for head in heads if head in prefix] or sorted(heads)
+    return max(heads, key=len, default=prefix) + "/skipped_steps"
 
 
 def _columns(history: Any, keys: list[str]) -> np.ndarray:

@@ -5,30 +5,33 @@ finds them at any depth of the state and returns a dict of arrays, which any log
 works under `jit`, `scan` and `vmap`.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
-from optaxclip import _validate, norms, scopes
-from optaxclip._clip import clip
-from optaxclip._guard import GuardState, Watch
+from optaxclip import _validate
+from optaxclip._guard import GuardState
 from optaxclip._layout import by_path
+from optaxclip._monitor import MonitorState
+from optaxclip._monitor import monitor as monitor
+from optaxclip._monitor import spikes as spikes
 from optaxclip._probe import Probe as Probe
 from optaxclip._probe import probe as probe
 from optaxclip._probe import probed as probed
-from optaxclip._types import ClipState, Norm, Reading, Scope
-from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
+from optaxclip._states import Labels, clips_of, distinct, guards_of, without_common
+from optaxclip._types import ClipState, Reading
+from optaxclip._watch import Watch
+from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle
 
 __all__ = [
     "readings",
     "group_names",
     "metrics",
     "monitor",
+    "spikes",
     "last_sizes",
     "Suggestion",
     "suggest",
@@ -66,7 +69,7 @@ def readings(opt_state: Any) -> list[Reading]:
         >>> [reading.size_before for reading in optaxclip.telemetry.readings(opt_state)]
         [Array([5.], dtype=float32)]
     """
-    return [reading for _, reading in _clips(opt_state)]
+    return [state.reading for _, state in clips_of(opt_state)]
 
 
 def group_names(reading: Reading) -> list[str]:
@@ -88,9 +91,13 @@ if any in the leaf was clipped, and the exact share with `record="full"` |
     | `clip/steps` | steps that the clip has seen |
     | `clip/clipped_steps` | steps with something clipped |
     | `clip/nonfinite_steps` | steps with a size that was not finite |
-    | `clip/skipped_steps` | steps that guards skipped, if there are guards |
-    | `clip/watched` | norm or loss that `skip_spikes` watched |
-    | `clip/watched_limit` | its limit |
+    | `clip/recent_share` | share of recent steps with something clipped: a moving average over \
+about 100 steps |
+    | `clip/skipped` | 1 if a guard skipped this step, else 0; if there are guards |
+    | `clip/skipped_steps` | steps that guards skipped |
+    | `clip/watched` | norm or loss that `skip_spikes` watched; with `watch="both"` \
+`clip/watched/norm` and `clip/watched/loss` |
+    | `clip/watched_limit` | its limit, with the same endings |
 
     The keys are always the same. Before the first step all values are NaN, except `clip/largest`
     (-1) and the counts (0).
@@ -100,14 +107,19 @@ if any in the leaf was clipped, and the exact share with `record="full"` |
     counts the steps of the clip.
 
     If a state holds more than one clip, their keys begin with `clip_0`, `clip_1` and so on, in the
-    order of the chain. A state that is vmapped over seeds gives arrays over seeds. Without a clip
-    that records, the dict is empty.
+    order of the chain. Where they differ by their labels in `optax.partition`, `optax.named_chain`
+    or any other dict of states, the label stands in place of the number: `clip_body`. The keys of a
+    `monitor` or `spikes` begin with `monitor` in place of `clip`, so adding one renames nothing.
+
+    A state that is vmapped over seeds gives arrays over seeds. Without a clip that records, the
+    dict is empty.
 
     Args:
         opt_state: as for `readings`.
         params: if given, and if there is more than one group, the dict also has the numbers of
             every group by name: `clip/size_before/encoder/kernel`.
-        prefix: the beginning of every key.
+        prefix: the beginning of every key in place of `clip`; keys of monitors then begin with
+            `monitor` and this prefix.
 
     Raises:
         TypeError: `opt_state` is an optimizer instead of its state.
@@ -128,6 +140,7 @@ if any in the leaf was clipped, and the exact share with `record="full"` |
         clip/steps               1
         clip/clipped_steps       1
         clip/nonfinite_steps     0
+        clip/recent_share        1
         clip/size_before/b       0.5
         clip/size_after/b        0.5
         clip/limit/b             1
@@ -137,27 +150,50 @@ if any in the leaf was clipped, and the exact share with `record="full"` |
         clip/limit/w             1
         clip/clipped_share/w     1
     """
-    clips = _clips(opt_state)
+    clips = clips_of(opt_state)
     numbers: dict[str, Array] = {}
-    for i, (state, reading) in enumerate(clips):
-        name = prefix if len(clips) == 1 else f"{prefix}_{i}"
-        for key, value in _of_all_groups(state.step, reading).items():
+    for name, (_, state) in zip(_names(prefix, clips), clips, strict=True):
+        for key, value in _of_all_groups(state.step, state.reading).items():
             numbers[f"{name}/{key}"] = value
-        groups = group_names(reading)
+        groups = group_names(state.reading)
         if params is not None and len(groups) > 1:
             for k, group in enumerate(groups):
                 for key in ("size_before", "size_after", "limit", "clipped_share"):
-                    value = getattr(reading, key)[..., k]
+                    value = getattr(state.reading, key)[..., k]
                     numbers[f"{name}/{key}/{group}"] = _once_seen(state.step, value)
-    guards = _guards(opt_state)
-    if guards:
-        skipped = [guard.skipped_steps for guard in guards]
-        numbers[f"{prefix}/skipped_steps"] = sum(skipped[1:], skipped[0])
+    return numbers | _of_guards(prefix, guards_of(opt_state))
+
+
+def _names(prefix: str, clips: list[tuple[Labels, ClipState]]) -> list[str]:
+    """Returns how the keys of each clip begin."""
+    names: dict[int, str] = {}
+    of_monitors = "monitor" if prefix == "clip" else f"monitor_{prefix}"
+    for head, is_monitor in (prefix, False), (of_monitors, True):
+        chosen = {
+            k: labels
+            for k, (labels, state) in enumerate(clips)
+            if isinstance(state, MonitorState) == is_monitor
+        }
+        joined = ["_".join([head, *labels]) for labels in without_common(list(chosen.values()))]
+        names |= dict(zip(chosen, distinct(joined), strict=True))
+    return [names[k] for k in range(len(clips))]
+
+
+def _of_guards(prefix: str, guards: list[GuardState]) -> dict[str, Array]:
+    if not guards:
+        return {}
+    # an inner guard that waits behind a skipped step has old numbers, but the outer one is new
+    skipped = jnp.stack([guard.consecutive > 0 for guard in guards]).any(0)
+    total = jnp.stack([guard.skipped_steps for guard in guards]).sum(0)
+    numbers = {f"{prefix}/skipped": skipped.astype(jnp.int32), f"{prefix}/skipped_steps": total}
     watches = [(guard.steps, guard.watch) for guard in guards if isinstance(guard.watch, Watch)]
     for i, (steps, watch) in enumerate(watches):
         number = "" if len(watches) == 1 else f"_{i}"
-        numbers[f"{prefix}/watched{number}"] = _once_seen(steps, watch.size)
-        numbers[f"{prefix}/watched_limit{number}"] = _once_seen(steps, watch.limit)
+        for key, watched in ("watched", watch.size), ("watched_limit", watch.limit):
+            by_name = watched if isinstance(watched, dict) else {"": watched}
+            for name, value in by_name.items():
+                path = f"{prefix}/{key}{number}/{name}".rstrip("/")
+                numbers[path] = _once_seen(steps, value)
     return numbers
 
 
@@ -188,48 +224,8 @@ def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
         "steps": step,
         "clipped_steps": reading.clipped_steps,
         "nonfinite_steps": reading.nonfinite_steps,
+        "recent_share": _once_seen(step, reading.recent_share),
     }
-
-
-@_validate.checks_keywords
-def monitor(
-    *,
-    scope: Scope = scopes.tree(),
-    norm: Norm = norms.l2(),
-    history: int = 100,
-    sharded_over: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Measures updates and passes them on unchanged, NaN included.
-
-    `readings` and `metrics` show what it measured. Its state also holds the last sizes, and a
-    sketch of the distribution of all sizes; `suggest` proposes thresholds from the sketch. Sizes
-    that are zero or not finite are not remembered.
-
-    Args:
-        scope: which numbers share a size.
-        norm: which norm.
-        history: how many of the last sizes to remember.
-        sharded_over: as for `clip`.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: `history` is below 1.
-
-    Example:
-        >>> import jax.numpy as jnp, optaxclip
-        >>> monitor = optaxclip.telemetry.monitor(history=3)
-        >>> state = monitor.init(jnp.zeros(1))
-        >>> for size in 1.0, 2.0, 3.0, 40.0:
-        ...     _, state = monitor.update(jnp.array([size]), state)
-        >>> optaxclip.telemetry.last_sizes(state)
-        {'tree': array([40.,  3.,  2.], dtype=float32)}
-    """
-    inner = clip(remember(history), scope=scope, norm=norm, sharded_over=sharded_over)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        return updates, inner.update(updates, state, params, **extra_args)[1]
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def last_sizes(opt_state: Any) -> dict[str, np.ndarray]:
@@ -313,51 +309,13 @@ def suggest(opt_state: Any) -> list[Suggestion]:
     return lines
 
 
-def _states_of(tree: Any, kind: type) -> list[Any]:
-    """Returns the nodes of a type in a tree, with plain arrays in place of Flax's variables."""
-    _validate.not_a_transform("opt_state", tree)
-    return [
-        jax.tree.map(jnp.asarray, node, is_leaf=_wraps_an_array)
-        for node in _nodes(tree, kind, set())
-    ]
-
-
-def _nodes(tree: Any, kind: type, seen: set[int]) -> Iterator[Any]:
-    """Yields the nodes of a type, in order.
-
-    It also searches the attributes of objects that JAX treats as leaves, such as `nnx.Optimizer`.
-    """
-    for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind)):
-        is_object = isinstance(getattr(node, "__dict__", None), dict) and not hasattr(node, "dtype")
-        if isinstance(node, kind):
-            yield node
-        elif is_object and id(node) not in seen:
-            seen.add(id(node))
-            yield from _nodes(vars(node), kind, seen)
-
-
-def _clips(opt_state: Any) -> list[tuple[ClipState, Reading]]:
-    """Returns the state of every clip that records, and its reading."""
-    states = _states_of(opt_state, ClipState)
-    return [(state, state.reading) for state in states if isinstance(state.reading, Reading)]
-
-
-def _guards(opt_state: Any) -> list[GuardState]:
-    """Returns the state of every guard, outer guards first."""
-    nested = [(outer, *_guards(outer.inner)) for outer in _states_of(opt_state, GuardState)]
-    return [guard for guards in nested for guard in guards]
-
-
-def _wraps_an_array(node: Any) -> bool:
-    return hasattr(node, "__jax_array__")
-
-
 def _histories(opt_state: Any) -> list[tuple[str, History]]:
     """Returns the memory of each group of every monitor, with its name, in NumPy."""
     histories = []
-    for state, reading in _clips(opt_state):
+    for _, state in clips_of(opt_state):
         if not isinstance(state.threshold, History):
             continue
+        reading = state.reading
         _validate.one_run("opt_state", state.step.shape)
         names, history = group_names(reading), jax.tree.map(np.asarray, state.threshold)
         origin = history.sketch.origin

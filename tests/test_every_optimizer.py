@@ -208,6 +208,14 @@ def carried(inner: Any) -> Any:
     return optaxclip.error_feedback(optax.chain(optaxclip.error_feedback(CLIP), inner), decay=0.0)
 
 
+def spikes_of(row: Row) -> dict[str, Any]:
+    """What to watch: the norm and the loss, or the norm alone if the row is not told the loss."""
+    loss = {"norm": 1e6, "loss": optaxclip.thresholds.zscore(1e6)}
+    if "value" in row.extra.split() and not row.primed:
+        return {"threshold": loss, "watch": "both", "patience": None}
+    return {"threshold": 1e6, "where": lambda path: True}
+
+
 def makes_optimizers(name: str, value: Any) -> bool:
     """Whether something public may be an optimizer: it says so, or says nothing."""
     if name.startswith("_") or inspect.isclass(value):
@@ -253,6 +261,8 @@ def run(row: Row, optimizers: tuple[tuple[str, Any], ...], carries: Any, gradien
             if name != "bare" or "extra_args" in takes or row.extra in takes
             else []
         )
+        if name != "bare":  # the loss is as bad as the gradient
+            known["value"] *= jnp.where(bad, jnp.nan, 1)
         updates, after = optimizer.update(
             grads, state, params, **{key: known[key] for key in passed}
         )
@@ -292,7 +302,10 @@ def test_good_steps_are_those_of_the_bare_optimizer_and_bad_ones_leave_no_trace(
     optimizers = {
         "bare": inner,
         "skip_nonfinite": optaxclip.skip_nonfinite(inner),
-        "skip_spikes": optaxclip.skip_spikes(inner if row.carries else carried(inner), 1e6),
+        "skip_spikes": optaxclip.skip_spikes(
+            inner if row.carries else carried(inner),
+            **spikes_of(row),
+        ),
     }
 
     def start(scale: Any) -> Any:

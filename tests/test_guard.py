@@ -303,7 +303,8 @@ def slopes(name):
             grads = jax.tree.map(
                 lambda p: weight + jnp.sin(3 * p + i) + jnp.where(i == bad, jnp.nan, 0), params
             )
-            updates, state = optimizer.update(grads, state, params)
+            value = -sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(params))
+            updates, state = optimizer.update(grads, state, params, value=value)
             return (optax.apply_updates(params, updates), state), None
 
         (params, state), _ = jax.lax.scan(step, (PARAMS, optimizer.init(PARAMS)), steps)
@@ -313,7 +314,8 @@ def slopes(name):
         run = functools.partial(after, optimizer)
         return jax.jit(jax.vmap(derivative(run, argnums=2), (None, None, 0)))
 
-    guards = skip_nonfinite(inner), skip_spikes(inner, thresholds.growth(100.0))
+    both = {"norm": thresholds.growth(100.0), "loss": thresholds.zscore(1e4, warmup=1)}
+    guards = skip_nonfinite(inner), skip_spikes(inner, both, watch="both")
     return program(jax.grad, inner), [
         program(derivative, guarded) for guarded in guards for derivative in (jax.grad, jax.jacfwd)
     ]
@@ -538,13 +540,15 @@ RULES = {  # each knows after 40 sizes near 1 that 8 is a spike
     "patient": thresholds.reset_after(thresholds.ema(3.0), 50),
     "relative": thresholds.relative_to_params(4.0, floor=1.0),
 }
+# rules that take a loss of either sign
+SIGNED = {"number", "array", "schedule", "zscore", "window_zscore", "quantile"}
 
 
 @pytest.mark.parametrize("watch", ["norm", "loss"])
 @pytest.mark.parametrize("name", RULES)
 def test_with_any_rule_a_spike_is_skipped_and_in_the_end_a_new_level_accepted(name, watch):
-    if (name, watch) == ("relative", "loss"):
-        return check_that_a_share_of_the_parameters_is_refused_for_the_loss()
+    if watch == "loss" and name not in SIGNED:
+        return check_that_it_is_refused_for_the_loss(name)
     rng = np.random.default_rng(0)
     sizes = np.exp(0.02 * rng.standard_normal(120)).astype(np.float32)
     sizes[50] = sizes[60] = 8.0
@@ -563,14 +567,15 @@ def test_with_any_rule_a_spike_is_skipped_and_in_the_end_a_new_level_accepted(na
     assert state.skipped_steps == done.count(False)
 
 
-def check_that_a_share_of_the_parameters_is_refused_for_the_loss():
-    with pytest.raises(
-        ValueError,
-        match=(
-            'threshold is relative to the parameters, got it with watch="loss"; pass watch="norm"'
-        ),
-    ):
-        skip_spikes(optax.sgd(1.0), RULES["relative"], watch="loss")
+def check_that_it_is_refused_for_the_loss(name):
+    message = "threshold must take a loss of either sign, got thresholds.*, which needs positive"
+    if name == "relative":
+        message = 'threshold is relative to the parameters, got it with watch="loss"; pass watch='
+    for watch in "loss", "both":
+        with pytest.raises(ValueError, match=message.replace('"loss"', f'"{watch}"')):
+            skip_spikes(optax.sgd(1.0), RULES[name], watch=watch)
+    with pytest.raises(ValueError, match=r"threshold\['loss'\] "):
+        skip_spikes(optax.sgd(1.0), {"norm": 1.0, "loss": RULES[name]}, watch="both")
 
 
 @pytest.mark.parametrize("limit", [0.5, 5.0])
@@ -603,6 +608,10 @@ def test_what_is_not_finite_is_never_done_however_long_it_lasts_and_leaves_the_p
     done, state = by_size(skip_spikes(optax.sgd(1.0), 5.0, patience=3), sizes)
     assert [i for i, was in enumerate(done) if was] == [0, 8]
     assert state.consecutive == 9
+    for watch, other in ("norm", np.ones(7)), ("both", np.array([1, 1, 1, np.nan, 1, 1, 1])):
+        guard = skip_spikes(optax.sgd(1.0), 5.0, watch=watch, patience=3)
+        done, _ = by_size(guard, [9.0, np.nan, 9.0, np.nan, 9.0, 9.0, 9.0], value=other)
+        assert [i for i, was in enumerate(done) if was] == [5]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_whatever_the_loss_and_the_other_way_round():
@@ -613,10 +622,251 @@ def test_a_gradient_that_is_not_finite_is_skipped_whatever_the_loss_and_the_othe
     assert done == [True, False, False, False, False, False]
 
 
-def test_losses_of_zero_and_below_are_done_and_not_learned_from():
-    guard = skip_spikes(optax.sgd(1.0), thresholds.growth(2.0), watch="loss")
-    done, state = by_size(guard, [1.0] * 6, value=[1.0, 0.0, -3.0, 1.9, 9.0, 3.7])
-    assert done == [True] * 4 + [False, True]
+# A loss of either sign
+
+MOMENTS = {
+    "zscore": thresholds.zscore(4.0),
+    "window_zscore": thresholds.window_zscore(4.0, window=32, warmup=16),
+    "reset_after": thresholds.reset_after(thresholds.zscore(4.0), 50),
+    "ignore_outliers": thresholds.ignore_outliers(thresholds.zscore(4.0)),
+    "at_most": thresholds.at_most(thresholds.zscore(4.0), jnp.inf),
+    "join": thresholds.join([jnp.inf, thresholds.zscore(4.0)], boundaries=[30]),
+    "with_fallback": thresholds.with_fallback(thresholds.zscore(4.0), jnp.inf),
+}
+
+
+@pytest.mark.parametrize("level", [-3000.0, -1.0, 0.0, 1.0])
+@pytest.mark.parametrize("scale", [1e-20, 0.01, 1e20])
+@pytest.mark.parametrize("name", MOMENTS)
+def test_a_spike_of_a_loss_of_any_sign_is_skipped_and_in_the_end_a_new_level_accepted(
+    name, scale, level
+):
+    noise = np.random.default_rng(0).standard_normal(120)
+    noise[50] = noise[60] = 30.0
+    noise[80:] += 300.0
+    losses = np.float32(scale * (noise + level))
+    if level == -3000.0:  # its deviation is a thousandth of it, at least
+        losses[[50, 60]] += np.float32(20 * scale)
+    guard = skip_spikes(optax.sgd(1.0), MOMENTS[name], watch="loss", patience=5)
+    done, state = by_size(guard, np.ones(120, np.float32), value=losses)
+    assert [k for k, was in enumerate(done) if not was] == [50, 60, 80, 81, 82, 83, 84]
+    assert np.isfinite(jax.tree.leaves(state.watch.size)).all()
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_a_loss_that_is_exactly_zero_is_an_observation(name):
+    losses = np.zeros(60, np.float32)
+    losses[1::2], losses[50] = 0.1, 5.0
+    done, _ = by_size(
+        skip_spikes(optax.sgd(1.0), MOMENTS[name], watch="loss"), np.ones(60), value=losses
+    )
+    assert [k for k, was in enumerate(done) if not was] == [50]
+    losses[:] = 0.0  # all of them: what rises above it is a spike
+    losses[50] = 1e-6
+    done, _ = by_size(
+        skip_spikes(optax.sgd(1.0), MOMENTS[name], watch="loss"), np.ones(60), value=losses
+    )
+    assert [k for k, was in enumerate(done) if not was] == [50]
+
+
+def test_a_run_of_zeros_does_not_make_an_outlier_of_what_follows():
+    last = optaxclip.Threshold(jnp.zeros_like, lambda *_: jnp.inf, lambda x, *_: x, signed=True)
+    rule = thresholds.ignore_outliers(last)
+    state = rule.init(jnp.zeros(1))
+    for size in 1.0, *[0.0] * 60, -1.5:
+        size = jnp.array([size])
+        state = rule.learn(size, size, state, None)
+    assert rule.signed and state[0] == -1.5
+
+
+def test_a_quantile_of_losses_may_be_negative():
+    losses = -10.0 + np.float32(np.random.default_rng(1).standard_normal(80))
+    losses[60] = -1.0
+    guard = skip_spikes(optax.sgd(1.0), thresholds.quantile(0.95, 100, lagged=False), watch="loss")
+    done, state = by_size(guard, np.ones(80), value=losses)
+    assert not done[60] and sum(done) > 65 and state.watch.limit < -7
+
+
+def test_the_fixed_limit_of_a_loss_may_be_negative():
+    for threshold in -5.0, np.float32(-5), lambda step: -5.0:
+        guard = skip_spikes(optax.sgd(1.0), threshold, watch="loss")
+        assert by_size(guard, [1.0] * 3, value=[-9.0, -4.0, -5.0])[0] == [True, False, True]
+    guard = skip_spikes(optax.sgd(1.0), {"norm": 2.0, "loss": -5.0}, watch="both")
+    done, _ = by_size(guard, [1.0, 1.0, 3.0], value=[-9.0, -4.0, -9.0])
+    assert done == [True, False, False]
+    for watch, threshold, name in (
+        ("norm", -5.0, "threshold"),
+        ("both", -5.0, "threshold"),
+        ("both", {"norm": -5.0, "loss": 1.0}, r"threshold\['norm'\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must be in \[0, inf\], got -5.0; pass a"):
+            skip_spikes(optax.sgd(1.0), threshold, watch=watch)
+
+
+def test_a_rule_of_your_own_says_that_it_takes_either_sign():
+    rule = optaxclip.Threshold(
+        init=lambda sizes: sizes,
+        limit=lambda sizes, last, context: last + 1.0,
+        learn=lambda sizes, clipped_sizes, last, context: clipped_sizes,
+    )
+    with pytest.raises(
+        ValueError, match=r"got Threshold\(\), which needs .*set signed=True if a r"
+    ):
+        skip_spikes(optax.sgd(1.0), rule, watch="loss")
+    guard = skip_spikes(optax.sgd(1.0), rule._replace(signed=True), watch="loss")
+    done, _ = by_size(guard, [1.0] * 4, value=[-3.0, 0.0, -2.5, -1.0])
+    assert done == [True, False, True, False]
+
+
+def test_a_rule_sees_the_extra_arguments_of_the_update():
+    rule = thresholds.zscore()._replace(
+        limit=lambda sizes, state, context: 2.0 * context.extra["value"]
+    )
+    done, _ = by_size(skip_spikes(optax.sgd(1.0), rule), [1.0, 5.0], value=[1.0, 2.0])
+    assert done == [True, False]
+
+
+@pytest.mark.parametrize("rule", [thresholds.ranked(2), thresholds.by_global_norm(1.0)])
+def test_a_rule_that_compares_sizes_of_a_step_is_refused_for_a_loss(rule):
+    with pytest.raises(ValueError, match="threshold must take a loss of either sign, got"):
+        skip_spikes(optax.sgd(1.0), rule, watch="loss")
+
+
+# Both: the norm and the loss
+
+
+def test_of_both_a_spike_of_either_is_skipped():
+    guard = skip_spikes(optax.sgd(1.0), {"norm": 3.0, "loss": 4.0}, watch="both", patience=None)
+    sizes = [1.0, 3.5, 1.0, 3.5, np.nan, 1.0, 1.0, 1.0]
+    losses = [4.0, 1.0, 4.5, 4.5, 1.0, np.nan, -9.0, -np.inf]
+    done, state = by_size(guard, sizes, value=losses)
+    assert done == [True, False, False, False, False, False, True, False]
+    assert state.watch.limit == {"norm": 3.0, "loss": 4.0} and state.watch.size["norm"] == 1.0
+    assert state.skipped_steps == 6 and state.consecutive == 1
+    done, _ = by_size(
+        skip_spikes(optax.sgd(1.0), 3.0, watch="both"), [1, 1, 4, 2], loss=[1, 4, 1, 2]
+    )
+    assert done == [True, False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["one rule", "a dict"])
+def test_olmo_skips_six_deviations_of_the_loss_or_of_the_norm(kind):
+    rng = np.random.default_rng(3)
+    norms, losses = np.float32(1 + 0.1 * rng.random(300)), np.float32(-2 + 0.1 * rng.random(300))
+    norms[[90, 280]], losses[[90, 150]], losses[20], norms[285] = 9.0, 3.0, 0.5, 1.12
+    rule = thresholds.window_zscore(6.0, window=128, warmup=64)
+    threshold = rule if kind == "one rule" else {"norm": rule, "loss": rule}
+    guard = skip_spikes(optax.sgd(1.0), threshold, watch="both", patience=None)
+    done, _ = by_size(guard, norms, value=losses)
+    kept = {"norm": [], "loss": []}  # as here, a spike is remembered as its limit
+    for k, (norm, loss) in enumerate(zip(norms, losses, strict=True)):
+        fine = True
+        for size, past in (norm, kept["norm"]), (loss, kept["loss"]):
+            last = np.float64(past[-128:])
+            limit = last.mean() + 6 * last.std() if len(last) >= 64 else np.inf
+            fine &= bool(size <= limit)
+            past.append(min(size, limit))
+        assert done[k] == fine, k
+    assert [k for k, was in enumerate(done) if not was] == [90, 150, 280]
+
+
+def test_megatron_skips_what_is_over_a_fixed_norm_for_ever():
+    guard = skip_spikes(optax.sgd(1.0), 5.0, patience=None)
+    done, state = by_size(guard, [1.0, *[9.0] * 40, 5.0])
+    assert done == [True, *[False] * 40, True] and state.consecutive == 0
+
+
+def test_of_both_no_more_spikes_in_a_row_are_skipped_than_the_patience():
+    guard = skip_spikes(optax.sgd(1.0), {"norm": 2.0, "loss": 2.0}, watch="both", patience=3)
+    spikes = np.array([9.0, 9.0, 1.0, 1.0, 1.0, 9.0, 9.0, 9.0, 1.0, 9.0])
+    others = np.array([1.0, 1.0, 9.0, 9.0, 1.0, 1.0, 1.0, 9.0, 9.0, 9.0])
+    done, _ = by_size(guard, spikes, value=others)
+    assert [k for k, was in enumerate(done) if was] == [3, 4, 8]
+    # the one that was over its limit restarts from there, and the other goes on
+    guard = skip_spikes(optax.sgd(1.0), MOMENTS["zscore"], watch="both", patience=3)
+    steady = np.float32(1 + 0.01 * np.random.default_rng(0).standard_normal(80))
+    done, state = by_size(guard, steady, value=np.where(np.arange(80) < 60, steady, 9 * steady))
+    assert [k for k, was in enumerate(done) if not was] == [60, 61, 62]
+    for name, level, seen in ("norm", 1.0, 80), ("loss", 9.0, 80 - 63):
+        moments, usual, _ = state.watch.rule[name]
+        np.testing.assert_allclose(usual, [level], rtol=0.1)
+        assert moments.seen == seen
+
+
+@each_inner
+def test_with_both_watched_a_run_with_spikes_is_the_run_without_them(name):
+    inner = INNER[name]
+    guard = skip_spikes(inner, {"norm": 20.0, "loss": thresholds.zscore(3.0)}, watch="both")
+    told = guard._replace(update=functools.partial(guard.update, value=jnp.float32(-1.0)))
+    state = run_beside_the_plain_one(inner, told, [30.0, None, np.inf, None, np.nan, None, -40.0])
+    assert (state.steps, state.skipped_steps, state.consecutive) == (7, 4, 1)
+
+
+def test_the_state_of_both_keeps_its_types_in_a_donated_scan_over_seeds():
+    rule = thresholds.window_zscore(3.0, window=8, warmup=2)
+    guarded = skip_spikes(optax.adam(1e-2), {"norm": 1e3, "loss": rule}, watch="both")
+
+    def step(state, loss):
+        updates, state = guarded.update(gradients(0), state, PARAMS, value=loss)
+        return state, updates["b"].any()
+
+    run = jax.jit(
+        jax.vmap(lambda state, losses: jax.lax.scan(step, state, losses)), donate_argnums=0
+    )
+    losses = jnp.array([[-1.0, -1.01, -1.0, 5.0, jnp.nan, -1.0], [0.0] * 6], jnp.bfloat16)
+    start = jax.vmap(lambda _: guarded.init(PARAMS))(losses)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), start)
+    start = jax.tree.map(lambda x: x.copy(), start)
+    state, done = run(start, losses)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert done[0].tolist() == [True, True, True, False, False, True] and done[1].all()
+
+
+def test_what_was_watched_of_both_is_in_the_metrics():
+    guard = skip_spikes(optax.sgd(1.0), {"norm": 3.0, "loss": -1.0}, watch="both")
+    _, state = by_size(guard, [2.0], value=[-4.0])
+    found = {key: float(value) for key, value in telemetry.metrics(state).items()}
+    assert found["clip/watched/norm"] == 2 and found["clip/watched_limit/norm"] == 3
+    assert found["clip/watched/loss"] == -4 and found["clip/watched_limit/loss"] == -1
+    before = telemetry.metrics(guard.init(PARAMS))
+    assert set(before) == set(found) and np.isnan(before["clip/watched/loss"])
+
+
+# Leaves that are not looked at
+
+
+GUARDS = {
+    "skip_nonfinite": lambda inner, **o: skip_nonfinite(inner, **o),
+    "norm": lambda inner, **o: skip_spikes(inner, 10.0, **o),
+    "loss": lambda inner, **o: skip_spikes(inner, 10.0, watch="loss", **o),
+    "both": lambda inner, **o: skip_spikes(inner, thresholds.zscore(), watch="both", **o),
+}
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_what_where_refuses_skips_nothing_and_is_passed_on(name):
+    guard = GUARDS[name](optax.sgd(1.0), where=lambda path: not path.startswith("b"))
+    update = jax.jit(guard.update)
+    for bad in np.nan, np.inf, 1e30:
+        updates, state = update(gradients(0, bad), guard.init(PARAMS), PARAMS, value=1.0)
+        assert state.skipped_steps == 0 and not np.isfinite(updates["b"][1]) or bad == 1e30
+        chex.assert_trees_all_equal(updates, jax.tree.map(jnp.negative, gradients(0, bad)))
+        swapped = {"w": gradients(0)["w"].at[0, 0].set(np.nan), "b": gradients(0)["b"]}
+        _, state = update(swapped, state, PARAMS, value=1.0)
+        assert state.skipped_steps == 1
+    guard = GUARDS[name](optax.sgd(1.0), where=lambda path: False)
+    _, state = guard.update(gradients(0, np.nan), guard.init(PARAMS), PARAMS, value=1.0)
+    assert state.skipped_steps == 0
+    with pytest.raises(TypeError, match="where must be a function, got 'w'; pass one such as"):
+        GUARDS[name](optax.sgd(1.0), where="w")
+
+
+def test_a_limit_relative_to_the_parameters_is_of_those_that_are_looked_at():
+    rule = {"norm": thresholds.relative_to_params(2.0), "loss": jnp.inf}
+    guard = skip_spikes(optax.sgd(1.0), rule, watch="both", where=lambda path: path == "w")
+    _, state = guard.update(PARAMS, guard.init(PARAMS), PARAMS, value=-3.0)
+    np.testing.assert_allclose(state.watch.limit["norm"], 2 * np.sqrt(12), rtol=1e-6)
+    np.testing.assert_allclose(state.watch.size["norm"], np.sqrt(12), rtol=1e-6)
 
 
 def test_the_schedule_of_a_threshold_counts_the_steps_that_were_done():
@@ -708,9 +958,26 @@ def test_what_skip_spikes_refuses():
     with pytest.raises(ValueError, match="threshold must be .*, got -1.0"):
         skip_spikes(sgd, -1.0)
     with pytest.raises(
-        ValueError, match="watch must be one of 'norm', 'loss', got 'gradient'; choose one of these"
+        ValueError,
+        match="watch must be one of 'norm', 'loss', 'both', got 'gradient'; choose one of these",
     ):
         skip_spikes(sgd, 1.0, watch="gradient")
+    for watch in "norm", "loss":
+        with pytest.raises(
+            ValueError, match=f'threshold is a dict, got it with watch="{watch}"; pass watch="both"'
+        ):
+            skip_spikes(sgd, {"norm": 1.0, "loss": 1.0}, watch=watch)
+    for keys in {"norm": 1.0}, {"norm": 1.0, "loss": 1.0, "value": 1.0}, {}:
+        with pytest.raises(
+            ValueError,
+            match=r"threshold must have the keys 'norm' and 'loss', got \[.*\]; pass a",
+        ):
+            skip_spikes(sgd, keys, watch="both")
+    with pytest.raises(TypeError, match=r"threshold\['loss'\] must be a real number, got 'one'"):
+        skip_spikes(sgd, {"norm": 1.0, "loss": "one"}, watch="both")
+    with pytest.raises(ValueError, match='watch="both" needs the loss, got none; call update'):
+        guard = skip_spikes(sgd, 1.0, watch="both")
+        guard.update(PARAMS, guard.init(PARAMS), PARAMS)
     with pytest.raises(TypeError, match="patience must be an integer, got 2.5"):
         skip_spikes(sgd, 1.0, patience=2.5)
     with pytest.raises(ValueError, match="patience must be at least 1, got 0; pass a larger count"):

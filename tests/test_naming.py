@@ -58,7 +58,7 @@ def test_a_state_prints_what_happened():
     assert repr(state) == (
         "ClipState(step=1, threshold=(), reading=Reading(size_before=[0.5, 5. ], "
         "size_after=[0.5, 1. ], limit=[1., 1.], clipped_share=[0., 1.], clipped_steps=1, "
-        "nonfinite_steps=0, names=['b', 'w']))"
+        "nonfinite_steps=0, recent_share=1., names=['b', 'w']))"
     )
 
 

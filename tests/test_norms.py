@@ -465,3 +465,29 @@ def test_a_norm_of_traced_numbers_is_not_kept():
         )
         updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
     np.testing.assert_allclose(updates, 0.1, rtol=1e-5)
+
+
+# The share of zeros
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_share_of_zeros_is_that_of_all_numbers_of_a_group(way):
+    leaves = [
+        jnp.array([[0.0, -0.0, 1.0], [2.0, jnp.inf, 0.0]]),
+        jnp.array([0, 1 + 1j], jnp.complex64),
+        jnp.zeros(4, jnp.bfloat16),
+        jnp.array(3.0, jnp.float16),
+        jnp.zeros((0, 3)),
+    ]
+    measured = WAYS[way](lambda leaves: measure(norms.zeros(), leaves, groups=[[0, 1, 2], [3, 4]]))
+    np.testing.assert_allclose(measured(leaves)[0], [8 / 12, 0], rtol=1e-6)
+    each = WAYS[way](lambda leaves: measure(norms.zeros(), leaves))(leaves)[0]
+    np.testing.assert_allclose(each, [0.5, 0.5, 1, 0, 0], rtol=1e-6)
+
+
+def test_the_share_of_zeros_by_unit_of_nan_and_of_many():
+    rows = jnp.array([[0.0, 1.0], [jnp.nan, 0.0], [0.0, 0.0]])
+    found = measure(norms.zeros(), [rows], axes=[(1,)])[0].ravel()
+    np.testing.assert_array_equal(found, [0.5, np.nan, 1])
+    assert measure(norms.zeros(), [jnp.zeros(2**25)])[0] == 1  # more than float32 can count
+    assert not jax.grad(lambda x: size(norms.zeros(), [x]))(jnp.array([0.0, 1.0])).any()

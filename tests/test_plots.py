@@ -130,10 +130,8 @@ def test_a_run_with_one_group_has_norms_of_nothing_else():
 def test_a_prefix_chooses_one_of_several_clips():
     history = run(SIZES, optax.chain(telemetry.monitor(), optaxclip.clip_by_global_norm(2.0)))
     norms = np.linalg.norm(SIZES, axis=1)
-    assert set(lines(plots.sizes(history, prefix="clip_0"))) == {"before", "after"}
-    assert_draws(
-        plots.sizes(history, prefix="clip_1"), "after", np.arange(1, 6), np.minimum(norms, 2)
-    )
+    assert set(lines(plots.sizes(history, prefix="monitor"))) == {"before", "after"}
+    assert_draws(plots.sizes(history), "after", np.arange(1, 6), np.minimum(norms, 2))
 
 
 def test_what_no_logarithm_can_draw_is_left_out_and_steps_that_are_not_finite_are_marked():
@@ -200,15 +198,16 @@ def test_steps_are_those_that_the_clip_counted():
     )
 
 
+@pytest.mark.parametrize("clip", ["clip_1", "clip_x_0", "monitor_x"])
 @pytest.mark.parametrize("as_a_list", [False, True])
-def test_steps_that_a_guard_left_out_are_marked_and_are_no_steps_of_the_clip(as_a_list):
+def test_steps_that_a_guard_left_out_are_marked_and_are_no_steps_of_the_clip(as_a_list, clip):
     sizes = SIZES.copy()
     sizes[[0, 2, 3], 0] = [1.0, NAN, INF]
-    history = run(
-        sizes,
-        optaxclip.skip_nonfinite(optax.chain(telemetry.monitor(), optaxclip.clip_by_norm(1.0))),
-    )
-    ax = plots.sizes(listed(history, "clip_1") if as_a_list else history, prefix="clip_1")
+    monitor, by_norm = telemetry.monitor(scope=scopes.leaf()), optaxclip.clip_by_norm(1e3)
+    first = optax.named_chain(("x", optax.chain(monitor, by_norm, by_norm)), ("y", monitor))
+    named = optax.chain(first, by_norm) if clip == "clip_x_0" else first
+    history = run(sizes, optaxclip.skip_nonfinite(named))
+    ax = plots.sizes(listed(history, clip) if as_a_list else history, prefix=clip)
     assert_draws(ax, "before", [1, 2, 5], [3, 3, 9])
     assert_draws(ax, "skipped", [3, 4], [1, 1])
     assert "not finite" not in lines(ax)

@@ -326,6 +326,13 @@ def test_a_bad_gradient_on_one_device_is_skipped_by_all(bad, checked):
     guards = [
         skip_nonfinite(optax.adam(1.0), sharded_over=sharded_over),
         skip_spikes(optax.adam(1.0), thresholds.ema(5.0, warmup=1), sharded_over=sharded_over),
+        skip_spikes(
+            optax.adam(1.0),
+            {"norm": thresholds.ema(5.0, warmup=1), "loss": thresholds.zscore(4.0)},
+            watch="both",
+            where=lambda path: path == "split",
+            sharded_over=sharded_over,
+        ),
     ]
     grads = {
         "split": jnp.ones((3, 8)).at[1, 2 * bad].set(jnp.nan).at[2, 2 * bad].set(100.0),
@@ -335,10 +342,13 @@ def test_a_bad_gradient_on_one_device_is_skipped_by_all(bad, checked):
 
     def run(guard, g):
         state = guard.init(jax.tree.map(lambda x: x[0], g))
-        state, updates = jax.lax.scan(lambda state, g: guard.update(g, state)[::-1], state, g)
+        state, updates = jax.lax.scan(
+            lambda state, g: guard.update(g, state, value=-1.0)[::-1], state, g
+        )
         return updates, state.skipped_steps, state.consecutive
 
-    for guard, done in zip(guards, ([True, False, True], [True, False, False]), strict=True):
+    spikes = [True, False, False]
+    for guard, done in zip(guards, ([True, False, True], spikes, spikes), strict=True):
         updates, skipped, _ = in_parts(
             functools.partial(run, guard),
             (specs,),

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import optaxclip
-from optaxclip import scopes, telemetry, thresholds
+from optaxclip import norms, scopes, telemetry, thresholds
 from optaxclip.thresholds import ranks
 
 GRADS = {"enc": {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]])}, "head": jnp.array([12.0])}
@@ -216,6 +216,7 @@ def test_metrics_of_one_clip_are_numbers_of_its_largest_group():
             "clip/steps": 2,
             "clip/clipped_steps": 2,
             "clip/nonfinite_steps": 0,
+            "clip/recent_share": 1,
         }
     )
 
@@ -229,9 +230,9 @@ def test_with_parameters_groups_have_their_names():
     for name, (size, clip) in cases.items():
         found = telemetry.metrics(stepped(clip), GRADS, prefix="grad")
         assert found[f"grad/size_before/{name}"] == size
-        assert len(found) == 9 + 4 * 2
+        assert len(found) == 10 + 4 * 2
     # a tree is one group, with nothing to add
-    assert len(telemetry.metrics(stepped(CLIP), GRADS)) == 9
+    assert len(telemetry.metrics(stepped(CLIP), GRADS)) == 10
 
 
 def test_names_are_those_of_the_leaves_that_a_mask_lets_through():
@@ -253,7 +254,7 @@ def test_units_and_elements_are_told_by_leaf():
 
 def test_several_clips_are_counted_from_zero():
     found = telemetry.metrics(stepped(NESTED["two clips"][0]))
-    assert len(found) == 18 and found["clip_0/size_before"] == 13 and found["clip_1/limit"] == 0.5
+    assert len(found) == 20 and found["clip_0/size_before"] == 13 and found["clip_1/limit"] == 0.5
 
 
 def test_a_state_without_clips_has_no_metrics():
@@ -266,6 +267,7 @@ STEPLESS = {
     "limit",
     "scale",
     "clipped_share",
+    "recent_share",
     "watched",
     "watched_limit",
 }
@@ -394,7 +396,7 @@ def test_metrics_of_sharded_gradients_are_those_of_whole_ones(scope):
         whole, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     )
     found, want = jax.jit(run)(sharded), jax.jit(run)(whole)
-    assert float(want["clip_1/size_before"]) > 30
+    assert float(want["clip/size_before"]) > 30
     chex.assert_trees_all_close(found, want, rtol=1e-6)
 
 
@@ -524,3 +526,329 @@ def test_a_memory_is_a_rule_without_a_limit():
         ranks.remember(0)
     with pytest.raises(TypeError, match="window must be an integer, got 2.5"):
         telemetry.monitor(history=2.5)
+
+
+# The share of recent steps
+
+
+def averaged(happened, decay=0.99):
+    """The moving average of 0 and 1, corrected for its start, in float64."""
+    average, weight, shares = 0.0, 0.0, []
+    for one in happened:
+        average, weight = decay * average + (1 - decay) * one, decay * weight + 1 - decay
+        shares.append(average / weight)
+    return shares
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
+def test_the_recent_share_is_a_corrected_moving_average_of_what_was_clipped(share):
+    clipped = np.random.default_rng(1).random(1500) < share
+    clipped[-200:] = ~clipped[-200:]
+
+    def step(state, size):
+        _, state = CLIP.update(jnp.full(1, size), state)
+        return state, telemetry.metrics(state)["clip/recent_share"]
+
+    sizes = np.where(clipped, 3.0, 0.5).astype(np.float32)
+    _, found = jax.jit(lambda x: jax.lax.scan(step, CLIP.init(jnp.zeros(1)), x))(sizes)
+    np.testing.assert_allclose(found, averaged(clipped), atol=2e-6)
+    assert (found >= 0).all() and (found <= 1).all()
+
+
+@pytest.mark.parametrize(
+    "scope", [scopes.tree(), BY_LAYER, scopes.leaf(), scopes.unit(), scopes.element()]
+)
+def test_a_step_counts_as_clipped_if_any_group_is(scope):
+    clip, shares = optaxclip.clip(5.5, scope=scope), []
+    state = clip.init(GRADS)
+    for scale in 1.0, 0.1, jnp.nan, 0.0:  # `head` is over the limit in the first
+        _, state = clip.update(jax.tree.map(lambda x, scale=scale: x * scale, GRADS), state)
+        shares.append(float(state.reading.recent_share))
+    np.testing.assert_allclose(shares, averaged([1, 0, 0, 0]), rtol=1e-6)
+
+
+def test_seeds_have_a_recent_share_each_and_the_state_keeps_its_types():
+    states = jax.vmap(lambda x: CLIP.update(x, CLIP.init(x))[1])(jnp.array([[0.1], [9.0]]))
+    np.testing.assert_array_equal(telemetry.metrics(states)["clip/recent_share"], [0, 1])
+    for clip in CLIP, optaxclip.clip_by_value(1.0), telemetry.monitor(), telemetry.spikes():
+        before, after = clip.init(GRADS), stepped(clip, 2)
+        chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+        assert before.reading.recent_share.dtype == jnp.float32
+
+
+# Whether this step was skipped
+
+
+def test_whether_this_step_was_skipped_is_told_by_guards_in_guards():
+    guard = optaxclip.skip_nonfinite(optax.chain(optaxclip.skip_spikes(CLIP, 20.0, patience=None)))
+    state, skipped = guard.init(GRADS), []
+    for scale in jnp.nan, 1.0, 9.0, jnp.nan, 1.0, 1.0, 9.0, 9.0, 1.0:
+        _, state = guard.update(jax.tree.map(lambda x, s=scale: x * s, GRADS), state)
+        skipped.append(int(telemetry.metrics(state)["clip/skipped"]))
+    assert skipped == [1, 0, 1, 1, 0, 0, 1, 1, 0]
+    assert telemetry.metrics(state)["clip/skipped_steps"] == sum(skipped)
+    found = telemetry.metrics(guard.init(GRADS))
+    assert found["clip/skipped"] == 0 and found["clip/skipped"].dtype == jnp.int32
+    assert "clip/skipped" not in telemetry.metrics(stepped(CLIP))
+
+
+# Labels
+
+
+LABELLED = {
+    "named_chain": (
+        lambda: optax.named_chain(("body", CLIP), ("head", optax.chain(CLIP, optax.sgd(1.0)))),
+        ["clip_body", "clip_head"],
+    ),
+    "two in one": (
+        lambda: optax.named_chain(("body", optax.chain(CLIP, CLIP)), ("head", CLIP)),
+        ["clip_body_0", "clip_body_1", "clip_head"],
+    ),
+    "all in one": (lambda: optax.named_chain(("x", optax.chain(CLIP, CLIP))), ["clip_0", "clip_1"]),
+    "partition": (
+        lambda: optax.partition(
+            {"a": CLIP, "b": optaxclip.skip_nonfinite(CLIP)}, {"enc": {"w": "a"}, "head": "b"}
+        ),
+        ["clip_a", "clip_b"],
+    ),
+    "labels that are numbers": (
+        lambda: optax.chain(
+            optax.partition({0: CLIP, 1: CLIP}, {"enc": {"w": 0}, "head": 1}), CLIP, CLIP
+        ),
+        ["clip_0", "clip_1", "clip_2", "clip_3"],
+    ),
+    "beside one without": (
+        lambda: optax.chain(CLIP, optax.named_chain(("body", CLIP))),
+        ["clip", "clip_body"],
+    ),
+    "one of each": (
+        lambda: optax.named_chain(
+            ("all", optax.partition({"a": CLIP, "b": optax.sgd(1.0)}, {"enc": "a", "head": "b"})),
+            ("step", telemetry.monitor()),
+        ),
+        ["clip", "monitor"],
+    ),
+    "in micro-batches and guards": (
+        lambda: optax.MultiSteps(
+            optaxclip.skip_nonfinite(optax.named_chain(("x", CLIP), ("y", optax.chain(CLIP)))), 1
+        ),
+        ["clip_x", "clip_y"],
+    ),
+    "one in another": (
+        lambda: optax.named_chain(
+            ("all", optax.partition({"a": CLIP, "b": CLIP}, {"enc": "a", "head": "b"})),
+            ("step", telemetry.monitor()),
+        ),
+        ["clip_a", "clip_b", "monitor"],
+    ),
+}
+
+
+def heads(found):
+    return sorted(key.removesuffix("/limit") for key in found if key.endswith("/limit"))
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_clips_carry_the_labels_of_their_dicts(name):
+    make, expected = LABELLED[name]
+    optimizer = make()
+    for state in stepped(optimizer), jax.jit(lambda: stepped(optimizer))():
+        assert heads(telemetry.metrics(state)) == expected
+        named = [head.replace("clip", "critic") for head in expected]
+        named = [head.replace("monitor", "monitor_critic") for head in named]
+        assert heads(telemetry.metrics(state, prefix="critic")) == named
+
+
+def test_what_holds_a_state_adds_no_label():
+    state = stepped(CLIP)
+    for holder in {"opt_state": state, "params": GRADS}, {"states": [state]}, (state,):
+        assert heads(telemetry.metrics(holder)) == ["clip"]
+    assert heads(telemetry.metrics({"critic": state, "actor": (state,)})) == [
+        "clip_actor",
+        "clip_critic",
+    ]
+
+
+# Monitors beside clips, of parameters and of ratios
+
+
+def test_a_monitor_renames_nothing():
+    bare = telemetry.metrics(stepped(optax.chain(CLIP, optax.sgd(1.0))))
+    found = telemetry.metrics(
+        stepped(optax.chain(telemetry.monitor(), CLIP, optax.sgd(1.0), telemetry.spikes()))
+    )
+    assert set(bare) == {key for key in found if not key.startswith("monitor")}
+    assert heads(found) == ["clip", "monitor_0", "monitor_1"]
+    state = stepped(telemetry.monitor())
+    assert repr(state).startswith("MonitorState(step=1") and isinstance(state, optaxclip.ClipState)
+    restored = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
+    assert heads(telemetry.metrics(restored)) == ["monitor"]
+
+
+PARAMS = {"enc": {"w": jnp.array([[6.0, 0.0], [8.0, 0.0]])}, "head": jnp.array([24.0])}
+OF = {  # of a step that is a tenth of GRADS: the sizes of `enc` and `head`
+    "updates": [0.5, 1.2],
+    "params": [10.0, 24.0],
+    "ratio": [0.05, 0.05],
+}
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("scope", [scopes.leaf(), BY_LAYER])
+@pytest.mark.parametrize("of", OF)
+def test_a_monitor_is_of_updates_of_parameters_or_of_their_ratio(of, scope, jit):
+    optimizer = optax.chain(optax.sgd(0.1), telemetry.monitor(of=of, scope=scope))
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    updates, state = update(GRADS, optimizer.init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda x: -0.1 * x, GRADS))
+    (reading,) = telemetry.readings(state)
+    np.testing.assert_allclose(reading.size_before, OF[of], rtol=1e-6)
+    np.testing.assert_allclose(reading.size_after, OF[of], rtol=1e-6)
+    last = [float(sizes[0]) for sizes in telemetry.last_sizes(state).values()]
+    np.testing.assert_allclose(last, OF[of], rtol=1e-6)
+    for wrapped in (
+        optax.masked(optimizer, {"enc": {"w": True}, "head": False}),
+        optax.chain(optaxclip.skip_nonfinite(optimizer)),
+    ):
+        _, state = wrapped.update(GRADS, wrapped.init(PARAMS), PARAMS)
+        (reading,) = telemetry.readings(state)
+        np.testing.assert_allclose(reading.size_before[0], OF[of][0], rtol=1e-6)
+
+
+def test_ratios_by_unit_and_element_are_those_of_each():
+    params = {"enc": {"w": jnp.array([[6.0, 9.0], [9.0, 8.0]])}, "head": jnp.array([24.0])}
+    units = max(4 / np.hypot(6, 9), 5 / np.hypot(9, 8))
+    grads = {"enc": {"w": jnp.array([[4.0, 0.0], [0.0, 5.0]])}, "head": jnp.array([12.0])}
+    for scope, largest in (scopes.unit(), units), (scopes.element(), 4 / 6):
+        monitor = telemetry.monitor(of="ratio", scope=scope)
+        _, state = monitor.update(grads, monitor.init(params), params)
+        np.testing.assert_allclose(state.reading.size_before, [largest, 0.5], rtol=1e-6)
+
+
+def test_a_ratio_to_nothing_is_zero_and_one_to_nan_is_nan():
+    monitor = telemetry.monitor(of="ratio", scope=scopes.leaf())
+    params = {"a": jnp.zeros(2), "b": jnp.array([jnp.nan, 1.0]), "c": jnp.ones(2)}
+    grads = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.array([jnp.nan, 1.0])}
+    _, state = monitor.update(grads, monitor.init(params), params)
+    np.testing.assert_array_equal(state.reading.size_before, [0, np.nan, np.nan])
+    assert telemetry.metrics(state)["monitor/nonfinite_steps"] == 1
+    assert [len(sizes) for sizes in telemetry.last_sizes(state).values()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("of", ["params", "ratio"])
+def test_a_monitor_of_parameters_needs_them(of):
+    for monitor in telemetry.monitor(of=of), telemetry.spikes(of=of):
+        with pytest.raises(
+            ValueError, match=rf'of="{of}" needs the parameters, got params=None; call update\(upd'
+        ):
+            monitor.update(GRADS, monitor.init(GRADS))
+
+
+def test_what_monitors_refuse():
+    for make in telemetry.monitor, telemetry.spikes:
+        with pytest.raises(
+            ValueError, match="of must be one of 'updates', 'params', 'ratio', got 'grads'"
+        ):
+            make(of="grads")
+        with pytest.raises(TypeError, match=r"got axis_name='x'; the argument is sharded_over"):
+            make(axis_name="x")
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        telemetry.spikes(window=0)
+    with pytest.raises(TypeError, match="window must be an integer, got 1.5"):
+        telemetry.spikes(window=1.5)
+    with pytest.raises(ValueError, match=r"deviations must be in \[0, inf\], got -1"):
+        telemetry.spikes(-1.0)
+
+
+@pytest.mark.parametrize("of", OF)
+@pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit(axes=1)])
+def test_monitors_of_sharded_trees_are_those_of_whole_ones(scope, of):
+    sharding = jax.sharding
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(sharding.AxisType.Auto,))
+    spec = {"w": sharding.PartitionSpec("x"), "b": sharding.PartitionSpec()}
+    params = {"w": jnp.arange(1.0, 33.0).reshape(8, 4), "b": jnp.arange(3.0)}
+    grads = {"w": params["w"] ** 2, "b": jnp.ones(3)}
+    where = lambda path: path == "w"  # noqa: E731
+    norm = norms.zeros() if of == "updates" else norms.l2()
+    grads["w"] = grads["w"].at[:3].set(0.0)
+    scope = scope._replace(where=where) if scope.axes is not None else scope
+    over = {"w": (), "b": ()} if scope.axes is not None else None  # whole rows are on each device
+    monitor = telemetry.monitor(of=of, scope=scope, norm=norm)
+    mapped = telemetry.monitor(of=of, scope=scope, norm=norm, sharded_over=over)
+
+    def run(monitor, grads, params):
+        _, state = monitor.update(grads, monitor.init(params), params)
+        return state.reading.size_before
+
+    want = run(monitor, grads, params)
+    placed = jax.device_put(
+        (grads, params), jax.tree.map(lambda s: sharding.NamedSharding(mesh, s), (spec, spec))
+    )
+    np.testing.assert_allclose(jax.jit(lambda g, p: run(monitor, g, p))(*placed), want, rtol=1e-6)
+    in_parts = jax.shard_map(
+        lambda g, p: run(mapped, g, p),
+        mesh=mesh,
+        in_specs=(spec, spec),
+        out_specs=sharding.PartitionSpec(),
+    )
+    np.testing.assert_allclose(jax.jit(in_parts)(grads, params), want, rtol=1e-6)
+
+
+# Spikes
+
+
+def test_spikes_are_counted_and_nothing_is_cut():
+    sizes = np.float32(1 + 0.1 * np.random.default_rng(0).random(400))
+    sizes[[20, 100, 300, 301]] = 50.0
+    spikes = telemetry.spikes(6.0, window=128)
+
+    def step(state, size):
+        updates, state = spikes.update(jnp.full(1, size), state)
+        return state, (updates[0], telemetry.metrics(state))
+
+    _, (after, found) = jax.jit(lambda x: jax.lax.scan(step, spikes.init(jnp.zeros(1)), x))(sizes)
+    np.testing.assert_array_equal(after, sizes)
+    np.testing.assert_allclose(found["monitor/size_after"], sizes, rtol=1e-6)
+    happened = []
+    for k, size in enumerate(sizes.astype(float)):
+        last = sizes[max(k - 128, 0) : k].astype(float)
+        happened.append(len(last) >= 64 and size > last.mean() + 6 * last.std())
+    assert np.flatnonzero(happened).tolist() == [100, 300, 301]
+    np.testing.assert_array_equal(found["monitor/clipped_steps"], np.cumsum(happened))
+    np.testing.assert_allclose(found["monitor/recent_share"], averaged(happened), atol=2e-6)
+    assert telemetry.last_sizes(spikes.init(jnp.zeros(1))) == {}
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_a_short_window_begins_at_its_half(window):
+    spikes = telemetry.spikes(1.0, window=window)
+    state, limits = spikes.init(jnp.zeros(1)), []
+    for _ in range(5):
+        _, state = spikes.update(jnp.ones(1), state)
+        limits.append(bool(np.isfinite(state.reading.limit[0])))
+    assert limits.index(True) == (window + 1) // 2
+
+
+def test_nan_passes_spikes_and_is_counted():
+    spikes = telemetry.spikes()
+    grads = jnp.array([jnp.nan, 1.0])
+    updates, state = spikes.update(grads, spikes.init(grads))
+    assert updates is grads and telemetry.metrics(state)["monitor/nonfinite_steps"] == 1
+
+
+# Forgetting what was learned
+
+
+def test_a_clip_forgets_what_it_learned_by_the_line_in_the_documentation():
+    optimizer = optax.chain(optaxclip.skip_nonfinite(optax.chain(optaxclip.autoclip(), CLIP)))
+    state, fresh = stepped(optimizer, 3), optimizer.init(GRADS)
+
+    def is_clip(node):
+        return isinstance(node, optaxclip.ClipState)
+
+    state = jax.tree.map(
+        lambda old, new: new if is_clip(new) else old, state, fresh, is_leaf=is_clip
+    )
+    assert telemetry.metrics(state)["clip_0/steps"] == 0
+    chex.assert_trees_all_equal(state[0].inner, fresh[0].inner)
+    assert state[0].steps == 3

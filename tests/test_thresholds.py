@@ -867,12 +867,15 @@ def test_an_infinite_multiple_never_clips_and_a_multiple_of_zero_is_never_nan(ma
     small = {"warmup": 1} if "warmup" in inspect.signature(make).parameters else {}
     assert (
         clipped(
-            optaxclip.clip(make(**{name: float("inf")}, **small), scopes.tree()), sizes
+            optaxclip.clip(make(**arguments(make, **{name: float("inf")}, **small)), scopes.tree()),
+            sizes,
         ).tolist()
         == np.float32(sizes).tolist()
     )
     assert np.isfinite(
-        clipped(optaxclip.clip(make(**{name: 0.0}, **small), scopes.tree()), sizes)
+        clipped(
+            optaxclip.clip(make(**arguments(make, **{name: 0.0}, **small)), scopes.tree()), sizes
+        )
     ).all()
 
 

@@ -798,6 +798,40 @@ REFUSALS = {
             "value must be one number, got an array of shape (3,); pass the mean of the loss",
         ),
     ],
+    "watched": [
+        (
+            ("threshold", {"norm": 1.0}, ("loss",)),
+            {},
+            ValueError,
+            'threshold is a dict, got it with watch="loss"; pass watch="both", or one threshold',
+        ),
+        (
+            ("threshold", {"norm": 1.0, "size": 2.0}, ("norm", "loss")),
+            {},
+            ValueError,
+            "threshold must have the keys 'norm' and 'loss', got ['norm', 'size']; pass a "
+            "threshold for each, float('inf') for no limit",
+        ),
+    ],
+    "signed": [
+        (
+            ("threshold", thresholds.ema(2.0)),
+            {},
+            ValueError,
+            "threshold must take a loss of either sign, got thresholds.ema(2.0), which needs "
+            "positive sizes; pass a number, a schedule, thresholds.zscore(4.0), "
+            "thresholds.window_zscore(6.0) or thresholds.quantile(0.99, 1000), or set signed=True "
+            "if a rule of yours does",
+        )
+    ],
+    "params_measured": [
+        (
+            ("ratio", None),
+            {},
+            ValueError,
+            'of="ratio" needs the parameters, got params=None; call update(updates, state, params)',
+        )
+    ],
     "no_functions": [
         (
             ("threshold", {"a": len}),
@@ -1063,7 +1097,10 @@ ACCEPTED = {
     "whole": [(("sharded_over", (2, 3), ()), {})],
     "not_split": [(("a", ()), {})],
     "not_relative": [(("threshold", fixed.constant(1.0), "loss"), {})],
-    "loss": [((1.0,), {}), ((np.float32(-1),), {})],
+    "loss": [((1.0,), {}), ((np.float32(-1), "both"), {})],
+    "watched": [(("threshold", {"loss": 1.0, "norm": 1.0}, ("norm", "loss")), {})],
+    "params_measured": [(("params", np.ones(2)), {}), (("ratio", []), {})],
+    "signed": [(("threshold", thresholds.zscore()), {}), (("t", fixed.constant(1.0)), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
     "in_backward_pass": [(("threshold", thresholds.ranked(2)), {})],
     "absolute": [(("norm", norms.l2()), {})],

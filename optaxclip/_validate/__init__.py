@@ -1,9 +1,9 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get; `examples` checks batches of examples; `axes` checks mapped axes; `rules` checks
-threshold rules where not all make sense; `combinations` checks arguments that do not fit each
-other.
+`update` get; `examples` checks batches of examples; `axes` checks mapped axes; `guards` checks what
+guards and monitors watch; `rules` checks threshold rules where not all make sense; `combinations`
+checks arguments that do not fit each other.
 """
 
 from optaxclip._validate.arguments import boundaries as boundaries
@@ -12,9 +12,7 @@ from optaxclip._validate.arguments import checks_keywords as checks_keywords
 from optaxclip._validate.arguments import count as count
 from optaxclip._validate.arguments import function as function
 from optaxclip._validate.arguments import keywords as keywords
-from optaxclip._validate.arguments import loss as loss
 from optaxclip._validate.arguments import not_both as not_both
-from optaxclip._validate.arguments import not_relative as not_relative
 from optaxclip._validate.arguments import number as number
 from optaxclip._validate.arguments import one_limit as one_limit
 from optaxclip._validate.arguments import only_with as only_with
@@ -44,6 +42,11 @@ from optaxclip._validate.examples import mask as mask
 from optaxclip._validate.examples import reduction as reduction
 from optaxclip._validate.examples import sensitivity as sensitivity
 from optaxclip._validate.examples import weights as weights
+from optaxclip._validate.guards import loss as loss
+from optaxclip._validate.guards import not_relative as not_relative
+from optaxclip._validate.guards import params_measured as params_measured
+from optaxclip._validate.guards import signed as signed
+from optaxclip._validate.guards import watched as watched
 from optaxclip._validate.rules import absolute as absolute
 from optaxclip._validate.rules import in_backward_pass as in_backward_pass
 from optaxclip._validate.rules import memoryless as memoryless

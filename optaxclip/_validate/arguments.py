@@ -330,36 +330,6 @@ def rule(name: str, value: Any) -> None:
     function(f"{name}.learn", value.learn, learn, takes=4)
 
 
-def not_relative(name: str, rule: Any, watched: str) -> None:
-    """Refuses a rule that is relative to the parameters, for a loss.
-
-    Raises:
-        ValueError: `rule` is relative to the parameters.
-    """
-    if rule.uses_params:
-        raise ValueError(
-            f'{name} is relative to the parameters, got it with watch="{watched}"; pass '
-            'watch="norm" or another rule'
-        )
-
-
-def loss(value: Any) -> None:
-    """Checks that the watched loss is one number.
-
-    Raises:
-        ValueError: the loss is missing, or is an array of more than one number.
-    """
-    if value is None:
-        raise ValueError(
-            'watch="loss" needs the loss, got none; call update(updates, state, params, value=loss)'
-        )
-    if jnp.shape(value) != ():
-        raise ValueError(
-            f"value must be one number, got an array of shape {jnp.shape(value)}; pass the mean of "
-            "the loss"
-        )
-
-
 def not_both(first: str, one: Any, second: str, other: Any, advice: str) -> None:
     """Refuses two arguments that exclude each other.
 

@@ -29,6 +29,11 @@ def logarithm(sizes: Array) -> Array:
     return jnp.log(jnp.where((sizes > 0) & (sizes < jnp.inf), sizes, 1))
 
 
+def rows(array: Array) -> Array:
+    """Returns 0, 1, ... along the first axis, to compare with arrays of the shape of the sizes."""
+    return jnp.arange(array.shape[0]).reshape(-1, *[1] * (array.ndim - 1))
+
+
 def pushed(sizes: Array, last: Array) -> Array:
     """Puts new sizes in front of the last sizes `[window, ...]` and drops the oldest."""
     return jnp.concatenate([sizes[None], _sharding.mapped_as(sizes, last[:-1])])

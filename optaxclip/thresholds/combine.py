@@ -186,7 +186,7 @@ def by_global_norm(threshold: Any) -> Threshold:
         most = rule.limit(top, state, context) / norm
         return jnp.where(most < jnp.inf, responses.rescale(sizes, top, most), jnp.inf)
 
-    return rule._replace(limit=limit, joint=True)
+    return rule._replace(limit=limit, joint=True, signed=False)
 
 
 @named("thresholds")
@@ -232,13 +232,20 @@ def reset_after(threshold: Any, patience: int | Array) -> Threshold:
     ) -> tuple[Any, Array]:
         known, streak = state
         accepted, streak = _lasts(sizes > limit(sizes, state, context), streak, patience)
-        start = _select(accepted, rule.init(sizes), known)
-        learned = rule.learn(sizes, jnp.where(accepted, sizes, clipped_sizes), start, context)
-        return learned, streak
+        return restarted(rule, accepted, sizes, clipped_sizes, known, context), streak
 
-    return rule._replace(
-        init=lambda sizes: (rule.init(sizes), count(sizes)), limit=limit, learn=learn
-    )
+    def init(sizes: Array) -> tuple[Any, Array]:
+        return rule.init(sizes), count(sizes)
+
+    return rule._replace(init=init, limit=limit, learn=learn)
+
+
+def restarted(
+    rule: Threshold, where: Array, sizes: Array, clipped_sizes: Array, state: Any, context: Context
+) -> Any:
+    """Learns these sizes; where it restarts, from nothing and as if nothing had been clipped."""
+    start = _select(where, rule.init(sizes), state)
+    return rule.learn(sizes, jnp.where(where, sizes, clipped_sizes), start, context)
 
 
 FAR, LASTING = 1e4, 10  # how many times off the usual size, and how many in a row
@@ -250,8 +257,9 @@ def ignore_outliers(rule: Threshold) -> Threshold:
 
     A single finite 1e30 leaves no trace in the state of the rule. After ten outliers in a row the
     rule restarts at the new level. The usual size follows the sizes by at most a factor of 2
-    per step, so one outlier hardly moves it. Every rule of this package that learns already has
-    this guard, except `rms_multiple`.
+    per step, so one outlier hardly moves it. Sizes of either sign count by magnitude, and zeros are
+    no outliers. Every rule of this package that learns already has this guard, except
+    `rms_multiple`.
 
     Args:
         rule: a rule that learns.
@@ -271,16 +279,15 @@ def ignore_outliers(rule: Threshold) -> Threshold:
         sizes: Array, clipped_sizes: Array, state: tuple[Any, Array, Array], context: Context
     ) -> tuple[Any, Array, Array]:
         known, usual, streak = state
-        far = (usual > 0) & ((sizes / FAR > usual) | (sizes < usual / FAR))
+        size = jnp.abs(sizes)
+        far = (usual > 0) & (size > 0) & ((size / FAR > usual) | (size < usual / FAR))
         accepted, streak = _lasts(far, streak, LASTING)
         ignored = far & ~accepted
-        seen = jnp.where(ignored, usual, sizes)
-        clipped_seen = jnp.where(ignored, usual, jnp.where(accepted, sizes, clipped_sizes))
-        learned = rule.learn(
-            seen, clipped_seen, _select(accepted, rule.init(sizes), known), context
-        )
-        moved = jnp.where((usual > 0) & ~accepted, jnp.clip(sizes, usual / 2, usual * 2), sizes)
-        return _select(ignored, known, learned), jnp.where(ignored, usual, moved), streak
+        seen, clipped_seen = (jnp.where(ignored, usual, x) for x in (sizes, clipped_sizes))
+        learned = restarted(rule, accepted, seen, clipped_seen, known, context)
+        moved = jnp.where((usual > 0) & ~accepted, jnp.clip(size, usual / 2, usual * 2), size)
+        kept = ignored | (size == 0)  # a zero says nothing about the scale
+        return _select(ignored, known, learned), jnp.where(kept, usual, moved), streak
 
     return rule._replace(init=init, limit=limit, learn=learn)
 
@@ -333,6 +340,7 @@ def _combine(
         learn,
         any(rule.uses_params for rule in rules),
         joint=any(rule.joint for rule in rules),
+        signed=all(rule.signed for rule in rules),
     )
 
 
@@ -379,11 +387,14 @@ def side_by_side(rules: Sequence[Threshold], order: Sequence[int] | None = None)
         learned = each(learn_one, context, sizes, clipped_sizes)
         return tuple(learned[i] for i in order)
 
-    return Threshold(init, limit, learn, any(rule.uses_params for rule in rules))
+    uses_params, signed = any(rule.uses_params for rule in rules), all(r.signed for r in rules)
+    return Threshold(init, limit, learn, uses_params, signed=signed)
 
 
-def observed(rule: Threshold) -> Threshold:
+def observed(rule: Threshold, *, zeros: bool = False) -> Threshold:
     """Keeps the state of a group whose size is zero or not finite, and checks the limits.
+
+    With `zeros`, numbers that are zero or negative count like any other: a loss may be so.
 
     Raises:
         TypeError: a limit is not a number (on `update`).
@@ -396,7 +407,7 @@ def observed(rule: Threshold) -> Threshold:
         return limits
 
     def learn(sizes: Array, clipped_sizes: Array, state: Any, context: Context) -> Any:
-        seen = jnp.isfinite(sizes) & (sizes > 0)
+        seen = jnp.isfinite(sizes) & (zeros | (sizes > 0))
         learned = rule.learn(
             jnp.where(seen, sizes, 1), jnp.where(seen, clipped_sizes, 1), state, context
         )

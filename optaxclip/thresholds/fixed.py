@@ -14,18 +14,19 @@ from optaxclip._naming import named, shown
 from optaxclip._types import Context, Threshold
 
 
-def constant(value: ArrayLike) -> Threshold:
+def constant(value: ArrayLike, *, low: float = 0.0) -> Threshold:
     """The same limit for every group at every step.
 
     Args:
-        value: the limit, not negative. A traced number counts as 0 where it is negative or NaN.
+        value: the limit. In a clip, a traced number counts as 0 where it is negative or NaN.
             `float("inf")` never clips.
+        low: the least that it may be.
 
     Raises:
         TypeError: `value` is not a number.
-        ValueError: `value` is negative, NaN, or more than one number.
+        ValueError: `value` is below `low`, NaN, or more than one number.
     """
-    _validate.number("threshold", value)
+    _validate.number("threshold", value, low=low)
     rule = memoryless(lambda sizes, context: jnp.asarray(value, sizes.dtype))
     return rule._replace(name=shown(value))
 
@@ -144,20 +145,21 @@ def ranked(k: int | None = None, *, q: float | Array | None = None) -> Threshold
             top = jax.lax.top_k(jnp.ravel(jnp.where(known, sizes, 0)), k)[0][-1]
         return jnp.broadcast_to(jnp.where(top > 0, top, jnp.inf), sizes.shape)
 
-    return memoryless(limit)
+    return memoryless(limit)._replace(signed=False)  # it leaves out zeros and what is below
 
 
-def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
+def as_threshold(threshold: Any, *, name: str = "threshold", low: float = 0.0) -> Threshold:
     """Makes a rule of anything that a user may pass as a threshold.
 
     Args:
         threshold: a number or scalar array, traced or not (`constant`), a function of the step
             (`scheduled`), or a rule.
         name: the name of the argument, for error messages.
+        low: the least that a number may be.
 
     Raises:
         TypeError: `threshold` has another type.
-        ValueError: `threshold` is a negative number, NaN, or more than one number.
+        ValueError: `threshold` is a number below `low`, NaN, or more than one number.
     """
     if isinstance(threshold, Threshold):
         _validate.rule(name, threshold)
@@ -165,8 +167,9 @@ def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
     if isinstance(threshold, Callable):
         _validate.called(name, threshold)
         return scheduled(threshold)
-    _validate.number(name, threshold, others=", a schedule, or a rule such as thresholds.ema(2.0)")
-    return constant(threshold)
+    others = ", a schedule, or a rule such as thresholds.ema(2.0)"
+    _validate.number(name, threshold, low=low, others=others)
+    return constant(threshold, low=low)
 
 
 def as_thresholds(threshold: Any, *, name: str = "threshold") -> Threshold | dict[str, Threshold]:
@@ -231,4 +234,5 @@ def memoryless(limit: Callable[[Array, Context], Array]) -> Threshold:
         init=lambda sizes: (),
         limit=lambda sizes, state, context: limit(sizes, context),
         learn=lambda sizes, clipped_sizes, state, context: state,
+        signed=True,
     )

@@ -1,10 +1,11 @@
 """Rules that remember averages of the sizes: their mean, their deviation, the last size.
 
-All arithmetic is relative to the mean or in logarithms, so a rule behaves the same at every scale.
-A deviation counts as at least a thousandth of the mean: sizes that hardly vary have no spikes.
+All arithmetic is relative or in logarithms, so a rule behaves the same at every scale. A deviation
+counts as at least a thousandth of the mean: sizes that hardly vary have no spikes.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,26 @@ OPTIONS = ("adaptive_scaling", "mean", "percentile")
 
 
 class Moments(NamedTuple):
-    """Count, mean and variance: arrays of the shape of the sizes.
+    """Count, mean and standard deviation of the sizes: arrays of their shape.
 
     Attributes:
         seen: int32, how many sizes.
-        mean: mean of the sizes, or of their logarithms.
-        variance: variance of the sizes divided by their mean, or of their logarithms.
+        mean: mean of the sizes.
+        deviation: their standard deviation; it overflows no sooner than the sizes.
+    """
+
+    seen: Array
+    mean: Array
+    deviation: Array
+
+
+class LogMoments(NamedTuple):
+    """Count, mean and variance of the logarithms of the sizes: arrays of their shape.
+
+    Attributes:
+        seen: int32, how many sizes.
+        mean: mean of the logarithms.
+        variance: variance of the logarithms.
     """
 
     seen: Array
@@ -110,8 +125,8 @@ def zscore(
 
     A size more than :math:`z_0` standard deviations above the mean is a spike. :math:`\mu` and
     :math:`\sigma^2` start as the mean and variance of the first sizes, which are not limited; then
-    they are moving averages. Known failure: a lasting change by many deviations is never accepted;
-    see `reset_after`.
+    they are moving averages. Sizes may have either sign. Known failure: a lasting change by many
+    deviations is never accepted; see `reset_after`.
 
     Args:
         z: :math:`z_0`, the number of deviations above the mean at which a spike begins.
@@ -133,30 +148,29 @@ def zscore(
     _validate.option("option", option, OPTIONS)
 
     def limit(sizes: Array, state: Moments, context: Context) -> Array:
-        early = _blocks.is_early(state.seen, warmup)
-        mean = jnp.where(state.seen > 0, state.mean, 1)
-        deviation = _deviation(state.variance)
+        unit = _unit(jnp.maximum(jnp.abs(state.mean), state.deviation))
+        size, mean, deviation = (share(x, unit) for x in (sizes, state.mean, state.deviation))
+        deviation = jnp.maximum(deviation, LEAST_DEVIATION * jnp.abs(mean))
+        early, above = _blocks.is_early(state.seen, warmup), size - mean
         if option == "percentile":
-            return jnp.where(early, jnp.inf, mean * (1 + z * deviation))
-        score = (sizes / mean - 1) / deviation
-        spike = ~early & (score > z)
-        over = z * z * deviation / jnp.where(spike, score, 1)
-        return jnp.where(spike, mean if option == "mean" else mean * (1 + over), jnp.inf)
+            return jnp.where(early, jnp.inf, (mean + z * deviation) * unit)
+        spike = ~early & (above > z * deviation)
+        over = (z * deviation) ** 2 / jnp.where(spike, above, 1)
+        return jnp.where(spike, (mean if option == "mean" else mean + over) * unit, jnp.inf)
 
     def learn(sizes: Array, clipped_sizes: Array, state: Moments, context: Context) -> Moments:
         cut = jnp.minimum(sizes, limit(sizes, state, context))
         early = _blocks.is_early(state.seen, warmup)
         mean = jnp.where(state.seen > 0, state.mean, cut)
         weight = jnp.where(early, 1 / (state.seen + 1), 1 - decay)
-        offset = cut / mean - 1
-        growth = 1 + weight * offset
+        offset = cut - mean
         # the paper's moving variance takes both deviations from the new mean; in the warm-up the
         # variance is exact
-        square = offset**2 * (1 - weight) * jnp.where(early, 1, 1 - weight)
-        variance = ((1 - weight) * state.variance + weight * square) / growth**2
-        return Moments(_blocks.one_more(state.seen), mean * growth, variance)
+        new = weight * (1 - weight) * jnp.where(early, 1, 1 - weight)
+        deviation = _root_of_squares(1 - weight, state.deviation, new, offset)
+        return Moments(_blocks.one_more(state.seen), mean + weight * offset, deviation)
 
-    return ignore_outliers(Threshold(_no_moments, limit, learn))
+    return ignore_outliers(Threshold(_nothing(Moments), limit, learn, signed=True))
 
 
 @named("thresholds")
@@ -185,19 +199,21 @@ def log_zscore(deviations: float | Array = 2.0, *, decay: float | Array = 0.95) 
     _validate.number("deviations", deviations)
     _validate.number("decay", decay, high=1.0, exclusive=True)
 
-    def learn(sizes: Array, clipped_sizes: Array, state: Moments, context: Context) -> Moments:
+    def learn(
+        sizes: Array, clipped_sizes: Array, state: LogMoments, context: Context
+    ) -> LogMoments:
         weight = jnp.maximum(1 - decay, 1 / (state.seen + 1)).astype(sizes.dtype)
         offset = _blocks.logarithm(sizes) - state.mean
         variance = (1 - weight) * (state.variance + weight * offset**2)
-        return Moments(_blocks.one_more(state.seen), state.mean + weight * offset, variance)
+        return LogMoments(_blocks.one_more(state.seen), state.mean + weight * offset, variance)
 
-    def limit(sizes: Array, state: Moments, context: Context) -> Array:
+    def limit(sizes: Array, state: LogMoments, context: Context) -> Array:
         now = learn(sizes, sizes, state, context)
         # TensorFlow's contrib has the same floor, a deviation of 1e-4
         trigger = now.mean + deviations * jnp.sqrt(jnp.maximum(now.variance, 1e-8))
         return jnp.where(_blocks.logarithm(sizes) >= trigger, jnp.exp(now.mean), jnp.inf)
 
-    return ignore_outliers(Threshold(_no_moments, limit, learn))
+    return ignore_outliers(Threshold(_nothing(LogMoments), limit, learn))
 
 
 @named("thresholds")
@@ -208,8 +224,8 @@ def window_zscore(
 
     .. math:: c = \mu + k \sigma
 
-    The window excludes the current size. Known failure: one spike raises the limit until the spike
-    leaves the window.
+    The window excludes the current size. Sizes may have either sign. Known failure: one spike
+    raises the limit until the spike leaves the window.
 
     Args:
         deviations: :math:`k`.
@@ -226,12 +242,13 @@ def window_zscore(
 
     def limit(sizes: Array, state: tuple[Array, Array], context: Context) -> Array:
         count, last = state
-        n = jnp.maximum(count, 1)
-        mean = jnp.where(count > 0, jnp.sum(last / n, 0), 1)
-        # zeros are slots that are not filled yet
-        variance = jnp.sum(jnp.where(last > 0, last / mean - 1, 0) ** 2, 0) / n
+        n, unit = jnp.maximum(count, 1), _unit(jnp.max(jnp.abs(last), 0))
+        last = share(last, unit)
+        mean = jnp.sum(last / n, 0)  # slots that are not filled yet hold zeros
+        squares = jnp.where(_blocks.rows(last) < count, last - mean, 0) ** 2
+        variance = jnp.maximum(jnp.sum(squares / n, 0), (LEAST_DEVIATION * mean) ** 2)
         early = _blocks.is_early(count, jnp.minimum(warmup, window))
-        return jnp.where(early, jnp.inf, mean * (1 + deviations * _deviation(variance)))
+        return jnp.where(early, jnp.inf, (mean + deviations * _root(variance)) * unit)
 
     def learn(
         sizes: Array, clipped_sizes: Array, state: tuple[Array, Array], context: Context
@@ -244,6 +261,7 @@ def window_zscore(
             lambda sizes: (_blocks.count(sizes), jnp.zeros((window, *sizes.shape), sizes.dtype)),
             limit,
             learn,
+            signed=True,
         )
     )
 
@@ -368,19 +386,28 @@ def mean_to_rms(*, decay: float | Array = 0.6, square_decay: float | Array = 0.9
     )
 
 
-def _no_moments(sizes: Array) -> Moments:
-    return Moments(_blocks.count(sizes), jnp.zeros_like(sizes), jnp.zeros_like(sizes))
+def _nothing(kind: Callable[..., Any]) -> Callable[[Array], Any]:
+    """Returns the `init` of a rule that remembers such moments."""
+    return lambda sizes: kind(_blocks.count(sizes), jnp.zeros_like(sizes), jnp.zeros_like(sizes))
 
 
-def _deviation(variance: Array) -> Array:
-    return jnp.sqrt(jnp.maximum(variance, LEAST_DEVIATION**2))
+def _unit(top: Array) -> Array:
+    """Returns the largest magnitude as a unit to compute in; 1 where all are zero."""
+    return jax.lax.stop_gradient(jnp.where(top > 0, top, 1))  # only a scale
 
 
 def _mean_square_root(root: Array, size: Array, decay: float | Array) -> Array:
-    """Returns the root of the moving average of squares.
+    """Returns the root of the moving average of squares."""
+    return _root_of_squares(decay, root, 1 - decay, size)
 
-    It squares values relative to the larger of the two, so no square over- or underflows.
-    """
-    top = jax.lax.stop_gradient(jnp.maximum(root, size))  # only a scale
-    mean = decay * share(root, top) ** 2 + (1 - decay) * share(size, top) ** 2
-    return top * jnp.sqrt(jnp.where(top > 0, mean, 1))
+
+def _root_of_squares(a: Any, x: Array, b: Any, y: Array) -> Array:
+    """Returns `sqrt(a x^2 + b y^2)`, without a square that over- or underflows."""
+    unit = _unit(jnp.maximum(jnp.abs(x), jnp.abs(y)))
+    return unit * _root(a * share(x, unit) ** 2 + b * share(y, unit) ** 2)
+
+
+def _root(square: Array) -> Array:
+    """Returns the square root, whose derivative at 0 is 0, not infinity."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)

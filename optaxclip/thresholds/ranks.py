@@ -19,7 +19,7 @@ def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshol
     r"""Learns the raw size: a quantile of the last ones, :math:`c = Q_q(s_{t-w+1}, \dots, s_t)`.
 
     It interpolates linearly, like `numpy.quantile`. The window includes the current size, so the
-    first size is never clipped.
+    first size is never clipped. Sizes may have either sign.
 
     Args:
         q: share of the sizes that are smaller, between 0 and 1.
@@ -61,7 +61,7 @@ def quantile(q: float | Array, window: int, *, lagged: bool = False) -> Threshol
         limits = _interpolated(lambda rank: _take(ordered, rank), q, count)
         return jnp.where(count < window, jnp.inf, limits) if lagged else limits
 
-    return ignore_outliers(Threshold(init, limit, learn))
+    return ignore_outliers(Threshold(init, limit, learn, signed=True))
 
 
 class Sketch(NamedTuple):
@@ -213,7 +213,7 @@ def _with(sketch: Sketch, sizes: Array) -> Sketch:
     origin = jnp.where(counts[-1] == 0, logarithm, origin)
     bin_of = jnp.floor((logarithm - origin) / WIDTH) + BINS // 2
     bin_of = jnp.clip(bin_of, 0, BINS - 1).astype(jnp.int32)
-    counts = jnp.where(counts[-1] < 2**30, counts, counts // 2) + (bin_of <= _rows(counts))
+    counts = jnp.where(counts[-1] < 2**30, counts, counts // 2) + (bin_of <= _blocks.rows(counts))
     # inserts the size into the sorted array; one that is larger than all of a full array drops out
     below = jnp.concatenate([jnp.zeros_like(first[:1]), first[:-1]])
     return Sketch(jnp.maximum(below, jnp.minimum(first, sizes)), origin, counts)
@@ -249,9 +249,4 @@ def _interpolated(size_at: Callable[[Array], Array], q: float | Array, count: Ar
 
 def _take(ordered: Array, rank: Array) -> Array:
     """Returns the size with this rank, counted from 0."""
-    return jnp.sum(jnp.where(_rows(ordered) == rank, ordered, 0), 0)
-
-
-def _rows(array: Array) -> Array:
-    """Returns 0, 1, ... along the first axis, to compare with arrays of the shape of the sizes."""
-    return jnp.arange(array.shape[0]).reshape(-1, *[1] * (array.ndim - 1))
+    return jnp.sum(jnp.where(_blocks.rows(ordered) == rank, ordered, 0), 0)

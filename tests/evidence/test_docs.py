@@ -254,5 +254,5 @@ def test_the_largest_layer_has_its_name(logged):
 def test_monitors_see_both_sides_of_the_clip(logged):
     seen = logged[1]["seen"]
     for layer, before, after in ("encoder", 5, 0.5**0.5), ("head", 0.5, 0.5):
-        assert seen[f"clip_0/size_before/{layer}"] == pytest.approx(before)
-        assert seen[f"clip_2/size_before/{layer}"] == pytest.approx(after)
+        assert seen[f"monitor_0/size_before/{layer}"] == pytest.approx(before)
+        assert seen[f"monitor_1/size_before/{layer}"] == pytest.approx(after)

@@ -136,7 +136,8 @@ def applied(code, grads):
 
 
 def size_before(state):
-    return float(optaxclip.telemetry.metrics(state)["clip/size_before"])
+    (key,) = [key for key in optaxclip.telemetry.metrics(state) if key.endswith("/size_before")]
+    return float(optaxclip.telemetry.metrics(state)[key])
 
 
 def refused(code, message):
@@ -273,8 +274,8 @@ def clip_leaves(transform):
 @line(
     "`get_total_norm([p.grad for p in params])`",
     "`telemetry.monitor()`",
-    "Same number, in `clip/size_before`, and nothing is changed. Where squares overflow torch says "
-    "infinity, here it is the "
+    "Same number, in `monitor/size_before`, and nothing is changed. Where squares overflow torch "
+    "says infinity, here it is the "
     "norm",
 )
 def torch_total_norm(there, here):
@@ -613,7 +614,7 @@ def tensorflow_global_norm(there, here):
 @line(
     "`tf.linalg.global_norm(grads)`",
     "`telemetry.monitor()`",
-    "Same number, in `clip/size_before`",
+    "Same number, in `monitor/size_before`",
 )
 def tensorflow_measures(there, here):
     assert size_before(ours(here, LARGE)[1]) == pytest.approx(
@@ -1047,7 +1048,8 @@ def privacy_clip(there, here):
 @line(
     "`clip_pytree(grads, 1.0)[1]`",
     "`telemetry.monitor()`",
-    "Same number, in `clip/size_before`. Of 400 bfloat16 leaves of 1 it is 16 there, and 20 here",
+    "Same number, in `monitor/size_before`. Of 400 bfloat16 leaves of 1 it is 16 there, and 20 "
+    "here",
 )
 def privacy_norm(there, here):
     assert size_before(ours(here, LARGE)[1]) == pytest.approx(
