@@ -1,6 +1,5 @@
 """Wrappers that skip a bad step, as if its batch had not been seen."""
 
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from optaxclip._layout import lay_out
 from optaxclip._measure import measure
 from optaxclip._numerics import widen
 from optaxclip._selection import select, select_early
-from optaxclip._transform import transform
+from optaxclip._transform import as_transform, transform
 from optaxclip._types import Context, Threshold
 from optaxclip.thresholds.combine import observed, reset_after
 from optaxclip.thresholds.fixed import as_threshold
@@ -111,7 +110,7 @@ def skip_nonfinite(
         >>> state.skipped_steps
         Array(1, dtype=int32)
     """
-    optimizer = _optimizer(inner)
+    optimizer = as_transform("inner", inner)
     if max_consecutive is not None:
         _validate.count("max_consecutive", max_consecutive)
 
@@ -194,7 +193,7 @@ def skip_spikes(
         [-4.5]
         [-4.5]
     """
-    optimizer = _optimizer(inner)
+    optimizer = as_transform("inner", inner)
     _validate.option("watch", watch, ("norm", "loss"))
     rule = _learning_limits(as_threshold(threshold))
     if patience is not None:
@@ -240,24 +239,6 @@ def _learning_limits(rule: Threshold) -> Threshold:
         return rule.learn(clipped_sizes, clipped_sizes, state, context)
 
     return rule._replace(learn=learn)
-
-
-def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """Makes a transform of any object with `init` and `update`.
-
-    Its `update` gets only the extra arguments that it takes.
-    """
-    _validate.transform("inner", inner)
-    if isinstance(inner, optax.GradientTransformation):
-        return optax.with_extra_args_support(inner)
-    takes = inspect.signature(inner.update).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        passed = {name: x for name, x in extra_args.items() if takes_all or name in takes}
-        return inner.update(updates, state, params, **passed)
-
-    return transform(inner.init, update)
 
 
 def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:

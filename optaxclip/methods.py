@@ -21,9 +21,11 @@ import optax
 
 from optaxclip import _validate, norms, responses, scopes, thresholds
 from optaxclip._clip import clip
+from optaxclip._keep import around, keep_params
 from optaxclip._numerics import negative_part, positive_part, widen
 from optaxclip._precondition import clip_after
 from optaxclip._spectral import matrix_axes, newton_schulz, on_spectra, on_whole_matrices
+from optaxclip._transform import only_of_weights
 from optaxclip._types import Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_threshold, as_thresholds, negated
 
@@ -84,17 +86,23 @@ def clip_by_value(
     clips at both bounds. The direction of the gradient changes. Law: value clip = element scope +
     `clamp`.
 
+    For weights, `keep_params(clip_by_value(low, high))`, zero need not be between the bounds. Then
+    the reading of the bound that zero is beyond has the distance from that bound. A gradient of
+    zero must stay zero, so outside of `keep_params` such a clip is refused by `init` and `update`.
+
     Args:
         limit: the limit; the lower bound if `high` is given.
-        high: the upper bound, not negative; a number or a schedule.
-        low: the lower bound by keyword, not positive; a number or a schedule.
+        high: the upper bound, not negative for gradients; a number or a schedule.
+        low: the lower bound by keyword, not positive for gradients; a number or a schedule. Traced
+            bounds and schedules count as 0 on the other side of zero.
         scope: which elements share one limit; a rule learns it from the largest of them.
         **options: as for `clip`.
 
     Raises:
         TypeError: a bound is not a number, missing, or given twice; or two bounds are given for
             complex updates.
-        ValueError: the limit is negative, or 0 is not between the bounds.
+        ValueError: the limit is negative, or the bounds are in the wrong order; on `init` and
+            `update`: 0 is not between the bounds of a clip of gradients.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -111,10 +119,21 @@ def clip_by_value(
     if low is None and high is None:
         return clip(as_thresholds(limit, name="limit"), scope, norm=norms.linf(), **options)
     _validate.not_both("limit", limit, "low", low, "pass clip_by_value(low, high), or one limit")
-    above = clip(as_threshold(high, name="high"), scope, norm=ABOVE, **options)
     low = limit if low is None else low
-    below = clip(negated(low, name="low"), scope, norm=BELOW, **options)
-    return optax.chain(above, below)
+    sides = _side("high", high, scope, options), _side("low", low, scope, options)
+    _validate.in_order(low, high)
+    return optax.chain(*sides)
+
+
+def _side(
+    name: str, bound: Any, scope: Scope, options: Options
+) -> optax.GradientTransformationExtraArgs:
+    """Clips at one bound; only weights have a bound that zero is beyond."""
+    sign, norm, rule = (-1, ABOVE, as_threshold) if name == "high" else (1, BELOW, negated)
+    if not _validate.beyond_zero(name, bound, sign):
+        return clip(rule(bound, name=name), scope, norm=norm, **options)
+    distance = around(bound, clip(0.0, scope, norm=norm, **options))
+    return only_of_weights(distance, lambda: _validate.zero_inside(name, bound, sign))
 
 
 @_row
@@ -272,6 +291,54 @@ def adaptive_grad_clip(
         norm=norm,
         **options,
     )
+
+
+@_row
+def max_norm(
+    limit: Any = 2.0,
+    *,
+    axes: Any = None,
+    scope: Scope | None = None,
+    norm: Norm = norms.l2(),
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Max-norm: keeps the weights of each unit within a norm, after the step.
+
+    .. math:: p'_u \min(1, c / \|p'_u\|) - p_u, \qquad p' = p + u
+
+    `update` needs the parameters. Put it last in a chain, after the learning rate. This is Keras
+    `MaxNorm(limit)` and, with a limit of :math:`\sqrt{m}`, H2O's `max_w2` of :math:`m`. Both leave
+    the bias out: pass `scope=scopes.unit(where=lambda path: "bias" not in path)`. Law: `max_norm(c,
+    axes=axes)` is `keep_params(clip(c, scopes.unit(axes)))`. Known failure: momentum goes on to
+    push outward.
+
+    Args:
+        limit: the limit :math:`c`, 2 in Keras; 3 to 4 in the paper.
+        axes: the axes of a unit, as for `scopes.unit`, which follows the layouts of Flax's layers.
+        scope: which weights share a norm instead of units.
+        norm: which norm.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: `limit` is not a threshold, or both `axes` and `scope` are given.
+        ValueError: `limit` is negative or NaN; on `update`: the parameters are missing.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optaxclip
+        >>> keep = optaxclip.max_norm(1.0)
+        >>> params, updates = jnp.array([[0.6, 0.1], [0.8, 0.1]]), jnp.array([[2.4, 0.1], [3.2, 0]])
+        >>> updates, _ = keep.update(updates, keep.init(params), params)
+        >>> print(optax.apply_updates(params, updates))
+        [[0.6 0.2]
+         [0.8 0.1]]
+
+    References:
+        Srivastava et al., [Dropout](https://jmlr.org/papers/v15/srivastava14a.html), 2014.
+    """
+    _validate.static("axes", axes)
+    _validate.not_both("axes", axes, "scope", scope, "pass scope=scopes.unit(axes) or axes alone")
+    units, rules = scope or scopes.unit(axes), as_thresholds(limit, name="limit")
+    return keep_params(clip(rules, units, norm=norm, **options))
 
 
 @_row

@@ -1,7 +1,7 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get; `axes` checks mapped axes.
+`update` get; `axes` checks mapped axes; `weights` what limits weights.
 """
 
 from optaxclip._validate.arguments import absolute as absolute
@@ -58,3 +58,7 @@ from optaxclip._validate.trees import same_structure as same_structure
 from optaxclip._validate.trees import sparse as sparse
 from optaxclip._validate.trees import state as state
 from optaxclip._validate.trees import state_tree as state_tree
+from optaxclip._validate.weights import beyond_zero as beyond_zero
+from optaxclip._validate.weights import in_order as in_order
+from optaxclip._validate.weights import weights_given as weights_given
+from optaxclip._validate.weights import zero_inside as zero_inside
