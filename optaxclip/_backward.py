@@ -5,13 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import optax
 from jax import Array
 from jax.typing import ArrayLike
 
 from optaxclip import _validate, norms, responses, scopes
 from optaxclip._clip import clip
 from optaxclip._layout import lay_out
-from optaxclip._types import Norm, Response, Scope
+from optaxclip._probe import Probe, seen
+from optaxclip._types import Norm, Response, Scope, Threshold
 
 
 @_validate.checks_keywords
@@ -23,6 +25,7 @@ def clip_cotangent(
     scope: Scope = scopes.tree(),
     response: Response = responses.rescale,
     sharded_over: Any = None,
+    probe: Probe | None = None,
 ) -> Any:
     r"""Returns `x` unchanged; the backward pass clips the derivative with respect to it.
 
@@ -51,13 +54,15 @@ def clip_cotangent(
 
     Args:
         x: any pytree; leaves that are not floats pass through.
-        threshold: how large a size may be: a number, traced or not, or a dict from group name to
-            numbers. Schedules and rules are refused, because a backward pass has neither steps nor
-            memory.
+        threshold: how large a size may be: a number, traced or not; a rule that remembers nothing,
+            such as `thresholds.ranked`; or a dict from group name to these. Schedules and rules
+            that learn are refused, because a backward pass has neither steps nor memory.
         norm: which norm.
         scope: which numbers share one size.
         response: what to do with a group whose size exceeds its limit.
         sharded_over: as for `clip`.
+        probe: from `telemetry.probe()`; the derivative with respect to it is what this clip
+            measured and did.
 
     Raises:
         TypeError: an argument has the wrong type, such as a schedule, or the norm is relative to
@@ -76,31 +81,60 @@ def clip_cotangent(
         Graves, [Generating sequences with recurrent neural
         networks](https://arxiv.org/abs/1308.0850), 2013.
     """
-    limits = dict(threshold) if isinstance(threshold, Mapping) else threshold
-    _validate.no_functions("threshold", limits)
-    clipper = functools.partial(
-        clip, norm=norm, scope=scope, response=response, sharded_over=sharded_over, record=False
-    )
-    clipper(limits)  # raises its errors here instead of in the backward pass
+    numbers, with_rules = _parted(threshold)
+    if probe is not None:
+        _validate.part("probe", probe, Probe, "telemetry.probe()")
+
+    def clipper(numbers: Any) -> optax.GradientTransformationExtraArgs:
+        parts: dict[str, Any] = {"norm": norm, "response": response, "sharded_over": sharded_over}
+        return clip(with_rules(numbers), scope, **parts, record=probe is not None)
+
+    clipper(numbers)  # raises its errors here instead of in the backward pass
     _validate.absolute("norm", norm)
-    if isinstance(limits, dict):
-        _validate.names(limits, lay_out(scope, x).names)
-    return _identity(clipper, x, jax.tree.map(lambda limit: 1.0 * limit, limits))
+    if isinstance(threshold, Mapping):
+        _validate.names(threshold, lay_out(scope, x).names)
+    return _identity(clipper, x, jax.tree.map(lambda limit: 1.0 * limit, numbers), probe)
+
+
+def _parted(threshold: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The numbers of a threshold, which may be traced, and what puts them among its rules again."""
+    if isinstance(threshold, Mapping):
+        rules = {name: rule for name, rule in threshold.items() if isinstance(rule, Threshold)}
+        numbers = {name: limit for name, limit in threshold.items() if name not in rules}
+    else:
+        rules = {"": threshold} if isinstance(threshold, Threshold) else {}
+        numbers = None if rules else threshold
+    _validate.no_functions("threshold", numbers)
+    for rule in rules.values():
+        _validate.in_backward_pass("threshold", rule)
+    if isinstance(threshold, Mapping):
+        return numbers, lambda numbers: {**numbers, **rules}
+    return numbers, lambda numbers: rules.get("", numbers)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _identity(clipper: Callable[..., Any], x: Any, threshold: Any) -> Any:
+def _identity(clipper: Callable[..., Any], x: Any, threshold: Any, probe: Probe | None) -> Any:
     return x
 
 
-def _backward(clipper: Callable[..., Any], threshold: Any, cotangent: Any) -> tuple[Any, None]:
+def _forward(
+    clipper: Callable[..., Any], x: Any, threshold: Any, probe: Probe | None
+) -> tuple[Any, tuple[Any, Probe | None]]:
+    return x, (threshold, probe)
+
+
+def _backward(
+    clipper: Callable[..., Any], kept: tuple[Any, Probe | None], cotangent: Any
+) -> tuple[Any, None, Probe | None]:
+    threshold, probe = kept
+    clipped, state = clipper(threshold).update(cotangent, None)
     # the value does not depend on the threshold, so the derivative with respect to it is zero
-    return clipper(threshold).update(cotangent, None)[0], None
+    return clipped, None, probe and seen(state.reading, probe)
 
 
 # The threshold is an argument of the backward pass, not a constant: so it may be traced, and second
 # derivatives with respect to it exist.
-_identity.defvjp(lambda clipper, x, threshold: (x, threshold), _backward)
+_identity.defvjp(_forward, _backward)
 
 
 def clip_activation_grad(

@@ -18,6 +18,9 @@ from optaxclip import _validate, norms, scopes
 from optaxclip._clip import clip
 from optaxclip._guard import GuardState, Watch
 from optaxclip._layout import by_path
+from optaxclip._probe import Probe as Probe
+from optaxclip._probe import probe as probe
+from optaxclip._probe import probed as probed
 from optaxclip._types import ClipState, Norm, Reading, Scope
 from optaxclip.thresholds.ranks import BINS, FIRST, History, Sketch, middle, remember
 
@@ -29,6 +32,9 @@ __all__ = [
     "last_sizes",
     "Suggestion",
     "suggest",
+    "Probe",
+    "probe",
+    "probed",
 ]
 
 

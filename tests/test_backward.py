@@ -841,7 +841,7 @@ def test_a_sweep_over_limits_of_an_activation_is_one_program(make):
 
 RULES = [
     optax.linear_schedule(1.0, 0.1, 10),
-    fixed.constant(1.0),
+    fixed.scheduled(optax.linear_schedule(1.0, 0.1, 10)),
     thresholds.zscore(),
     thresholds.relative_to_params(0.1),
     {"tree": thresholds.ema()},
@@ -852,12 +852,12 @@ RULES = [
 @pytest.mark.parametrize(
     "threshold",
     RULES,
-    ids=["schedule", "constant", "learns", "relative", "in a dict", "schedule in a dict"],
+    ids=["schedule", "rule of a schedule", "learns", "relative", "in a dict", "schedule in a dict"],
 )
 def test_a_threshold_that_needs_steps_memory_or_parameters_is_refused(threshold):
     message = (
-        "^threshold must be a number, got .*; a backward pass has neither steps nor "
-        r"memory, so pass .* schedule\(step\)$"
+        "^threshold must be a number( or a rule such as .*)?, got .*; "
+        r"a backward pass has neither steps nor memory, so pass .* schedule\(step\)$"
     )
     with pytest.raises(TypeError, match=message):
         clip_cotangent(jnp.ones(2), threshold)

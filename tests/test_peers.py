@@ -1,5 +1,5 @@
-"""Defects of clipping in today's libraries, each as our right answer; where README names one of
-Optax, Optax's answer too.
+"""Defects of clipping in today's libraries, each as our right answer; where `docs/sharp_edges.md`
+names one of Optax, Optax's answer too.
 """
 
 import jax
@@ -235,3 +235,21 @@ def test_the_norm_types_of_pytorch():
     for p, size in {1: 5.0, 2: 3.0, 3: 17 ** (1 / 3), np.inf: 2.0}.items():
         out = ours(grads, optaxclip.clip_by_global_norm(1.0, norm=norms.lp(p)))
         np.testing.assert_allclose(out[0], np.array([1.0, -2.0]) / size, rtol=1e-6)
+
+
+def test_in_shard_map_the_norm_is_that_of_all_parts():
+    mesh, gradient = jax.make_mesh((8,), ("x",)), jnp.arange(1.0, 17.0)
+
+    def clipped(clip):
+        run = jax.shard_map(
+            lambda part: clip({"w": part})["w"],
+            mesh=mesh,
+            in_specs=jax.P("x"),
+            out_specs=jax.P("x"),
+        )
+        return jax.jit(run)(jax.device_put(gradient, jax.NamedSharding(mesh, jax.P("x"))))
+
+    pairs = gradient.reshape(8, 2)
+    alone = pairs / jnp.linalg.norm(pairs, axis=1, keepdims=True)
+    np.testing.assert_allclose(clipped(theirs), alone.ravel(), rtol=1e-6)
+    np.testing.assert_allclose(clipped(ours), gradient / jnp.linalg.norm(gradient), rtol=1e-6)

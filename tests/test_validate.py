@@ -21,6 +21,7 @@ from optaxclip.thresholds import fixed
 GROWTH = thresholds.growth()
 CLIP_STATE = optaxclip.clip_by_global_norm(1.0).init(np.ones(1))
 RELATIVE = norms.relative_linf(0.1, 1e-7)
+STEEP = fixed.scheduled(optax.linear_schedule(1.0, 0.1, 10))
 # What each function of `_validate` refuses, and in which words.
 REFUSALS = {
     "one_source": [
@@ -701,6 +702,16 @@ REFUSALS = {
             "a backward pass has neither steps nor memory, so pass a number such as schedule(step)",
         )
     ],
+    "in_backward_pass": [
+        (
+            ("threshold", rule),
+            {},
+            TypeError,
+            f"threshold must be a number or a rule such as thresholds.ranked(8), got {rule!r}; "
+            "a backward pass has neither steps nor memory, so pass a number such as schedule(step)",
+        )
+        for rule in (thresholds.ema(), thresholds.relative_to_params(0.1), STEEP)
+    ],
     "absolute": [
         (
             ("norm", RELATIVE),
@@ -944,6 +955,7 @@ ACCEPTED = {
     "not_relative": [(("threshold", fixed.constant(1.0), "loss"), {})],
     "loss": [((1.0,), {}), ((np.float32(-1),), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
+    "in_backward_pass": [(("threshold", thresholds.ranked(2)), {})],
     "absolute": [(("norm", norms.l2()), {})],
     "mapped": [(("sharded_over", (), ("x",)), {}), (("sharded_over", (), ()), {})],
     "tracked": [(("sharded_over", (), ("x",)), {}), (("sharded_over", ("x",), ("x",)), {})],

@@ -1,10 +1,10 @@
 """Argument checks. Every message names the argument, its value, and the fix.
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
-`update` get; `axes` checks mapped axes; `weights` what limits weights.
+`update` get; `axes` checks mapped axes; `rules` checks threshold rules where not all make sense;
+`weights` checks what limits weights.
 """
 
-from optaxclip._validate.arguments import absolute as absolute
 from optaxclip._validate.arguments import boundaries as boundaries
 from optaxclip._validate.arguments import called as called
 from optaxclip._validate.arguments import checks_keywords as checks_keywords
@@ -12,8 +12,6 @@ from optaxclip._validate.arguments import count as count
 from optaxclip._validate.arguments import function as function
 from optaxclip._validate.arguments import keywords as keywords
 from optaxclip._validate.arguments import loss as loss
-from optaxclip._validate.arguments import memoryless as memoryless
-from optaxclip._validate.arguments import no_functions as no_functions
 from optaxclip._validate.arguments import not_both as not_both
 from optaxclip._validate.arguments import not_relative as not_relative
 from optaxclip._validate.arguments import number as number
@@ -26,7 +24,6 @@ from optaxclip._validate.arguments import rule as rule
 from optaxclip._validate.arguments import scope_given as scope_given
 from optaxclip._validate.arguments import static as static
 from optaxclip._validate.arguments import transform as transform
-from optaxclip._validate.arguments import without_memory as without_memory
 from optaxclip._validate.axes import mapped as mapped
 from optaxclip._validate.axes import not_mapped as not_mapped
 from optaxclip._validate.axes import not_split as not_split
@@ -36,6 +33,11 @@ from optaxclip._validate.axes import stack as stack
 from optaxclip._validate.axes import tracked as tracked
 from optaxclip._validate.axes import units as units
 from optaxclip._validate.axes import whole as whole
+from optaxclip._validate.rules import absolute as absolute
+from optaxclip._validate.rules import in_backward_pass as in_backward_pass
+from optaxclip._validate.rules import memoryless as memoryless
+from optaxclip._validate.rules import no_functions as no_functions
+from optaxclip._validate.rules import without_memory as without_memory
 from optaxclip._validate.trees import axes_of as axes_of
 from optaxclip._validate.trees import batch as batch
 from optaxclip._validate.trees import divided as divided

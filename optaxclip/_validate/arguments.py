@@ -191,58 +191,6 @@ def static(name: str, value: Any) -> None:
         )
 
 
-def memoryless(name: str, rule: Any) -> None:
-    """Refuses a rule that learns, or that needs the parameters.
-
-    Raises:
-        TypeError: `rule` learns or needs the parameters.
-    """
-    if rule.uses_params or _remembers(rule):
-        does = "uses the parameters" if rule.uses_params else "learns"
-        raise TypeError(
-            f"{name} must be the same for all groups, got a rule that {does}; pass a number or a "
-            "schedule"
-        )
-
-
-def without_memory(name: str, rule: Any) -> None:
-    """Refuses a rule that learns, where a step has the sizes of a whole batch.
-
-    Raises:
-        TypeError: `rule` learns.
-    """
-    if _remembers(rule):
-        raise TypeError(
-            f"{name} must not learn from single sizes, got {rule!r}; pass a number, a schedule, or "
-            "a rule for batches such as per_example.quantile(0.5)"
-        )
-
-
-def no_functions(name: str, values: Any) -> None:
-    """Refuses schedules and rules in a backward pass.
-
-    Raises:
-        TypeError: a function is among the values.
-    """
-    if any(map(callable, jax.tree.leaves(values))):
-        advice = (
-            "a backward pass has neither steps nor memory, so pass a number such as schedule(step)"
-        )
-        raise TypeError(f"{name} must be a number, got {values!r}; {advice}")
-
-
-def absolute(name: str, norm: Any) -> None:
-    """Refuses a norm that is relative to the parameters, where there are no parameters.
-
-    Raises:
-        TypeError: `norm` is relative to the parameters.
-    """
-    if norm.uses_params:
-        raise TypeError(
-            f"{name} must not be relative to parameters, got {norm!r}; pass one such as norms.l2()"
-        )
-
-
 def scope_given(scope: Any) -> None:
     """Checks that the user chose a scope.
 
@@ -415,15 +363,6 @@ def is_number(value: Any) -> tuple[bool, bool]:
         real = (jnp.floating, jnp.integer)
         return True, any(jnp.issubdtype(value.dtype, kind) for kind in real)
     return False, isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
-
-
-def _remembers(rule: Any) -> bool:
-    """Returns whether a rule has a state.
-
-    It uses shapes only: making an array would initialize JAX before the user chose devices.
-    """
-    sizes = jax.ShapeDtypeStruct((1,), jnp.float32)
-    return bool(jax.tree.leaves(jax.eval_shape(rule.init, sizes)))
 
 
 def is_array(value: Any) -> bool:

@@ -12,6 +12,7 @@ from optaxclip.thresholds.combine import ignore_outliers as ignore_outliers
 from optaxclip.thresholds.combine import join as join
 from optaxclip.thresholds.combine import reset_after as reset_after
 from optaxclip.thresholds.combine import with_fallback as with_fallback
+from optaxclip.thresholds.fixed import ranked as ranked
 from optaxclip.thresholds.fixed import relative_to_params as relative_to_params
 from optaxclip.thresholds.moments import ema as ema
 from optaxclip.thresholds.moments import growth as growth
@@ -32,6 +33,7 @@ __all__ = [
     "join",
     "reset_after",
     "with_fallback",
+    "ranked",
     "relative_to_params",
     "ema",
     "growth",

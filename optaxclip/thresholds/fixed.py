@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -25,7 +26,7 @@ def constant(value: ArrayLike) -> Threshold:
         ValueError: `value` is negative, NaN, or more than one number.
     """
     _validate.number("threshold", value)
-    rule = _memoryless(lambda sizes, context: jnp.asarray(value, sizes.dtype))
+    rule = memoryless(lambda sizes, context: jnp.asarray(value, sizes.dtype))
     return rule._replace(name=shown(value))
 
 
@@ -58,7 +59,7 @@ def scheduled(schedule: Callable[[Array], Any]) -> Threshold:
         _validate.returned("schedule", value)
         return jnp.asarray(value, sizes.dtype)
 
-    return _memoryless(limit)._replace(name=shown(schedule))
+    return memoryless(limit)._replace(name=shown(schedule))
 
 
 @named("thresholds")
@@ -85,6 +86,53 @@ def relative_to_params(ratio: Any, *, floor: ArrayLike = 1e-3) -> Threshold:
         )
 
     return share._replace(limit=limit, uses_params=True)
+
+
+@named("thresholds")
+def ranked(k: int | None = None, *, q: float | Array | None = None) -> Threshold:
+    r"""Remembers nothing: the limit is the k-th largest size of the block, or its quantile `q`.
+
+    .. math:: c = s_{(k)} \qquad \text{or} \qquad c = Q_q(s_1, \dots, s_n)
+
+    It compares the sizes of one step with each other, so the scope has to give many: the units of a
+    leaf, or the examples and tokens of a batch. Sizes that are zero or not finite are left out; if
+    fewer than `k` remain, nothing is clipped. With `responses.drop`, all that is larger than the
+    k-th is dropped. In `jax.shard_map`, units that are sharded are compared on each device.
+
+    Args:
+        k: rank of the size that is the limit; 1 is the largest, which clips nothing.
+        q: in place of `k`, the share of the sizes that are smaller, between 0 and 1. It
+            interpolates linearly, like `numpy.quantile`.
+
+    Raises:
+        TypeError: both `k` and `q` are given, or `k` is not an integer, or `q` is not a number.
+        ValueError: `k` is below 1, or `q` is not between 0 and 1.
+
+    Example:
+        >>> import jax.numpy as jnp, optaxclip
+        >>> from optaxclip import scopes, thresholds
+        >>> clip = optaxclip.clip(thresholds.ranked(2), scopes.leaf(batch_axes=0))
+        >>> updates, _ = clip.update(jnp.array([1.0, 9.0, 3.0, 2.0]), None)
+        >>> updates
+        Array([1., 3., 3., 2.], dtype=float32)
+    """
+    _validate.not_both("k", k, "q", q, "pass one of them")
+    if q is None:
+        _validate.count("k", k)
+    else:
+        _validate.number("q", q, high=1.0, exclusive=True)
+
+    def limit(sizes: Array, context: Context) -> Array:
+        known = jnp.isfinite(sizes) & (sizes > 0)
+        if q is not None:
+            top = jnp.nanquantile(jnp.where(known, sizes, jnp.nan), q).astype(sizes.dtype)
+        elif k is None or k > sizes.size:
+            top = jnp.zeros((), sizes.dtype)
+        else:
+            top = jax.lax.top_k(jnp.ravel(jnp.where(known, sizes, 0)), k)[0][-1]
+        return jnp.broadcast_to(jnp.where(top > 0, top, jnp.inf), sizes.shape)
+
+    return memoryless(limit)
 
 
 def as_threshold(threshold: Any, *, name: str = "threshold") -> Threshold:
@@ -140,7 +188,8 @@ def negated(bound: Any, *, name: str) -> Threshold:
     return constant(-bound)
 
 
-def _memoryless(limit: Callable[[Array, Context], Array]) -> Threshold:
+def memoryless(limit: Callable[[Array, Context], Array]) -> Threshold:
+    """A rule without a state, from its limit."""
     return Threshold(
         init=lambda sizes: (),
         limit=lambda sizes, state, context: limit(sizes, context),
