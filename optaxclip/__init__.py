@@ -34,6 +34,7 @@ from optaxclip.methods import growth_clip as growth_clip
 from optaxclip.methods import history_clip as history_clip
 from optaxclip.methods import log_norm_clip as log_norm_clip
 from optaxclip.methods import max_norm as max_norm
+from optaxclip.methods import qk_clip as qk_clip
 from optaxclip.methods import quantile_clip as quantile_clip
 from optaxclip.methods import scale_by_stable_adam as scale_by_stable_adam
 from optaxclip.methods import spam_clip as spam_clip
@@ -55,6 +56,7 @@ __all__ = [
     "history_clip",
     "log_norm_clip",
     "max_norm",
+    "qk_clip",
     "quantile_clip",
     "scale_by_stable_adam",
     "spam_clip",

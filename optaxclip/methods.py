@@ -21,8 +21,9 @@ import optax
 
 from optaxclip import _validate, norms, responses, scopes, thresholds
 from optaxclip._clip import clip
+from optaxclip._heads import Parts, on_heads
 from optaxclip._keep import around, keep_params
-from optaxclip._numerics import negative_part, positive_part, widen
+from optaxclip._numerics import finite_part, negative_part, positive_part, widen
 from optaxclip._precondition import clip_after
 from optaxclip._spectral import matrix_axes, newton_schulz, on_spectra, on_whole_matrices
 from optaxclip._transform import only_of_weights
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
 Row = TypeVar("Row", bound=Callable[..., optax.GradientTransformationExtraArgs])
 ABOVE = norms.linf()._replace(magnitude=positive_part)  # one-sided norms, for two bounds
 BELOW = norms.linf()._replace(magnitude=negative_part)
+LOGITS = norms.linf()._replace(magnitude=finite_part)
 
 
 def _row(method: Row) -> Row:
@@ -940,3 +942,69 @@ def spectral_clip(
     soft = newton_schulz(response, iterations)
     by_matrix = clip(limit, scope=scopes.unit(matrix_axes), response=soft, **options)
     return on_whole_matrices(by_matrix, sharded_over)
+
+
+@_validate.checks_keywords
+def qk_clip(
+    max_logit: Any = 100.0,
+    *,
+    alpha: Any = 0.5,
+    parts: Parts | None = None,
+    record: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""QK-Clip: shrinks the query and key weights of heads whose attention logits are too large.
+
+    .. math:: \gamma_h = \tau / \max(S_h, \tau), \qquad
+        W_q^h \leftarrow \gamma_h^{\alpha} W_q^h, \quad
+        W_k^h \leftarrow \gamma_h^{1 - \alpha} W_k^h
+
+    :math:`S_h` is the largest logit of head :math:`h`, :math:`q \cdot k / \sqrt{d}` before the
+    softmax. The model measures it; pass it to each update, `update(grads, state, params,
+    logits={"decoder/attention": [heads]})`: the largest over batch, queries, keys, microbatches and
+    devices. Put it last in a chain, because it scales the weights after the step, with their
+    biases. Heads of at most :math:`\tau`, and negative logits, leave the bits of their weights.
+    A logit that is not finite leaves the weights of its head, and is counted. Where query heads
+    share a key head, the largest of their logits counts for all of them. Scanned layers have
+    logits `[layers, heads]`.
+
+    The state is that of a clip of the logits, so `telemetry.metrics` has :math:`S` and
+    :math:`\gamma S` by layer, and the share of heads. Law: `keep_params` with
+    `responses.power(exponent)`, by given sizes. Known failure: it acts one step after the logits
+    were seen.
+
+    Args:
+        max_logit: the limit :math:`\tau`, 100 in Kimi K2: a number or any rule.
+        alpha: the share :math:`\alpha` of the queries, from 0 to 1.
+        parts: `(path, leaf) -> (layer, head axis, exponent)`, or None for a leaf to leave alone.
+            The exponent of :math:`\gamma` is a number, or `"query"` for :math:`\alpha` and `"key"`
+            for :math:`1 - \alpha`. For fused kernels and MLA return a list, with a slice of the
+            last axis as the fourth of each. The default is `scopes.flax_attention`.
+        record: as for `clip`.
+
+    Raises:
+        TypeError: `max_logit` is not a threshold, or `alpha` is not a number; on `update`: there
+            are no logits.
+        ValueError: `max_logit` is negative, or `alpha` is not between 0 and 1; on `init`: no leaf
+            is a query or key; on `update`: the parameters or the logits of a layer are missing.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optaxclip
+        >>> params = {"attention": {"query": {"kernel": jnp.ones((1, 2, 1))}}}
+        >>> clip = optaxclip.qk_clip(100.0)
+        >>> still = optax.tree.zeros_like(params)
+        >>> logits = {"attention": jnp.array([400.0, 50.0])}
+        >>> updates, _ = clip.update(still, clip.init(params), params, logits=logits)
+        >>> print(optax.apply_updates(params, updates)["attention"]["query"]["kernel"][0, :, 0])
+        [0.5 1. ]
+
+    References:
+        Kimi Team, [Kimi K2: open agentic intelligence](https://arxiv.org/abs/2507.20534), 2025,
+        algorithm 1.
+    """
+    _validate.number("alpha", alpha, high=1.0)
+    parts = scopes.flax_attention if parts is None else parts
+    _validate.function("parts", parts, "scopes.flax_attention", takes=2)
+    options: Any = {"response": responses.clamp, "record": "full" if record else False}
+    limit = as_threshold(max_logit, name="max_logit")
+    largest = clip(limit, scopes.element(), norm=LOGITS, **options)
+    return keep_params(on_heads(largest, parts, alpha))

@@ -13,6 +13,7 @@ __all__ = [
     "leaf",
     "unit",
     "element",
+    "flax_attention",
 ]
 
 
@@ -175,6 +176,34 @@ def element(*, where: Where | None = None, batch_axes: BatchAxes | None = None) 
     _check_where(where)
     _batch(() if batch_axes is None else batch_axes)
     return Scope(axes=lambda path, leaf: (), where=where)
+
+
+def flax_attention(path: str, leaf: Any) -> tuple[str, int, str] | None:
+    """Finds the query and key weights of Flax's attention layers, for `qk_clip(parts=...)`.
+
+    These are the kernels `[in, heads, depth]` and biases `[heads, depth]` of `query` and `key` in
+    `MultiHeadAttention`, in linen and in NNX, also with stacks of layers in front.
+
+    Args:
+        path: such as `"encoder/attention/query/kernel"`.
+        leaf: the array there.
+
+    Returns:
+        `("encoder/attention", axis of the heads, "query")`, or `"key"` in the place of `"query"`,
+        whose exponents follow `alpha`; None for any other leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import scopes
+        >>> scopes.flax_attention("encoder/attention/query/kernel", jnp.zeros((16, 4, 8)))
+        ('encoder/attention', 1, 'query')
+        >>> scopes.flax_attention("encoder/attention/out/kernel", jnp.zeros((4, 8, 16)))
+    """
+    *layer, side, kind = ["", *path.split("/")]
+    least = {"kernel": 3, "bias": 2}.get(kind)
+    if side not in ("query", "key") or least is None or leaf.ndim < least:
+        return None
+    return "/".join(layer[1:]), leaf.ndim - 2, side
 
 
 def _groups(

@@ -390,3 +390,14 @@ def kept_by_projection(params, updates, project):
     moved = {name: np.asarray(params[name], float) + updates[name] for name in params}
     kept = project(moved)
     return {name: kept[name] - np.asarray(params[name], float) for name in params}
+
+
+def qk_clip(layer, logits, tau=100.0, alpha=0.5):
+    """Kimi K2, algorithm 1, for heads with keys of their own."""
+    layer = {side: {k: np.array(x, float) for k, x in w.items()} for side, w in layer.items()}
+    for head, largest in enumerate(np.asarray(logits, float)):
+        gamma = tau / max(largest, tau)
+        for side, power in ("query", alpha), ("key", 1 - alpha):
+            for weights in layer[side].values():
+                weights[..., head, :] *= gamma**power
+    return layer

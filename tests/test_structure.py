@@ -42,7 +42,7 @@ LEVELS = [
         *(f"thresholds.{name}" for name in ("_blocks", "fixed", "combine", "moments", "ranks")),
     },
     {"_record", "_rules"},
-    {"_clip", "_feedback", "_guard", "_keep", "_precondition", "_probe", "_spectral"},
+    {"_clip", "_feedback", "_guard", "_heads", "_keep", "_precondition", "_probe", "_spectral"},
     {"_examples"},
     {"telemetry", "_backward", "per_example", "testing"},
     {"methods", "plots"},

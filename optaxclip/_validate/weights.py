@@ -1,5 +1,6 @@
 """Checks of what limits weights in place of gradients."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,78 @@ def weights_given(params: Any) -> None:
             "keep_params limits the weights after the step, got params=None; call update(updates, "
             "state, params)"
         )
+
+
+def parts(path: str, shape: tuple[int, ...], given: Any) -> None:
+    """Checks what `parts` returned for one leaf.
+
+    Raises:
+        TypeError: it is no part, and no list of parts.
+        ValueError: the leaf does not have the axis of the heads.
+    """
+    for part in given if isinstance(given, Sequence) else [given]:
+        if not _is_part(part):
+            raise TypeError(
+                f"parts must return (layer, head axis, exponent) for {path!r}, got {part!r}; "
+                'return one such as ("attention", 1, 0.5), or a list of these, each with a slice '
+                "of the last axis as a fourth, or None"
+            )
+        if not -len(shape) <= part[1] < len(shape):
+            raise ValueError(
+                f"parts chose the head axis {part[1]} for {path!r} of shape {shape}; return an "
+                "axis that it has, or None to leave it alone"
+            )
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, Sequence) or len(part) not in (3, 4):
+        return False
+    layer, axis, exponent, *columns = part
+    power = exponent in ("query", "key") if isinstance(exponent, str) else is_number(exponent)[1]
+    is_axis = isinstance(axis, int) and not isinstance(axis, bool)
+    return (
+        isinstance(layer, str) and is_axis and power and all(isinstance(c, slice) for c in columns)
+    )
+
+
+def has_heads(heads: Mapping[str, Any], paths: Sequence[str]) -> None:
+    """Checks that there is an attention layer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not heads:
+        raise ValueError(
+            f"parts must name the query and key weights, got None for all of {list(paths)[:8]}; "
+            "pass parts=(path, leaf) -> (layer, head axis, exponent)"
+        )
+
+
+def logits(given: Any, heads: Mapping[str, list[int]]) -> None:
+    """Checks that each layer has the largest logit of each of its heads.
+
+    Raises:
+        TypeError: `given` is not a dict.
+        ValueError: a layer is missing, or has another number of heads than its weights.
+    """
+    layers = sorted(heads)
+    example = "update(updates, state, params, logits={layer: [heads]})"
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"logits must be a dict with the largest logit of each head by layer, for {layers}, "
+            f"got {given!r}; call {example}"
+        )
+    missing = [layer for layer in layers if layer not in given]
+    if missing:
+        raise ValueError(
+            f"logits must have the layers {layers}, got {sorted(given)}; add {missing}, or pass "
+            "parts that leave them alone"
+        )
+    for layer, counts in heads.items():
+        shape = np.shape(given[layer])
+        if not shape or any(n == 0 or shape[-1] % n for n in counts):
+            raise ValueError(
+                f"logits must have one number for each query head, got the shape {shape} for "
+                f"{layer!r}, whose weights have {sorted(set(counts))} heads; take the largest over "
+                "batch, queries and keys"
+            )
