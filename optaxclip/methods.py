@@ -132,7 +132,7 @@ def _side(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips at one bound; only weights have a bound that zero is beyond."""
     sign, norm, rule = (-1, ABOVE, as_threshold) if name == "high" else (1, BELOW, negated)
-    if not _validate.beyond_zero(name, bound, sign):
+    if not _validate.is_beyond_zero(name, bound, sign):
         return clip(rule(bound, name=name), scope, norm=norm, **options)
     distance = around(bound, clip(0.0, scope, norm=norm, **options))
     return only_of_weights(distance, lambda: _validate.zero_inside(name, bound, sign))

@@ -88,6 +88,10 @@ element = along(lambda shape: [])
 # Responses of one number whose group has this size, and may have this limit.
 
 
+def power_half(x, size, limit):
+    return x * (limit / size) ** 0.5 if size > limit else x
+
+
 def rescale(x, size, limit):
     return x * limit / size if size > limit else x
 

@@ -60,9 +60,9 @@ from optaxclip._validate.trees import same_structure as same_structure
 from optaxclip._validate.trees import sparse as sparse
 from optaxclip._validate.trees import state as state
 from optaxclip._validate.trees import state_tree as state_tree
-from optaxclip._validate.weights import beyond_zero as beyond_zero
 from optaxclip._validate.weights import has_heads as has_heads
 from optaxclip._validate.weights import in_order as in_order
+from optaxclip._validate.weights import is_beyond_zero as is_beyond_zero
 from optaxclip._validate.weights import logits as logits
 from optaxclip._validate.weights import parts as parts
 from optaxclip._validate.weights import weights_given as weights_given

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from optaxclip._validate.arguments import is_number, static
 
 
-def beyond_zero(name: str, value: Any, sign: int) -> bool:
+def is_beyond_zero(name: str, value: Any, sign: int) -> bool:
     """Returns whether a bound is a finite number on the side of zero that it should not be on.
 
     A traced bound has no value yet, so it passes.
@@ -27,16 +27,18 @@ def beyond_zero(name: str, value: Any, sign: int) -> bool:
 
 
 def zero_inside(name: str, value: Any, sign: int) -> None:
-    """Refuses a bound on the other side of zero, because a gradient of zero must stay zero.
+    """Refuses a bound that zero is beyond, because a gradient of zero must stay zero.
 
     Raises:
-        ValueError: always.
+        ValueError: it is such a bound.
     """
-    side = "[-inf, 0]" if sign > 0 else "[0, inf]"
-    raise ValueError(
-        f"{name} must be in {side}, got {value}; pass a number inside, or limit weights in place "
-        "of gradients with keep_params(clip_by_value(low, high)) as the last part of the chain"
-    )
+    if is_beyond_zero(name, value, sign):
+        side = "[-inf, 0]" if sign > 0 else "[0, inf]"
+        raise ValueError(
+            f"{name} must be in {side}, got {value}; pass a number inside, or limit weights in "
+            "place of gradients with keep_params(clip_by_value(low, high)) as the last part of the "
+            "chain"
+        )
 
 
 def in_order(low: Any, high: Any) -> None:
