@@ -15,7 +15,7 @@ from optaxclip._transform import transform
 from optaxclip.responses import power
 
 Parts = Callable[[str, Any], Any]
-"""`(path, leaf) -> (layer, head axis, exponent)`, several of these with a slice, or None."""
+"""`(path, leaf) -> (layer, head axis, exponent)`, a list of these with slices, or None."""
 
 
 class Part(NamedTuple):
@@ -80,9 +80,9 @@ def _parts(parts: Parts, layout: Layout) -> list[list[Part]]:
     of_leaves = []
     for path, leaf in zip(layout.paths, layout.gradients, strict=True):
         given = parts(path, leaf)
-        several = [given] if _is_one(given) else given or []
-        _validate.parts(path, jnp.shape(leaf), several)
-        of_leaves.append([Part(*part) for part in several])
+        listed = [given] if _is_one(given) else given or []
+        _validate.parts(path, jnp.shape(leaf), listed)
+        of_leaves.append([Part(*part) for part in listed])
     return of_leaves
 
 

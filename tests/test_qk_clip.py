@@ -320,7 +320,7 @@ def test_logits_are_checked():
     ):
         clip.update(MOVE, state, PARAMS, logits={"encoder/attn": jnp.ones(HEADS)})
     for wrong in jnp.ones(3), jnp.ones(()), 1.0:
-        with pytest.raises(ValueError, match="^logits must have one number for each query head"):
+        with pytest.raises(ValueError, match="^logits must be numbers by query head"):
             clip.update(MOVE, state, PARAMS, logits=dict.fromkeys(LOGITS, wrong))
     with pytest.raises(ValueError, match="got params=None"):
         clip.update(MOVE, state, logits=LOGITS)

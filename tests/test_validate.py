@@ -90,7 +90,7 @@ REFUSALS = {
             ({"attn": np.ones(3)}, {"attn": [2]}),
             {},
             ValueError,
-            "logits must have one number for each query head, got the shape (3,) for 'attn', whose "
+            "logits must be numbers by query head, got the shape (3,) for 'attn', whose "
             "weights have [2] heads; take the largest over batch, queries and keys",
         ),
     ],
@@ -1139,7 +1139,9 @@ THRESHOLDS = {
     "thresholds[0]": [lambda value: thresholds.join([value, 1.0], [1])],
     "thresholds[1]": [lambda value: thresholds.join([1.0, value], [1])],
     "limit": [optaxclip.clip_by_value],
-    "high": [lambda value: optaxclip.clip_by_value(low=-1.0, high=value)],
+    "high": [
+        lambda value: optaxclip.clip_by_value(low=-1.0, high=value).init(jnp.ones(1)),
+    ],
     "max_norm": [optaxclip.clip_by_norm, optaxclip.clip_by_global_norm],
     "max_rms": [optaxclip.clip_by_block_rms],
     "ratio": [optaxclip.adaptive_grad_clip, thresholds.relative_to_params],

@@ -134,7 +134,7 @@ def logits(given: Any, heads: Mapping[str, list[int]]) -> None:
         shape = np.shape(given[layer])
         if not shape or any(n == 0 or shape[-1] % n for n in counts):
             raise ValueError(
-                f"logits must have one number for each query head, got the shape {shape} for "
+                f"logits must be numbers by query head, got the shape {shape} for "
                 f"{layer!r}, whose weights have {sorted(set(counts))} heads; take the largest over "
                 "batch, queries and keys"
             )
