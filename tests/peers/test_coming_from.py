@@ -532,18 +532,18 @@ def keras_weight_decay(there, here):
 
 # Limits of weights
 
-WEIGHTS, MOVES = [LARGE[0], SMALL[0]], [0.5 * LARGE[0][::-1], -2 * SMALL[0]]
+KERNELS, OUTWARD = [LARGE[0], SMALL[0]], [0.5 * LARGE[0][::-1], -2 * SMALL[0]]
 
 
 def kept(code, **options):
     """The weights after steps that a transform limits."""
-    moves, state = ours(code, MOVES, params=WEIGHTS, **options)
-    return [w + move for w, move in zip(WEIGHTS, moves, strict=True)]
+    moves, state = ours(code, OUTWARD, params=KERNELS, **options)
+    return [w + move for w, move in zip(KERNELS, moves, strict=True)]
 
 
 def constrained(code):
     """The weights after the same steps, with a constraint of Keras."""
-    moved = [w + move for w, move in zip(WEIGHTS, MOVES, strict=True)]
+    moved = [w + move for w, move in zip(KERNELS, OUTWARD, strict=True)]
     return [np.asarray(eval(code, {"keras": keras, "w": w})) for w in moved]
 
 
@@ -1220,7 +1220,7 @@ def privacy_padding(there, here):
 
 
 def projected(project):
-    return [project(w + move) for w, move in zip(WEIGHTS, MOVES, strict=True)]
+    return [project(w + move) for w, move in zip(KERNELS, OUTWARD, strict=True)]
 
 
 @line(
