@@ -1,9 +1,10 @@
 """An attention layer learns to look up a token: its logits run away, unless QK-Clip holds them.
 
-The learning rate of 0.1 is far too high on purpose. Seed 0, 1500 steps: without the clip the largest
-logit reaches 6205, and the loss of the last 100 steps is 1.59. With `qk_clip(20)` the largest logit
-of any step is 73, the last one is 20, and the loss is 0.00. A head is scaled in 75 % of all cases. A step can exceed the limit by what one update adds. Both runs took a minute on two
-busy CPU cores.
+The learning rate is too high on purpose. Of seeds 0, 1 and 2, with 1500 steps: without the clip the
+largest logit reaches 904, 1605 and 3929, and the loss of the last 100 steps is 0.38, 0.17 and 0.82.
+With `qk_clip(20)` no logit of any step is above 34, the last ones are 20, and the loss is 0.00. The
+clip scales 34 to 46 % of the heads over the run. A step can exceed the limit by what one update
+adds.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ import optaxclip
 from optaxclip import telemetry
 
 TOKENS, LENGTH, WIDTH, HEADS, BATCH = 16, 8, 32, 4, 64
-LIMIT, RATE = 20.0, 0.1
+LIMIT, RATE = 20.0, 0.05
 ROWS = {"none": None, f"qk_clip({LIMIT:g})": LIMIT}
 
 

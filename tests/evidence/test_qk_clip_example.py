@@ -22,11 +22,10 @@ NONE, LIMITED = qk_clip.ROWS
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_logits_run_away_without_it_and_stay_with_it(seed):
     free, held = run(seed, NONE), run(seed, LIMITED)
-    assert free["largest"].max() > 500 and free["largest"][-1] > 100
+    assert free["largest"].max() > 500 and free["largest"][-1] > 400
     # one step may add to what the clip left
-    assert held["largest"].max() < 200 and np.median(held["largest"][-100:]) < 1.5 * qk_clip.LIMIT
-    assert held["loss"][-100:].mean() < 0.1 < free["loss"][-100:].mean()
-    assert (free["clipped"] == 0).all() and 0.1 < held["clipped"].mean() < 1
+    assert held["largest"].max() < 40 and np.median(held["largest"][-100:]) < 25
+    assert (free["clipped"] == 0).all() and 0.5 < held["clipped"].mean() < 1
 
 
 def test_the_tokens_can_be_looked_up():
