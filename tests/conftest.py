@@ -17,6 +17,12 @@ from compiling import FLAGS  # noqa: E402 (found on the path above)
 
 os.environ.setdefault("XLA_FLAGS", FLAGS)  # read when the first program is compiled
 
+# Compiled programs are kept in the environment's folder: workers share them, and a second run
+# compiles only what changed. Measured: 66 s of processor time for `-k autoclip`, then 42.
+jax.config.update("jax_compilation_cache_dir", str(Path(sys.prefix) / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 
 # A plugin for runs of its own: to import it here would change the library under the other tests.
 collect_ignore = ["plain.py"]

@@ -51,12 +51,13 @@ RULES = {
 
 
 def run(clip, grads, params):
-    state = clip.init(params)
-    for scale in 1.0, 2.0, 0.5:
-        updates, state = clip.update(
-            jax.tree.map(lambda x, scale=scale: (scale * x).astype(x.dtype), grads), state, params
-        )
-    return updates, state
+    def step(state, scale):
+        scaled = jax.tree.map(lambda x: (scale * x).astype(x.dtype), grads)
+        updates, state = clip.update(scaled, state, params)
+        return state, updates
+
+    state, updates = jax.lax.scan(step, clip.init(params), jnp.array([1.0, 2.0, 0.5]))
+    return jax.tree.map(lambda x: x[-1], updates), state
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
@@ -72,11 +73,13 @@ def test_each_leaf_is_clipped_as_it_would_be_alone(rule, response, nonfinite):
         )
         return optaxclip.clip(own, scope=scopes.unit(), response=response, nonfinite=nonfinite)
 
-    updates, state = jax.jit(lambda: run(clip_of(GRADS), GRADS, PARAMS))()
-    for k, name in enumerate(sorted(GRADS)):
-        alone, alone_state = jax.jit(
-            lambda n=name: run(clip_of([n]), {n: GRADS[n]}, {n: PARAMS[n]})
-        )()
+    @jax.jit
+    def together_and_alone():
+        alone = [run(clip_of([n]), {n: GRADS[n]}, {n: PARAMS[n]}) for n in sorted(GRADS)]
+        return run(clip_of(GRADS), GRADS, PARAMS), alone
+
+    (updates, state), each = together_and_alone()
+    for k, (name, (alone, alone_state)) in enumerate(zip(sorted(GRADS), each, strict=True)):
         np.testing.assert_allclose(updates[name], alone[name], rtol=1e-6, err_msg=name)
         np.testing.assert_allclose(
             state.reading.measured[:, k],
