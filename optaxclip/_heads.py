@@ -58,7 +58,8 @@ def on_heads(
         heads = _heads(layout, of_leaves)
         _validate.logits(logits, heads)
         largest = {layer: _shared(logits[layer], min(counts)) for layer, counts in heads.items()}
-        clipped, state = clip.update(largest, state, **extra_args)
+        kept: Any = clip.update(largest, state, **extra_args)
+        clipped, state = kept
 
         def scaled(leaf: Any, chosen: list[Part]) -> Array:
             new = widen(leaf)
