@@ -14,6 +14,7 @@ from optaxclip._clip import clip as clip
 from optaxclip._feedback import error_feedback as error_feedback
 from optaxclip._guard import skip_nonfinite as skip_nonfinite
 from optaxclip._guard import skip_spikes as skip_spikes
+from optaxclip._keep import keep_params as keep_params
 from optaxclip._precondition import clip_after as clip_after
 from optaxclip._types import ClipState as ClipState
 from optaxclip._types import Context as Context
@@ -34,6 +35,8 @@ from optaxclip.methods import gradient_stabilizer as gradient_stabilizer
 from optaxclip.methods import growth_clip as growth_clip
 from optaxclip.methods import history_clip as history_clip
 from optaxclip.methods import log_norm_clip as log_norm_clip
+from optaxclip.methods import max_norm as max_norm
+from optaxclip.methods import qk_clip as qk_clip
 from optaxclip.methods import quantile_clip as quantile_clip
 from optaxclip.methods import scale_by_stable_adam as scale_by_stable_adam
 from optaxclip.methods import spam_clip as spam_clip
@@ -55,6 +58,8 @@ __all__ = [
     "growth_clip",
     "history_clip",
     "log_norm_clip",
+    "max_norm",
+    "qk_clip",
     "quantile_clip",
     "scale_by_stable_adam",
     "spam_clip",
@@ -64,6 +69,7 @@ __all__ = [
     "clip_cotangent",
     "clip_after",
     "error_feedback",
+    "keep_params",
     "skip_nonfinite",
     "skip_spikes",
     "scopes",

@@ -1,6 +1,5 @@
 """Wrappers that skip a bad step, as if its batch had not been seen."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from optaxclip._layout import lay_out
 from optaxclip._measure import measure
 from optaxclip._numerics import widen
 from optaxclip._selection import select, select_early
-from optaxclip._transform import transform
+from optaxclip._transform import as_transform, transform
 from optaxclip._types import Context, Scope
 from optaxclip._watch import MOST, Watch, watcher
 
@@ -98,7 +97,7 @@ def skip_nonfinite(
         >>> state.skipped_steps
         Array(1, dtype=int32)
     """
-    optimizer, scope = _optimizer(inner), scopes.tree(where=where)
+    optimizer, scope = as_transform("inner", inner), scopes.tree(where=where)
     if max_consecutive is not None:
         _validate.count("max_consecutive", max_consecutive)
 
@@ -191,7 +190,7 @@ def skip_spikes(
         [-4.5]
         [-4.5]
     """
-    optimizer, scope = _optimizer(inner), scopes.tree(where=where)
+    optimizer, scope = as_transform("inner", inner), scopes.tree(where=where)
     watched = watcher(threshold, watch, patience)
 
     def init(params: Any) -> Any:
@@ -220,24 +219,6 @@ def skip_spikes(
         return updates, state._replace(watch=after)
 
     return transform(init, update)
-
-
-def _optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """Makes a transform of any object with `init` and `update`.
-
-    Its `update` gets only the extra arguments that it takes.
-    """
-    _validate.transform("inner", inner)
-    if isinstance(inner, optax.GradientTransformation):
-        return optax.with_extra_args_support(inner)
-    takes = inspect.signature(inner.update).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        passed = {name: x for name, x in extra_args.items() if takes_all or name in takes}
-        return inner.update(updates, state, params, **passed)
-
-    return transform(inner.init, update)
 
 
 def _start(optimizer: optax.GradientTransformation, params: Any) -> Any:

@@ -61,6 +61,11 @@ def negative_part(x: Array) -> Array:
     return jnp.maximum(-x, 0)
 
 
+def finite_part(x: Array) -> Array:
+    """`max(x, 0)`, and NaN for minus infinity as well."""
+    return jnp.where(jnp.isfinite(x), positive_part(x), jnp.nan)
+
+
 # Quotients
 
 

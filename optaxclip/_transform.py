@@ -1,8 +1,10 @@
 """Makes a transform of `init` and `update`, and shields both from the settings of the program."""
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from optaxclip import _sharding
+from optaxclip import _sharding, _validate
+
+_WEIGHTS = ContextVar("weights", default=False)
 
 
 def transform(
@@ -35,6 +39,59 @@ def transform(
             return update(*args, **keywords)
 
     return optax.GradientTransformationExtraArgs(shielded_init, shielded_update)
+
+
+def as_transform(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
+    """Makes a transform of any object with `init` and `update`.
+
+    Its `update` gets only the extra arguments that it takes.
+
+    Raises:
+        TypeError: `value` does not have both.
+    """
+    _validate.transform(name, value)
+    if isinstance(value, optax.GradientTransformation):
+        return optax.with_extra_args_support(value)
+    takes = inspect.signature(value.update).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        passed = {name: x for name, x in extra_args.items() if takes_all or name in takes}
+        return value.update(updates, state, params, **passed)
+
+    return transform(value.init, update)
+
+
+@contextmanager
+def of_weights() -> Iterator[None]:
+    """Tells all transforms that are called inside that they get weights, not gradients.
+
+    A context reaches through `optax.chain`, which keeps its parts in a closure.
+    """
+    before = _WEIGHTS.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTS.reset(before)
+
+
+def only_of_weights(
+    inner: optax.GradientTransformation, refuse: Callable[[], None]
+) -> optax.GradientTransformationExtraArgs:
+    """The transform inside `of_weights`; anywhere else `init` and `update` call `refuse` first."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        if not _WEIGHTS.get():
+            refuse()
+        return inner.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if not _WEIGHTS.get():
+            refuse()
+        return inner.update(updates, state, params, **extra_args)
+
+    return transform(init, update)
 
 
 def _settings(args: Any) -> ExitStack:

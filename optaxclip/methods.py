@@ -21,7 +21,9 @@ import optax
 
 from optaxclip import _validate, norms, responses, scopes, thresholds
 from optaxclip._clip import clip
-from optaxclip._numerics import negative_part, positive_part, widen
+from optaxclip._heads import Parts, on_heads
+from optaxclip._keep import around, keep_params
+from optaxclip._numerics import finite_part, negative_part, positive_part, widen
 from optaxclip._precondition import clip_after
 from optaxclip._spectral import (
     by_layer,
@@ -32,6 +34,7 @@ from optaxclip._spectral import (
     on_values,
     on_whole_matrices,
 )
+from optaxclip._transform import only_of_weights
 from optaxclip._types import Norm, Response, Scope
 from optaxclip.thresholds.fixed import as_threshold, as_thresholds, negated
 
@@ -48,6 +51,7 @@ class Options(TypedDict, total=False):
 Row = TypeVar("Row", bound=Callable[..., optax.GradientTransformationExtraArgs])
 ABOVE = norms.linf()._replace(magnitude=positive_part)  # one-sided norms, for two bounds
 BELOW = norms.linf()._replace(magnitude=negative_part)
+LOGITS = norms.linf()._replace(magnitude=finite_part)
 
 
 def _row(method: Row) -> Row:
@@ -92,17 +96,23 @@ def clip_by_value(
     clips at both bounds. The direction of the gradient changes. Law: value clip = element scope +
     `clamp`.
 
+    For weights, `keep_params(clip_by_value(low, high))`, zero need not be between the bounds. Then
+    the reading of the bound that zero is beyond has the distance from that bound. A gradient of
+    zero must stay zero, so outside of `keep_params` such a clip is refused by `init` and `update`.
+
     Args:
         limit: the limit; the lower bound if `high` is given.
-        high: the upper bound, not negative; a number or a schedule.
-        low: the lower bound by keyword, not positive; a number or a schedule.
+        high: the upper bound, not negative for gradients; a number or a schedule.
+        low: the lower bound by keyword, not positive for gradients; a number or a schedule. Traced
+            bounds and schedules count as 0 on the other side of zero.
         scope: which elements share one limit; a rule learns it from the largest of them.
         **options: as for `clip`.
 
     Raises:
         TypeError: a bound is not a number, missing, or given twice; or two bounds are given for
             complex updates.
-        ValueError: the limit is negative, or 0 is not between the bounds.
+        ValueError: the limit is negative, or the bounds are in the wrong order; on `init` and
+            `update`: 0 is not between the bounds of a clip of gradients.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -119,10 +129,21 @@ def clip_by_value(
     if low is None and high is None:
         return clip(as_thresholds(limit, name="limit"), scope, norm=norms.linf(), **options)
     _validate.not_both("limit", limit, "low", low, "pass clip_by_value(low, high), or one limit")
-    above = clip(as_threshold(high, name="high"), scope, norm=ABOVE, **options)
     low = limit if low is None else low
-    below = clip(negated(low, name="low"), scope, norm=BELOW, **options)
-    return optax.chain(above, below)
+    sides = _side("high", high, scope, options), _side("low", low, scope, options)
+    _validate.in_order(low, high)
+    return optax.chain(*sides)
+
+
+def _side(
+    name: str, bound: Any, scope: Scope, options: Options
+) -> optax.GradientTransformationExtraArgs:
+    """Clips at one bound; only weights have a bound that zero is beyond."""
+    sign, norm, rule = (-1, ABOVE, as_threshold) if name == "high" else (1, BELOW, negated)
+    if not _validate.is_beyond_zero(name, bound, sign):
+        return clip(rule(bound, name=name), scope, norm=norm, **options)
+    distance = around(bound, clip(0.0, scope, norm=norm, **options))
+    return only_of_weights(distance, lambda: _validate.zero_inside(name, bound, sign))
 
 
 @_row
@@ -336,6 +357,54 @@ def clip_by_trust_ratio(
     _validate.number("high", high)
     limit = thresholds.relative_to_params(ratio, floor=low, ceiling=high, zero="free")
     return clip(limit, scope=scope, norm=norm, **options)
+
+
+@_row
+def max_norm(
+    limit: Any = 2.0,
+    *,
+    axes: Any = None,
+    scope: Scope | None = None,
+    norm: Norm = norms.l2(),
+    **options: Unpack[Options],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Max-norm: keeps the weights of each unit within a norm, after the step.
+
+    .. math:: p'_u \min(1, c / \|p'_u\|) - p_u, \qquad p' = p + u
+
+    `update` needs the parameters. Put it last in a chain, after the learning rate. This is Keras
+    `MaxNorm(limit)` and, with a limit of :math:`\sqrt{m}`, H2O's `max_w2` of :math:`m`. Both leave
+    the bias out: pass `scope=scopes.unit(where=lambda path: "bias" not in path)`. Law: `max_norm(c,
+    axes=axes)` is `keep_params(clip(c, scopes.unit(axes)))`. Known failure: momentum goes on to
+    push outward.
+
+    Args:
+        limit: the limit :math:`c`, 2 in Keras; 3 to 4 in the paper.
+        axes: the axes of a unit, as for `scopes.unit`, which follows the layouts of Flax's layers.
+        scope: which weights share a norm instead of units.
+        norm: which norm.
+        **options: as for `clip`.
+
+    Raises:
+        TypeError: `limit` is not a threshold, or both `axes` and `scope` are given.
+        ValueError: `limit` is negative or NaN; on `update`: the parameters are missing.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optaxclip
+        >>> keep = optaxclip.max_norm(1.0)
+        >>> params, updates = jnp.array([[0.6, 0.1], [0.8, 0.1]]), jnp.array([[2.4, 0.1], [3.2, 0]])
+        >>> updates, _ = keep.update(updates, keep.init(params), params)
+        >>> print(optax.apply_updates(params, updates))
+        [[0.6 0.2]
+         [0.8 0.1]]
+
+    References:
+        Srivastava et al., [Dropout](https://jmlr.org/papers/v15/srivastava14a.html), 2014.
+    """
+    _validate.static("axes", axes)
+    _validate.not_both("axes", axes, "scope", scope, "pass scope=scopes.unit(axes) or axes alone")
+    units, rules = scope or scopes.unit(axes), as_thresholds(limit, name="limit")
+    return keep_params(clip(rules, units, norm=norm, **options))
 
 
 @_row
@@ -990,3 +1059,69 @@ def spectral_clip(
     else:
         inner = _on_spectra(limit, scope, response, options)
     return on_whole_matrices(inner, axes, scopes.batch_of(batch_axes), sharded_over)
+
+
+@_validate.checks_keywords
+def qk_clip(
+    max_logit: Any = 100.0,
+    *,
+    alpha: Any = 0.5,
+    parts: Parts | None = None,
+    record: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""QK-Clip: shrinks the query and key weights of heads whose attention logits are too large.
+
+    .. math:: \gamma_h = \tau / \max(S_h, \tau), \qquad
+        W_q^h \leftarrow \gamma_h^{\alpha} W_q^h, \quad
+        W_k^h \leftarrow \gamma_h^{1 - \alpha} W_k^h
+
+    :math:`S_h` is the largest logit of head :math:`h`, :math:`q \cdot k / \sqrt{d}` before the
+    softmax. The model measures it; pass it to each update, `update(grads, state, params,
+    logits={"decoder/attention": [heads]})`: the largest over batch, queries, keys, microbatches and
+    devices. Put it last in a chain, because it scales the weights after the step, with their
+    biases. Heads of at most :math:`\tau`, and negative logits, leave the bits of their weights.
+    A logit that is not finite leaves the weights of its head, and is counted. Where query heads
+    share a key head, the largest of their logits counts for all of them. Scanned layers have
+    logits `[layers, heads]`.
+
+    The state is that of a clip of the logits, so `telemetry.metrics` has :math:`S` and
+    :math:`\gamma S` by layer, and the share of heads. Law: `keep_params` with
+    `responses.power(exponent)`, by given sizes. Known failure: it acts one step after the logits
+    were seen.
+
+    Args:
+        max_logit: the limit :math:`\tau`, 100 in Kimi K2: a number or any rule.
+        alpha: the share :math:`\alpha` of the queries, from 0 to 1.
+        parts: `(path, leaf) -> (layer, head axis, exponent)`, or None for a leaf to leave alone.
+            The exponent of :math:`\gamma` is a number, or `"query"` for :math:`\alpha` and `"key"`
+            for :math:`1 - \alpha`. For fused kernels and MLA return a list, with a slice of the
+            last axis as the fourth of each. The default is `scopes.flax_attention`.
+        record: as for `clip`.
+
+    Raises:
+        TypeError: `max_logit` is not a threshold, or `alpha` is not a number; on `update`: there
+            are no logits.
+        ValueError: `max_logit` is negative, or `alpha` is not between 0 and 1; on `init`: no leaf
+            is a query or key; on `update`: the parameters or the logits of a layer are missing.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optaxclip
+        >>> params = {"attention": {"query": {"kernel": jnp.ones((1, 2, 1))}}}
+        >>> clip = optaxclip.qk_clip(100.0)
+        >>> still = optax.tree.zeros_like(params)
+        >>> logits = {"attention": jnp.array([400.0, 50.0])}
+        >>> updates, _ = clip.update(still, clip.init(params), params, logits=logits)
+        >>> print(optax.apply_updates(params, updates)["attention"]["query"]["kernel"][0, :, 0])
+        [0.5 1. ]
+
+    References:
+        Kimi Team, [Kimi K2: open agentic intelligence](https://arxiv.org/abs/2507.20534), 2025,
+        algorithm 1.
+    """
+    _validate.number("alpha", alpha, high=1.0)
+    parts = scopes.flax_attention if parts is None else parts
+    _validate.function("parts", parts, "scopes.flax_attention", takes=2)
+    options: Any = {"response": responses.clamp, "record": "full" if record else False}
+    limit = as_threshold(max_logit, name="max_logit")
+    largest = clip(limit, scopes.element(), norm=LOGITS, **options)
+    return keep_params(on_heads(largest, parts, alpha))

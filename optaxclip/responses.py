@@ -1,4 +1,4 @@
-r"""What happens to what is larger: `rescale clamp smooth drop normalize band automatic psac`.
+r"""What is done to what is larger: `rescale clamp smooth drop normalize band power automatic psac`.
 
 A response is a function `(gradient, size, limit) -> gradient` on one leaf, where size and
 limit are scalars or broadcast against it, in float32 or wider. All but `clamp` keep the
@@ -15,8 +15,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
+from optaxclip import _validate
 from optaxclip._lowering import traced_once
+from optaxclip._naming import shown
 from optaxclip._numerics import factors, multiply
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "drop",
     "normalize",
     "band",
+    "power",
     "automatic",
     "psac",
     "from_target",
@@ -139,6 +143,46 @@ def band(size: Array, limit: Array, *, low: float = 0.5) -> Array:
     The lower end is a share `low` of the limit.
     """
     return jnp.where(limit < jnp.inf, jnp.clip(size, low * limit, limit), size)
+
+
+def power(e: ArrayLike) -> FromTarget:
+    r"""Makes the response that shrinks what is above the limit by a power, :math:`g\, (c / s)^e`.
+
+    What is within the limit keeps its bits. `power(1)` is `rescale`. An `e` below 1 leaves a size
+    between its limit and what it was; an `e` above 1 makes it smaller than the limit, the more the
+    larger it was.
+
+    Args:
+        e: the exponent, at least 0.
+
+    Raises:
+        TypeError: `e` is not a number.
+        ValueError: `e` is negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import responses
+        >>> for e in 0.5, 1.0, 2.0:
+        ...     print(responses.power(e)(jnp.array([8.0]), jnp.array(8.0), jnp.array(2.0)))
+        [4.]
+        [2.]
+        [0.5]
+    """
+    _validate.number("e", e)
+
+    def target(size: Array, limit: Array) -> Array:
+        over = (size > limit) & (limit > 0)
+        s, c = jnp.where(over, size, 1), jnp.where(over, limit, 1)
+        # s (c / s)^e, or c (c / s)^(e - 1); by roots, because c / s itself may be flushed to 0
+        less = jnp.asarray(e) < 1
+        root = (jnp.sqrt(c) / jnp.sqrt(s)) ** jnp.where(less, e, e - 1)
+        shrunk = jnp.where(less, s, c) * root * root
+        gone = jnp.where(jnp.asarray(e) > 0, 0, size)
+        return jnp.where(over, jnp.minimum(shrunk, size), jnp.where(size > limit, gone, size))
+
+    response = from_target(target)
+    response.__name__, response.__doc__ = f"power({shown(e)})", power.__doc__
+    return response
 
 
 @from_target

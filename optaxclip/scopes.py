@@ -16,6 +16,7 @@ __all__ = [
     "unit",
     "element",
     "flax_axes",
+    "flax_attention",
 ]
 
 
@@ -260,6 +261,34 @@ def is_whole(scope: Scope) -> bool:
 def _whole(path: str) -> str:
     """The name of the group of all leaves."""
     return "tree"
+
+
+def flax_attention(path: str, leaf: Any) -> tuple[str, int, str] | None:
+    """Finds the query and key weights of Flax's attention layers, for `qk_clip(parts=...)`.
+
+    These are the kernels `[in, heads, depth]` and biases `[heads, depth]` of `query` and `key` in
+    `MultiHeadAttention`, in linen and in NNX, also with stacks of layers in front.
+
+    Args:
+        path: such as `"encoder/attention/query/kernel"`.
+        leaf: the array there.
+
+    Returns:
+        `("encoder/attention", axis of the heads, "query")`, or `"key"` in the place of `"query"`,
+        whose exponents follow `alpha`; None for any other leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optaxclip import scopes
+        >>> scopes.flax_attention("encoder/attention/query/kernel", jnp.zeros((16, 4, 8)))
+        ('encoder/attention', 1, 'query')
+        >>> scopes.flax_attention("encoder/attention/out/kernel", jnp.zeros((4, 8, 16)))
+    """
+    *layer, side, kind = ["", *path.split("/")]
+    least = {"kernel": 3, "bias": 2}.get(kind)
+    if side not in ("query", "key") or least is None or leaf.ndim < least:
+        return None
+    return "/".join(layer[1:]), leaf.ndim - 2, side
 
 
 def _groups(

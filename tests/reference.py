@@ -88,6 +88,10 @@ element = along(lambda shape: [])
 # Responses of one number whose group has this size, and may have this limit.
 
 
+def power_half(x, size, limit):
+    return x * (limit / size) ** 0.5 if size > limit else x
+
+
 def rescale(x, size, limit):
     return x * limit / size if size > limit else x
 
@@ -405,3 +409,52 @@ def aggregate(
             return total
         middle = {name: middle[name] + total[name] / (divisor[name] or 1.0) for name in names}
     return middle
+
+
+# Limits of weights, from the formulas of those who have them. A matrix is [inputs, units].
+
+
+def keras_max_norm(w, limit=2.0):
+    """Keras `MaxNorm(limit, axis=0)`."""
+    norms = np.sqrt(np.sum(w**2, axis=0, keepdims=True))
+    return w * np.clip(norms, 0, limit) / (1e-7 + norms)
+
+
+def keras_unit_norm(w):
+    """Keras `UnitNorm(axis=0)`."""
+    return w / (1e-7 + np.sqrt(np.sum(w**2, axis=0, keepdims=True)))
+
+
+def keras_min_max_norm(w, low=0.0, high=1.0, rate=1.0):
+    """Keras `MinMaxNorm(low, high, rate, axis=0)`."""
+    norms = np.sqrt(np.sum(w**2, axis=0, keepdims=True))
+    wanted = rate * np.clip(norms, low, high) + (1 - rate) * norms
+    return w * wanted / (1e-7 + norms)
+
+
+def h2o_max_w2(w, max_w2):
+    """H2O: the squares of the weights into a neuron sum up to `max_w2` at most."""
+    w = np.array(w, float)
+    for unit in range(w.shape[1]):
+        r2 = math.fsum(x * x for x in w[:, unit].tolist())
+        if r2 > max_w2:
+            w[:, unit] *= math.sqrt(max_w2 / r2)
+    return w
+
+
+def kept_by_projection(params, updates, project):
+    """The steps after which the weights are projected: u' = project(p + u) - p."""
+    moved = {name: np.asarray(params[name], float) + updates[name] for name in params}
+    kept = project(moved)
+    return {name: kept[name] - np.asarray(params[name], float) for name in params}
+
+
+def qk_clip(layer, logits, tau=100.0, alpha=0.5):
+    """Kimi K2, algorithm 1, for heads with keys of their own."""
+    layer = {side: {k: np.array(x, float) for k, x in w.items()} for side, w in layer.items()}
+    for head, largest in enumerate(np.asarray(logits, float)):
+        gamma = tau / max(largest, tau)
+        for side, power in ("query", alpha), ("key", 1 - alpha):
+            for weights in layer[side].values():
+                weights[..., head, :] *= gamma**power
+    return layer

@@ -15,7 +15,7 @@ import pytest
 from flax import serialization, traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from transforms import CASES, SCALERS
+from transforms import CASES, KEEPERS, SCALERS
 
 import optaxclip
 from optaxclip import norms, scopes, telemetry, thresholds
@@ -28,7 +28,7 @@ BY_NAME = {"bias": 1.0, "kernel": thresholds.ema()}
 # clips; then all else.
 TRANSFORMS = {
     f"{case.name} {k}": functools.partial(case.make, 1.0)
-    for k, case in enumerate([*CASES, *SCALERS])
+    for k, case in enumerate([*CASES, *SCALERS, *KEEPERS])
 }
 TRANSFORMS |= {
     "ema by element": lambda **o: optaxclip.clip(
@@ -78,6 +78,7 @@ PARAMETER_SHAPED = {
     "scale_by_stable_adam": 2,  # the moments of Adam
     "error_feedback": 1,
     "spam_clip": 1,
+    "keep_params": 1,
     "chain": 1,
     "skip_spikes": 3,
     "ema by element": 4,  # the average and its count; the usual size, and how often another came
@@ -116,8 +117,9 @@ def test_every_public_transform_is_in_the_table():
         for name in optaxclip.__all__
         if callable(getattr(optaxclip, name)) and not isinstance(getattr(optaxclip, name), type)
     }
-    # the last two are no transforms
+    # the last two are no transforms; qk_clip needs the logits of a model: test_qk_clip.py
     listed = {name.split()[0] for name in TRANSFORMS} | {
+        "qk_clip",
         "clip_cotangent",
         "clip_activation_grad",
     }

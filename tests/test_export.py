@@ -6,12 +6,14 @@ import chex
 import jax
 import pytest
 from jax import export
-from transforms import CASES, SCALERS
+from transforms import CASES, KEEPERS, SCALERS
 
 from optaxclip import skip_nonfinite, skip_spikes, thresholds
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-TRANSFORMS = {f"{case.name}-{i}": case.make(1.0) for i, case in enumerate(CASES + SCALERS)}
+TRANSFORMS = {
+    f"{case.name}-{i}": case.make(1.0) for i, case in enumerate(CASES + SCALERS + KEEPERS)
+}
 GUARDS = {
     "skip_nonfinite": skip_nonfinite(TRANSFORMS["clip-0"]),
     "skip_spikes": skip_spikes(TRANSFORMS["clip-0"], thresholds.zscore(4.0)),

@@ -44,8 +44,9 @@ ROWS = {
     "growth_clip": ({}, {"factor": 2}),
     "spam_clip": (
         {"factor": 4.0, "decay": 0.5, "warmup": 3},
-        {"factor": 2.0, "decay": 0.9, "warmup": 6},
+        {"factor": 2.0, "decay": 0.9, "warmup": 7},
     ),
+    "max_norm": ({}, {"limit": 0.5}),
     "gradient_stabilizer": ({}, {"decay": 0.5, "square_decay": 0.8}),
     "clippy": ({}, {"relative": 0.3, "absolute": 0.2}),
     "scale_by_stable_adam": (
@@ -117,7 +118,8 @@ def test_the_table_has_every_number_of_every_row():
         for name, value in vars(methods).items()
         if inspect.isfunction(value) and value.__module__ == methods.__name__
     }
-    rows = {name for name in rows if not name.startswith("_")}
+    # qk_clip needs the logits of a model: test_qk_clip.py
+    rows = {name for name in rows if not name.startswith("_") and name != "qk_clip"}
     taken = {
         name: {x for row, (_, numbers) in ROWS.items() if row.split()[0] == name for x in numbers}
         for name in rows

@@ -49,6 +49,76 @@ REFUSALS = {
             "norms.l2(); pass norm=norms.linf(), scope=scopes.element(), or another response",
         )
     ],
+    "zero_inside": [
+        (
+            ("low", 0.1, 1),
+            {},
+            ValueError,
+            "low must be in [-inf, 0], got 0.1; pass a number inside, or limit weights in place of "
+            "gradients with keep_params(clip_by_value(low, high)) as the last part of the chain",
+        )
+    ],
+    "in_order": [
+        ((1.0, 0.1), {}, ValueError, "low must be at most high, got 1.0 and 0.1; swap them")
+    ],
+    "weights_given": [
+        (
+            (None,),
+            {},
+            ValueError,
+            "keep_params limits the weights after the step, got params=None; call update(updates, "
+            "state, params)",
+        )
+    ],
+    "parts": [
+        (
+            ("w", (3,), [("attention", 1.0, 0.5)]),
+            {},
+            TypeError,
+            "parts must return (layer, head axis, exponent) for 'w', got ('attention', 1.0, 0.5); "
+            'return one such as ("attention", 1, 0.5), or a list of these, each with a slice of '
+            "the last axis as a fourth, or None",
+        ),
+        (
+            ("w", (3,), [("attention", 1, 0.5)]),
+            {},
+            ValueError,
+            "parts chose the head axis 1 for 'w' of shape (3,); return an axis that it has, or "
+            "None to leave it alone",
+        ),
+    ],
+    "has_heads": [
+        (
+            ({}, ["w"]),
+            {},
+            ValueError,
+            "parts must name the query and key weights, got None for all of ['w']; pass "
+            "parts=(path, leaf) -> (layer, head axis, exponent)",
+        )
+    ],
+    "logits": [
+        (
+            (None, {"attn": [2]}),
+            {},
+            TypeError,
+            "logits must be a dict with the largest logit of each head by layer, for ['attn'], "
+            "got None; call update(updates, state, params, logits={layer: [heads]})",
+        ),
+        (
+            ({"other": 1}, {"attn": [2]}),
+            {},
+            ValueError,
+            "logits must have the layers ['attn'], got ['other']; add ['attn'], or pass parts that "
+            "leave them alone",
+        ),
+        (
+            ({"attn": np.ones(3)}, {"attn": [2]}),
+            {},
+            ValueError,
+            "logits must be numbers by query head, got the shape (3,) for 'attn', whose "
+            "weights have [2] heads; take the largest over batch, queries and keys",
+        ),
+    ],
     "one_source": [
         (
             (1,),
@@ -1025,6 +1095,15 @@ ACCEPTED = {
     "sensitivity": [(("norm", True, None), {})],
     "reduction": [(("sum", False, len), {}), (("kept", True, None), {})],
     "one_limit": [(("threshold", "a/b", ["a"]), {})],
+    "zero_inside": [(("low", -1.0, 1), {}), (("high", 0.0, -1), {})],
+    "in_order": [((0.1, 0.1), {}), ((0.1, optax.constant_schedule(0.0)), {})],
+    "weights_given": [((1.0,), {})],
+    "parts": [
+        (("w", (3, 2), [("attention", -2, "key", slice(1))]), {}),
+        (("w", (3,), []), {}),
+    ],
+    "has_heads": [(({"attn": [2]}, ["w"]), {})],
+    "logits": [(({"attn": np.ones(4), "other": 1}, {"attn": [2, 4]}), {})],
     "one_source": [((None,), {})],
     "given_sizes": [((5.0, ["tree"]), {}), (({"a": 1, "b": 2.0}, ["b", "a"]), {})],
     "given_block": [(("w", np.ones((1, 3)), (1, 3)), {}), (("w", 2.0, (1, 3)), {})],
@@ -1209,7 +1288,9 @@ THRESHOLDS = {
     "thresholds[0]": [lambda value: thresholds.join([value, 1.0], [1])],
     "thresholds[1]": [lambda value: thresholds.join([1.0, value], [1])],
     "limit": [optaxclip.clip_by_value],
-    "high": [lambda value: optaxclip.clip_by_value(low=-1.0, high=value)],
+    "high": [
+        lambda value: optaxclip.clip_by_value(low=-1.0, high=value).init(jnp.ones(1)),
+    ],
     "max_norm": [optaxclip.clip_by_norm, optaxclip.clip_by_global_norm],
     "max_rms": [optaxclip.clip_by_block_rms],
     "ratio": [optaxclip.adaptive_grad_clip, thresholds.relative_to_params],
@@ -1266,16 +1347,20 @@ def test_every_limit_is_checked_when_it_is_made(name, makers, value, error, word
 
 
 def test_both_bounds_are_checked():
-    for low, words in (0.5, "got 0.5"), (math.nan, "got nan"), (math.inf, "got inf"):
+    weights = "or limit weights in place of gradients with keep_params(clip_by_value(low, high))"
+    for low, words, advice in (
+        (0.5, "got 0.5", f"pass a number inside, {weights} as the last part of the chain"),
+        (math.nan, "got nan", "pass a number inside"),
+        (math.inf, "got inf", "pass a number inside"),
+    ):
         for make in (
             (lambda low: optaxclip.clip_by_value(low, 1.0)),
             (lambda low: optaxclip.clip_by_value(low=low, high=1.0)),
         ):
             with pytest.raises(
-                ValueError,
-                match=exactly(f"low must be in [-inf, 0], {words}; pass a number inside"),
+                ValueError, match=exactly(f"low must be in [-inf, 0], {words}; {advice}")
             ):
-                make(low)
+                make(low).init(jnp.ones(3))
     with pytest.raises(TypeError, match="^low must be a real number, got '-1' "):
         optaxclip.clip_by_value("-1", 1.0)
     with pytest.raises(TypeError, match="^low must be a real number, got None "):
@@ -1777,7 +1862,11 @@ def test_every_function_of_validate_is_in_the_tables_above():
         for name, value in vars(_validate).items()
         if inspect.isfunction(value) and not name.startswith("_")
     }
-    assert functions - {"checks_keywords", "is_sparse"} == set(REFUSALS) == set(ACCEPTED)
+    assert (
+        functions - {"checks_keywords", "is_sparse", "is_beyond_zero"}
+        == set(REFUSALS)
+        == set(ACCEPTED)
+    )
 
 
 def raises(path):

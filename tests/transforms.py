@@ -171,6 +171,16 @@ SCALERS = [
     ),
 ]
 
+# What limits the weights after a step: it has no limits of updates, and zeros need not stay zeros.
+KEEPERS = [
+    Case("max_norm", lambda s, **o: optaxclip.max_norm(s, **o), each_unit),
+    Case(
+        "keep_params",
+        lambda s, **o: optaxclip.keep_params(optaxclip.spam_clip(**o)),
+        each_element,
+    ),
+]
+
 
 def expected(
     case: Case, updates: list[np.ndarray], params: list[np.ndarray], scale: float = 1.0

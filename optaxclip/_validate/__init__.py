@@ -2,10 +2,17 @@
 
 `arguments` checks what users pass to functions that make clips; `trees` checks what `init` and
 `update` get; `examples` checks batches of examples; `axes` checks mapped axes; `guards` checks what
-guards and monitors watch; `rules` checks threshold rules where not all make sense; `combinations`
-checks arguments that do not fit each other.
+guards and monitors watch; `after_step` checks what limits weights; `rules` checks threshold rules
+where not all make sense; `combinations` checks arguments that do not fit each other.
 """
 
+from optaxclip._validate.after_step import has_heads as has_heads
+from optaxclip._validate.after_step import in_order as in_order
+from optaxclip._validate.after_step import is_beyond_zero as is_beyond_zero
+from optaxclip._validate.after_step import logits as logits
+from optaxclip._validate.after_step import parts as parts
+from optaxclip._validate.after_step import weights_given as weights_given
+from optaxclip._validate.after_step import zero_inside as zero_inside
 from optaxclip._validate.arguments import boundaries as boundaries
 from optaxclip._validate.arguments import called as called
 from optaxclip._validate.arguments import checks_keywords as checks_keywords

@@ -22,6 +22,7 @@ import keras
 import numpy as np
 import optax
 import pytest
+import reference
 import tensorflow as tf
 import torch
 from jax.experimental import checkify
@@ -84,6 +85,7 @@ def test_every_check_has_its_line_and_every_section_its_table():
         "Caffe",
         "Optax",
         "jax_privacy",
+        "Limits of weights elsewhere",
     ]
 
 
@@ -529,18 +531,67 @@ def keras_weight_decay(there, here):
     )
 
 
+# Limits of weights
+
+KERNELS, OUTWARD = [LARGE[0], SMALL[0]], [0.5 * LARGE[0][::-1], -2 * SMALL[0]]
+
+
+def kept(code, **options):
+    """The weights after steps that a transform limits."""
+    moves, state = ours(code, OUTWARD, params=KERNELS, **options)
+    return [w + move for w, move in zip(KERNELS, moves, strict=True)]
+
+
+def constrained(code):
+    """The weights after the same steps, with a constraint of Keras."""
+    moved = [w + move for w, move in zip(KERNELS, OUTWARD, strict=True)]
+    return [np.asarray(eval(code, {"keras": keras, "w": w})) for w in moved]
+
+
 @line(
-    "`keras.constraints.MaxNorm(2.0)(grads[0])`",
-    "`clip_by_norm(2.0, scope=scopes.unit()).update(grads[0], None)[0]`",
-    "Same for the weights of a dense layer (axis 0), except that Keras adds 1e-7 to the norm. A "
-    "clip takes any tree, weights "
-    "as well: apply it after the step",
+    "`keras.constraints.MaxNorm(2.0)(w)`",
+    "`max_norm(2.0)`",
+    "Same for the kernel of a dense layer (axis 0), except that Keras adds 1e-7 to the norm. Put "
+    "it last in the chain: it limits the weights after the step",
 )
 def keras_max_norm(there, here):
-    found, expected = applied(here, LARGE), eval(there, {"keras": keras, "grads": LARGE})
-    same([found], [np.asarray(expected)])
-    column = np.linalg.norm(found, axis=0)
-    np.testing.assert_allclose(column, [2.0, 2.0], rtol=1e-6)
+    for x, y in zip(kept(here), constrained(there), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        assert (np.linalg.norm(x, axis=0) <= 2 + 1e-6).all()
+
+
+@line(
+    "`keras.constraints.NonNeg()(w)`",
+    "`keep_params(clip_by_value(0.0, jnp.inf))`",
+    "Same",
+)
+def keras_non_neg(there, here):
+    for x, y in zip(kept(here), constrained(there), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+@line(
+    "`keras.constraints.UnitNorm()(w)`",
+    "`keep_params(clip(1.0, scopes.unit(0), response=responses.normalize))`",
+    "Same, except for the 1e-7. Here a column of zeros stays zero, as it does there",
+)
+def keras_unit_norm(there, here):
+    for x, y in zip(kept(here), constrained(there), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    zeros = np.zeros((2, 2), np.float32)
+    np.testing.assert_array_equal(ours(here, [zeros], params=[zeros])[0][0], zeros)
+    np.testing.assert_array_equal(eval(there, {"keras": keras, "w": zeros}), zeros)
+
+
+@line(
+    "`keras.constraints.MinMaxNorm(1.0, 2.0)(w)`",
+    "`keep_params(clip(2.0, scopes.unit(0), response=responses.from_target(lambda n, c: "
+    "jnp.clip(n, 1.0, c))))`",
+    "Same, except for the 1e-7. `responses.band` has the lower end as a share of the upper one",
+)
+def keras_min_max_norm(there, here):
+    for x, y in zip(kept(here), constrained(there), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 # TensorFlow
@@ -580,14 +631,14 @@ def tensorflow_axes(there, here):
 @line(
     "`[tf.clip_by_value(g, -0.5, 1.0) for g in grads]`",
     "`clip_by_value(-0.5, 1.0)`",
-    "Same, for bounds on both sides of 0; others are an error here. An infinite element becomes 1 "
-    "there, and NaN here",
+    "Same, for bounds on both sides of 0; others are an error here, except for weights in "
+    "`keep_params`. An infinite element becomes 1 there, and NaN here",
 )
 def tensorflow_value(there, here):
     same(ours(here, LARGE)[0], in_tensorflow(there, LARGE))
     np.testing.assert_array_equal(in_tensorflow(there, INFINITE)[0], [1, 1])
     np.testing.assert_array_equal(ours(here, INFINITE)[0][0], [np.nan, 1])
-    refused(here.replace("-0.5", "0.5"), "low must be")
+    refused(here.replace("-0.5", "0.5") + ".init(jnp.zeros(2))", "low must be")
 
 
 @line(
@@ -1196,3 +1247,46 @@ def privacy_sensitivity(there, here):
     same([2 * found], [both(there, here.replace("add_or_remove", "replace"))[1]])
     limits = here.replace("0.5", "{'w': 3.0, 'b': 4.0}")
     same([both(there, limits)[1]], [5.0])
+
+
+# Limits of weights elsewhere
+
+
+def projected(project):
+    return [project(w + move) for w, move in zip(KERNELS, OUTWARD, strict=True)]
+
+
+@line(
+    "`H2O max_w2=4.0`",
+    "`max_norm(4.0**0.5)`",
+    'Same for kernels. H2O leaves the bias out: `scopes.unit(where=lambda path: "bias" not in '
+    "path)`",
+)
+def h2o_max_w2(there, here):
+    for x, y in zip(kept(here), projected(lambda w: reference.h2o_max_w2(w, 4.0)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@line("`WGAN: p.data.clamp_(-0.01, 0.01)`", "`keep_params(clip_by_value(0.01))`", "Same")
+def wgan_clamp(there, here):
+    limited = projected(lambda w: torch.tensor(w).clamp_(-0.01, 0.01).numpy())
+    for x, y in zip(kept(here), limited, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
+
+
+@line(
+    "`MuonClip: QK-Clip, tau = 100`",
+    "`qk_clip(100.0)`",
+    "Same. Where trainers compute `min(1, tau / S)`, a negative largest logit gives a negative "
+    "factor; here it leaves the weights alone",
+)
+def muon_clip(there, here):
+    layer = {side: {"kernel": np.ones((3, 2, 4), np.float32)} for side in ("query", "key")}
+    zeros = jax.tree.map(np.zeros_like, layer)
+    clip = evaluate(here)
+    for largest in [400.0, 50.0], [-400.0, 200.0]:
+        logits = {"": np.array(largest)}
+        updates, _ = clip.update(zeros, clip.init(layer), layer, logits=logits)
+        after, wanted = optax.apply_updates(layer, updates), reference.qk_clip(layer, largest)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), after, wanted)
+    assert min(1, 100 / -400.0) < 0
