@@ -163,10 +163,10 @@ def power(e: ArrayLike) -> FromTarget:
         >>> import jax.numpy as jnp
         >>> from optaxclip import responses
         >>> for e in 0.5, 1.0, 2.0:
-        ...     print(responses.power(e)(jnp.array([8.0]), jnp.array(8.0), jnp.array(2.0)))
+        ...     print(responses.power(e)(jnp.array([16.0]), jnp.array(16.0), jnp.array(1.0)))
         [4.]
-        [2.]
-        [0.5]
+        [1.]
+        [0.0625]
     """
     _validate.number("e", e)
 
