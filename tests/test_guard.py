@@ -726,8 +726,15 @@ def test_a_rule_sees_the_extra_arguments_of_the_update():
     assert done == [True, False]
 
 
-@pytest.mark.parametrize("rule", [thresholds.ranked(2), thresholds.by_global_norm(1.0)])
-def test_a_rule_that_compares_sizes_of_a_step_is_refused_for_a_loss(rule):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        thresholds.ranked(2),
+        thresholds.by_global_norm(1.0),
+        thresholds.times(3.0, thresholds.quantile(0.5, 9)),
+    ],
+)
+def test_a_rule_that_multiplies_or_compares_the_sizes_of_a_step_is_refused_for_a_loss(rule):
     with pytest.raises(ValueError, match="threshold must take a loss of either sign, got"):
         skip_spikes(optax.sgd(1.0), rule, watch="loss")
 

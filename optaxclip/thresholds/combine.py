@@ -131,7 +131,8 @@ def times(factor: ThresholdLike, threshold: ThresholdLike) -> Threshold:
         finite = limits[1] < jnp.inf  # 0 times infinity is NaN
         return jnp.where(finite, limits[0] * jnp.where(finite, limits[1], 1), jnp.inf)
 
-    return _combine([factor, threshold], ["factor", "threshold"], product)
+    # three times a negative limit would be lower, not higher
+    return _combine([factor, threshold], ["factor", "threshold"], product)._replace(signed=False)
 
 
 @named("thresholds")
