@@ -92,7 +92,7 @@ Every method clips the same 400 gradients: noise around a falling norm, spikes a
 of the method's largest group; dots are steps with something clipped. The cost is the memory traffic
 of a step with Adam on TPU v5e, from the compiled program, for GPT-2 and in units of its parameters:
 {adam:.2f} for bare Adam, {optax:.2f} with Optax's `clip_by_global_norm`
-([performance](performance.md)). The state is given for GPT-2's 148 leaves, with the four numbers of
+([benchmarks](performance.md)). The state is given for GPT-2's 148 leaves, with the four numbers of
 each group's reading."""
 
 

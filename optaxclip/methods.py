@@ -18,6 +18,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from optaxclip import _validate, norms, responses, scopes, thresholds
 from optaxclip._clip import clip
@@ -140,10 +141,21 @@ def _side(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips at one bound; only weights have a bound that zero is beyond."""
     sign, norm, rule = (-1, ABOVE, as_threshold) if name == "high" else (1, BELOW, negated)
+    if options.get("response") is responses.clamp and not scopes.is_of_elements(scope):
+        # `clamp` would cut at the other side as well
+        options = {**options, "response": _cut_above if name == "high" else _cut_below}
     if not _validate.is_beyond_zero(name, bound, sign):
         return clip(rule(bound, name=name), scope, norm=norm, **options)
     distance = around(bound, clip(0.0, scope, norm=norm, **options))
     return only_of_weights(distance, lambda: _validate.zero_inside(name, bound, sign))
+
+
+def _cut_above(gradient: Array, size: Array, limit: Array) -> Array:
+    return jnp.minimum(gradient, limit)
+
+
+def _cut_below(gradient: Array, size: Array, limit: Array) -> Array:
+    return jnp.maximum(gradient, -limit)
 
 
 @_row

@@ -185,7 +185,7 @@ def element(*, where: Where | None = None, batch_axes: BatchAxes | None = None) 
     """
     _check_where(where)
     batch_of(batch_axes)
-    return Scope(axes=lambda path, leaf: (), where=where)
+    return Scope(axes=_no_axes, where=where)
 
 
 def flax_axes(path: str, leaf: Any) -> Axes:
@@ -251,6 +251,16 @@ def divided(scope: Scope, keys: Collection[str]) -> Scope:
     if scope.group is _whole:
         return scope._replace(group=lambda path: key_of(path) or _whole(path))
     return scope if scope.group else scope._replace(key=key_of)
+
+
+def is_of_elements(scope: Scope) -> bool:
+    """Returns whether each number is a group, as `element` has it."""
+    return scope.axes is _no_axes
+
+
+def _no_axes(path: str, leaf: Any) -> Axes:
+    """The axes that are measured together: none."""
+    return ()
 
 
 def is_whole(scope: Scope) -> bool:

@@ -277,6 +277,13 @@ def test_values_within_two_bounds_come_back_bit_for_bit():
     assert np.asarray(updates).tobytes() == np.asarray(grads).tobytes()
 
 
+@pytest.mark.parametrize("scope", [scopes.tree(), scopes.leaf(), scopes.unit()])
+def test_two_bounds_are_two_bounds_at_any_scope(scope):
+    grads = {"a": np.float32([[3.0, -1.5], [0.2, -7.0]]), "b": np.float32([-1.9, 0.5])}
+    clip = optaxclip.clip_by_value(-2.0, 1.0, scope=scope)
+    assert_close(update(clip, grads), reference.clip_between(grads, -2.0, 1.0), rtol=1e-7)
+
+
 def test_complex_values_are_cut_by_magnitude():
     grads = {"a": np.array([3 + 4j, 0.3j, -1e20], np.complex64)}
     assert_close(update(optaxclip.clip_by_value(1.0), grads), reference.clip_by_value(grads, 1.0))
