@@ -110,9 +110,11 @@ RESPONSES["gamma"] = tuple(
     functools.partial(module.automatic, gamma=0.5) for module in (responses, reference)
 )
 PAIRS = [(norm, "rescale") for norm in NORMS] + [
-    ("l2", response) for response in RESPONSES if response != "rescale"
+    ("linf" if response == "clamp" else "l2", response)
+    for response in RESPONSES
+    if response != "rescale"
 ]
-FEW = [("l2", "rescale"), ("l1", "rescale"), ("rms", "rescale"), ("l2", "clamp"), ("l2", "band")]
+FEW = [("l2", "rescale"), ("l1", "rescale"), ("rms", "rescale"), ("linf", "clamp"), ("l2", "band")]
 
 
 def test_the_batch_is_worth_clipping():
@@ -173,7 +175,7 @@ def test_factors_are_for_l2_whole_leaves_and_kept_directions():
         {"scope": scopes.unit()},
         {"norm": norms.l1()},
         {"norm": norms.rms()},
-        {"response": responses.clamp},
+        {"norm": norms.linf(), "response": responses.clamp},
     ):
         assert kinds(**options) == {"stored"}
     for relative in (
@@ -832,7 +834,11 @@ WAYS = {
     "sum": {"reduce": "sum"},
     "microbatches": {"microbatch": 4},
     "microbatches of fewer than devices": {"microbatch": 2},
-    "by leaf, clamped": {"scope": scopes.leaf(), "response": responses.clamp},
+    "by leaf, clamped": {
+        "scope": scopes.leaf(),
+        "norm": norms.linf(),
+        "response": responses.clamp,
+    },
     "by unit": {"scope": scopes.unit()},
     "by l1": {"norm": norms.l1(), "response": responses.automatic},
     "with aux": {"keep_batch_axis": True, "has_aux": True, "microbatch": 4},

@@ -75,7 +75,7 @@ RULES = {
     ),
     "quantile_tracker": Rule(thresholds.quantile_tracker(), knows=1, scopes=("tree", "unit")),
     "mean_to_rms": Rule(
-        thresholds.mean_to_rms(),
+        thresholds.mean_to_rms(decay=0.7, square_decay=0.9),
         knows=1,
         after_spike=70,
         response=responses.normalize,

@@ -115,7 +115,7 @@ BAD = {
     "kept": ((1.0, {"reduce": "kept"}), r"reduce='sum', got 'kept'"),
     "norm": ((1.0, {"norm": norms.linf()}), r"norm=norms.l2\(\), got norms.linf\(\); limits of"),
     "clamp": (
-        (1.0, {"response": responses.clamp}),
+        (1.0, {"scope": scopes.element(), "response": responses.clamp}),
         r"a response that keeps sizes within the limit, got .*clamp.*responses.rescale",
     ),
     "custom": (

@@ -128,8 +128,8 @@ def times(factor: ThresholdLike, threshold: ThresholdLike) -> Threshold:
     """
 
     def product(limits: list[Array], context: Context) -> Array:
-        finite = limits[1] < jnp.inf  # 0 times infinity is NaN
-        return jnp.where(finite, limits[0] * jnp.where(finite, limits[1], 1), jnp.inf)
+        infinite = limits[1] == jnp.inf  # 0 times infinity is NaN
+        return jnp.where(infinite, jnp.inf, limits[0] * jnp.where(infinite, 1, limits[1]))
 
     # three times a negative limit would be lower, not higher
     return _combine([factor, threshold], ["factor", "threshold"], product)._replace(signed=False)
@@ -185,7 +185,8 @@ def by_global_norm(threshold: Any) -> Threshold:
         ]
         norm = jnp.sqrt(jnp.where(top > 0, sum(squares), 1))  # in units of the largest size
         most = rule.limit(top, state, context) / norm
-        return jnp.where(most < jnp.inf, responses.rescale(sizes, top, most), jnp.inf)
+        # A limit of NaN stays NaN, which counts as 0.
+        return jnp.where(most == jnp.inf, jnp.inf, responses.rescale(sizes, top, most))
 
     return rule._replace(limit=limit, joint=True, signed=False)
 
