@@ -66,7 +66,7 @@ def arrivals(clip: optax.GradientTransformation, rate: float, steps: int) -> Arr
     return jax.vmap(lambda start: descend(clip, start, rate, steps).losses.min() < ARRIVED)(grid)
 
 
-def surface(n: int = 241) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def surface(n: int = 241) -> tuple[Array, Array, Array]:
     """Returns the loss on a grid over the picture, `[n, n]` each: w, b, loss."""
     w, b = jnp.meshgrid(jnp.linspace(*W, n), jnp.linspace(*B, n))
     return w, b, jax.jit(jax.vmap(jax.vmap(loss)))(jnp.stack([w, b], -1))
@@ -77,9 +77,10 @@ def draw(paths: dict[str, Path], limit: float, dark: bool) -> Figure:
     style = {"font.size": 13, "axes3d.grid": False}
     with mpl_style.context((mpl_style.library["dark_background"] | style) if dark else style):
         figure = Figure((7, 8.4), layout="constrained")
-        top, below = figure.subplot_mosaic(
+        panels: Any = figure.subplot_mosaic(
             [["surface"], ["paths"]], per_subplot_kw={"surface": {"projection": "3d"}}
-        ).values()
+        )
+        top, below = panels.values()
         w, b, height = surface()
         top.plot_surface(w, b, height, cmap="viridis", rcount=241, ccount=241, linewidth=0)
         top.view_init(elev=30, azim=-118)
@@ -131,17 +132,14 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=0.2, help="largest norm of the gradient")
     options = parser.parse_args()
     clips = {"none": optax.identity(), "clip": optaxclip.clip_by_global_norm(options.limit)}
-    start = jnp.array(options.start)
     paths, rows = {}, {}
     print(f"{'clip':6}{'longest step':>14}{'ends at (w, b)':>18}{'loss':>10}{'arrive':>12}")
     for name, clip in clips.items():
-        paths[name] = descend(clip, start, options.rate, options.steps)
+        path = paths[name] = descend(clip, jnp.array(options.start), options.rate, options.steps)
         arrive = arrivals(clip, options.rate, 5 * options.steps)
-        end, last = paths[name].points[-1], paths[name].losses[-1]
-        longest = paths[name].lengths.max()
+        end, last, longest = path.points[-1], path.losses[-1], path.lengths.max()
         rows[name] = {"longest": longest, "end": end, "loss": last, "arrive": arrive.sum()}
-        where = f"{end[0]:.1f}, {end[1]:.1f}"
-        count = f"{arrive.sum()} of {arrive.size}"
+        where, count = f"{end[0]:.1f}, {end[1]:.1f}", f"{arrive.sum()} of {arrive.size}"
         print(f"{name:6}{longest:14.3g}{where:>18}{last:10.2g}{count:>12}")
     figures = {"light": draw(paths, options.limit, False), "dark": draw(paths, options.limit, True)}
     save(options.out, {"options": vars(options), "rows": rows}, **figures)

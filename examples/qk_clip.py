@@ -66,6 +66,7 @@ def train(limit: float | None, seed: int, steps: int) -> dict[str, Array]:
         *inputs, answer = batch(key)
 
         def loss_fn(params: Any) -> tuple[Array, Array]:
+            sown: Any
             out, sown = model.apply({"params": params}, *inputs, mutable=["logits"])
             loss = optax.softmax_cross_entropy_with_integer_labels(out, answer).mean()
             return loss, sown["logits"]["largest"][0]
@@ -86,7 +87,7 @@ def train(limit: float | None, seed: int, steps: int) -> dict[str, Array]:
 
 def main() -> None:
     """Trains without a limit and with one, and draws the largest logit."""
-    parser = command_line(__doc__.splitlines()[0], "results/qk_clip", epochs=False)
+    parser = command_line("Attention logits that run away.", "results/qk_clip", epochs=False)
     parser.set_defaults(seeds=1, steps=1500)
     options = parser.parse_args()
     figure, rows = Figure((8, 4), layout="constrained"), {}
