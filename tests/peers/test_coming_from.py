@@ -85,6 +85,7 @@ def test_every_check_has_its_line_and_every_section_its_table():
         "Caffe",
         "Optax",
         "jax_privacy",
+        "Trainers",
         "Limits of weights elsewhere",
     ]
 
@@ -1247,6 +1248,61 @@ def privacy_sensitivity(there, here):
     same([2 * found], [both(there, here.replace("add_or_remove", "replace"))[1]])
     limits = here.replace("0.5", "{'w': 3.0, 'b': 4.0}")
     same([both(there, limits)[1]], [5.0])
+
+
+# Trainers: what a setting calls in PyTorch
+
+
+@line(
+    "`HF Trainer: max_grad_norm=1.0`",
+    "`clip_by_global_norm(1.0)`",
+    "Same. 1.0 is the default there",
+)
+@line(
+    "`Accelerate: accelerator.clip_grad_norm_(params, 1.0)`",
+    "`clip_by_global_norm(1.0)`",
+    "Same. It unscales mixed precision first: cast and unscale before the clip",
+)
+@line(
+    '`DeepSpeed: "gradient_clipping": 1.0`',
+    "`clip_by_global_norm(1.0)`",
+    "Same. Off by default there",
+)
+@line("`Megatron: --clip-grad 1.0`", "`clip_by_global_norm(1.0)`", "Same. 1.0 is the default there")
+@line("`timm: --clip-grad 1.0`", "`clip_by_global_norm(1.0)`", "Same")
+@line(
+    "`MLX: clip_grad_norm(grads, 1.0)`",
+    "`clip_by_global_norm(1.0)`",
+    "Same. MLX returns the norm; here it is in the state",
+)
+@line(
+    "`MaxText: gradient_clipping_threshold=1.0`",
+    "`clip_by_global_norm(1.0)`",
+    "Same. It is Optax's clip there",
+)
+@line(
+    "`levanter: max_grad_norm=1.0`", "`clip_by_global_norm(1.0)`", "Same. It is Optax's clip there"
+)
+def trainers_norm_1(there, here):
+    for grads in LARGE, SMALL:
+        same(ours(here, grads)[0], in_torch("clip_grad_norm_(params, 1.0)", grads)[0])
+
+
+@line("`Lightning: gradient_clip_val=0.5`", "`clip_by_global_norm(0.5)`", "Same")
+def trainers_norm_half(there, here):
+    for grads in LARGE, SMALL:
+        same(ours(here, grads)[0], in_torch("clip_grad_norm_(params, 0.5)", grads)[0])
+
+
+@line(
+    '`Lightning: gradient_clip_val=0.5, gradient_clip_algorithm="value"`',
+    "`clip_by_value(0.5)`",
+    "Same",
+)
+@line("`timm: --clip-grad 0.5 --clip-mode value`", "`clip_by_value(0.5)`", "Same")
+def trainers_value(there, here):
+    for grads in LARGE, SMALL:
+        same(ours(here, grads)[0], in_torch("clip_grad_value_(params, 0.5)", grads)[0])
 
 
 # Limits of weights elsewhere
