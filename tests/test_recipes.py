@@ -319,6 +319,24 @@ def three_limits(grads, params):
     }
 
 
+@row("WGAN")
+@each_leaf
+def wgan(grads, w):
+    square, out = 0.0, []
+    for g in grads:
+        square = 0.9 * square + 0.1 * g**2
+        out.append(np.clip(w - 5e-5 * g / np.sqrt(square + 1e-8), -0.01, 0.01) - w)
+    return np.array(out)
+
+
+@row("max-norm")
+@each_leaf
+def max_norm(grads, w):
+    after = w - 0.1 * grads
+    norms = np.sqrt((after**2).sum(1, keepdims=True))  # of each output unit, and of the bias
+    return after * np.minimum(1, 2.0 / norms) - w
+
+
 def skipped(limits_of):
     """Adam without the steps that are over the limit; the rule sees the limit instead."""
 
