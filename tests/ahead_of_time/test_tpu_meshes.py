@@ -68,6 +68,7 @@ UNITS = {
     "adaptive_grad_clip": 9,  # reads the parameters, too
     "clippy": 9,
     "spam_clip": 9,  # reads and writes a mean for each element
+    "clip_by_trust_ratio": 9,  # reads the weights
     "scale_by_stable_adam": 9,  # is Adam, and measures gradients over the root of its second moment
     "error_feedback": 13,  # reads and writes what it carries, and stores the sum
 }
