@@ -225,8 +225,8 @@ def _given(layout: Layout, sizes: Any, measured: Any) -> Blocks:
     if layout.axes is None:
         _validate.given_sizes(sizes, layout.names)
         if isinstance(sizes, Mapping):
-            sizes = jnp.stack([jnp.asarray(sizes[name]) for name in layout.names])
-        vector = jnp.asarray(sizes).reshape(len(layout.names))
+            sizes = [sizes[name] for name in layout.names]
+        vector = jnp.broadcast_to(jnp.asarray(sizes), (len(layout.names),))
         return Blocks.of([jnp.maximum(widen(vector), 0)], group_of=layout.group_of)
     blocks = []
     nodes = zip(layout.paths, layout.gradients, layout.axes, layout.of(sizes), strict=True)

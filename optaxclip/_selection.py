@@ -22,7 +22,8 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 def select(step: Step, ok: Array, inputs: Any, state: Any) -> tuple[Any, Any]:
     """Returns the updates and the state of `step(inputs, state)` if ok, else zeros and `state`."""
-    updates, after = step(*_harmless(ok, (inputs, state)))
+    # `step` may close over what is differentiated, such as a learning rate: its slope is an input
+    updates, after = step(*_harmless(ok, (_finite_unless(ok, inputs), state)))
     news, treedef = jax.tree.flatten(after)
     kept = [_or_old(ok, old)(new) for new, old in zip(news, _olds(after, state), strict=True)]
     return jax.tree.map(_or_zeros(ok), updates), jax.tree.unflatten(treedef, kept)
@@ -115,6 +116,12 @@ def _harmless(ok: Array, inputs: Any) -> Any:
     """Returns the inputs, with no derivative through a skipped step, which may compute 0 * NaN."""
     floats, with_floats = _separate(inputs, _is_float)
     return with_floats(_no_derivative_unless(ok, floats))
+
+
+def _finite_unless(ok: Array, inputs: Any) -> Any:
+    """Returns the inputs; those of a skipped step with 0 in place of NaN and infinity."""
+    floats, with_floats = _separate(inputs, _is_float)
+    return with_floats([jnp.where(ok | jnp.isfinite(x), x, jnp.zeros_like(x)) for x in floats])
 
 
 @jax.custom_jvp

@@ -255,7 +255,7 @@ def divided(scope: Scope, keys: Collection[str]) -> Scope:
 
 def is_of_elements(scope: Scope) -> bool:
     """Returns whether each number is a group, as `element` has it."""
-    return scope.axes is _no_axes
+    return getattr(scope, "axes", None) is _no_axes  # `clip` refuses what is no scope
 
 
 def _no_axes(path: str, leaf: Any) -> Axes:

@@ -143,6 +143,21 @@ def raw(state):
     return jax.tree.map(data, state)
 
 
+def test_the_slope_by_a_learning_rate_is_right_over_a_skipped_step_outside_of_jit_too():
+    params = {"w": jnp.array([1.0, 0.0])}
+
+    def end(rate, grads):
+        optimizer, p = optaxclip.skip_nonfinite(optax.adam(rate)), params
+        state = optimizer.init(p)
+        for g in grads:
+            updates, state = optimizer.update({"w": jnp.array([g, 0.0])}, state, p)
+            p = optax.apply_updates(p, updates)
+        return p["w"].sum()
+
+    slope = jax.grad(end)(0.1, (1.0, jnp.nan, 2.0))
+    np.testing.assert_allclose(slope, jax.grad(end)(0.1, (1.0, 2.0)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("guard", [skip_nonfinite, lambda inner: skip_spikes(inner, 100.0)])

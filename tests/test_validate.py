@@ -143,6 +143,12 @@ REFUSALS = {
             "sizes must be numbers, got '5'; pass a number, a dict by group or an array",
         ),
         (
+            ({"a": 1j}, ["a"]),
+            {},
+            TypeError,
+            "sizes must have a real number for each group, got 1j for 'a'; pass its norm",
+        ),
+        (
             (np.ones(3), ["a", "b"]),
             {},
             ValueError,
@@ -1105,7 +1111,12 @@ ACCEPTED = {
     "has_heads": [(({"attn": [2]}, ["w"]), {})],
     "logits": [(({"attn": np.ones(4), "other": 1}, {"attn": [2, 4]}), {})],
     "one_source": [((None,), {})],
-    "given_sizes": [((5.0, ["tree"]), {}), (({"a": 1, "b": 2.0}, ["b", "a"]), {})],
+    "given_sizes": [
+        ((5.0, ["tree"]), {}),
+        ((5.0, []), {}),
+        (([5.0, 1], ["a", "b"]), {}),
+        (({"a": 1, "b": 2.0}, ["b", "a"]), {}),
+    ],
     "given_block": [(("w", np.ones((1, 3)), (1, 3)), {}), (("w", 2.0, (1, 3)), {})],
     "units": [(("w", (16, 1), ()), {})],
     "stack": [(("tree", (2,), (2,)), {})],

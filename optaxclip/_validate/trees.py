@@ -205,13 +205,19 @@ def given_sizes(sizes: Any, names: Sequence[str]) -> None:
                 f"sizes must have one number for each of the groups {sorted(names)}, got "
                 f"{sorted(sizes)}; add or remove groups"
             )
+        for name, size in sizes.items():
+            if not is_number(size)[1] or np.shape(size):
+                raise TypeError(
+                    f"sizes must have a real number for each group, got {size!r} for {name!r}; "
+                    "pass its norm"
+                )
         return
-    if not is_number(sizes)[1]:
+    if not all(is_number(size)[1] for size in jax.tree.leaves(sizes)) or sizes is None:
         raise TypeError(
             f"sizes must be numbers, got {sizes!r}; pass a number, a dict by group or an array"
         )
     shape = np.shape(sizes)
-    if shape != (len(names),) and not (shape == () and len(names) == 1):
+    if shape != (len(names),) and not (shape == () and len(names) < 2):
         raise ValueError(
             f"sizes must be one number for each of the {len(names)} groups, got the shape "
             f"{shape}; telemetry.group_names has their order"
