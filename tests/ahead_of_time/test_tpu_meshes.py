@@ -72,7 +72,7 @@ UNITS = {
     "scale_by_stable_adam": 9,  # is Adam, and measures gradients over the root of its second moment
     "error_feedback": 13,  # reads and writes what it carries, and stores the sum
 }
-TEMPORARY = {"error_feedback": 1.01}
+TEMPORARY = {"error_feedback": 1.01, "clip_by_trust_ratio": 0.011}
 
 
 def training(name, **options):
