@@ -87,7 +87,7 @@ def train(limit: float | None, seed: int, steps: int) -> dict[str, Array]:
 
 def main() -> None:
     """Trains without a limit and with one, and draws the largest logit."""
-    parser = command_line("Attention logits that run away.", "results/qk_clip", epochs=False)
+    parser = command_line("Logits of attention that run away.", "results/qk_clip", epochs=False)
     parser.set_defaults(seeds=1, steps=1500)
     options = parser.parse_args()
     figure, rows = Figure((8, 4), layout="constrained"), {}
