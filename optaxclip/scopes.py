@@ -201,7 +201,7 @@ def flax_axes(path: str, leaf: Any) -> Axes:
     | `out/kernel` of rank 3 | `[heads, depth, out]` | 0, 1 |
     | `kernel` of a dense or recurrent layer | `[in, out]` | 0 |
     | any other `kernel`: convolutions | `[..., in, out]` | all but the last |
-    | anything else: `bias`, `scale` | | all |
+    | anything else: `bias`, `scale` | any | all |
 
     Args:
         path: such as `"encoder/attention/query/kernel"`.
