@@ -349,8 +349,8 @@ def clip_by_trust_ratio(
 
     Raises:
         TypeError: `ratio` is not a threshold, or `low` or `high` is not a number.
-        ValueError: `ratio`, `low` or `high` is negative or NaN; on `update`: the parameters are
-            missing.
+        ValueError: `ratio`, `low` or `high` is negative or NaN, or `low` is above `high`; on
+            `update`: the parameters are missing.
 
     Example:
         >>> import jax.numpy as jnp, optaxclip
@@ -367,6 +367,7 @@ def clip_by_trust_ratio(
     """
     _validate.number("low", low)
     _validate.number("high", high)
+    _validate.in_order(low, high)
     limit = thresholds.relative_to_params(ratio, floor=low, ceiling=high, zero="free")
     return clip(limit, scope=scope, norm=norm, **options)
 

@@ -240,3 +240,20 @@ def test_a_limit_may_follow_a_cosine():
         updates, _ = clip.update(grads, None, cosine=jnp.array(cosine))
         np.testing.assert_allclose(updates["a"], [expected], rtol=1e-6)
         np.testing.assert_allclose(updates["b"], [2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("head, slope", [(jnp.inf, 0.0), (0.5, 0.0)])
+def test_a_limit_that_binds_in_a_joint_norm_leaves_no_slope(head, slope):
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    rules = {"a": by_global_norm(1.0), "b": by_global_norm(head)}
+    clip = optaxclip.clip(rules, scopes.group(lambda path: path))
+
+    def scaled(z):
+        return clip.update(jax.tree.map(lambda x: x * z, grads), None)[0]["a"].sum()
+
+    np.testing.assert_allclose(jax.grad(scaled)(1.0), slope, atol=1e-6)
+
+
+def test_the_bounds_of_the_weight_norm_are_in_order():
+    with pytest.raises(ValueError, match="^low must be at most high, got 3.0 and 1.0; swap them$"):
+        optaxclip.clip_by_trust_ratio(1.0, low=3.0, high=1.0)

@@ -184,9 +184,10 @@ def by_global_norm(threshold: Any) -> Threshold:
             for axes, blocks in by_axes.items()
         ]
         norm = jnp.sqrt(jnp.where(top > 0, sum(squares), 1))  # in units of the largest size
-        most = rule.limit(top, state, context) / norm
-        # A limit of NaN stays NaN, which counts as 0.
-        return jnp.where(most == jnp.inf, jnp.inf, responses.rescale(sizes, top, most))
+        most = rule.limit(top, state, context)
+        infinite = most == jnp.inf  # NaN is not, and counts as 0
+        scaled = responses.rescale(sizes, top, jnp.where(infinite, 1, most) / norm)
+        return jnp.where(infinite, jnp.inf, scaled)
 
     return rule._replace(limit=limit, joint=True, signed=False)
 
