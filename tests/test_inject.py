@@ -33,7 +33,7 @@ ROWS = {
     "clip_by_global_norm": ({"max_norm": 1.0}, {"max_norm": 0.5}),
     "clip_by_block_rms": ({"max_rms": 1.0}, {"max_rms": 0.5}),
     "adaptive_grad_clip": ({}, {"ratio": 0.1, "floor": 2.5}),
-    "clip_by_trust_ratio": ({"ratio": 0.1, "high": 9.0}, {"ratio": 0.05, "low": 2.5, "high": 0.5}),
+    "clip_by_trust_ratio": ({"ratio": 0.1, "high": 9.0}, {"ratio": 0.05, "low": 2.5, "high": 2.6}),
     "autoclip": ({}, {"q": 0.5}),
     "autoclip of the last": ({"window": 3}, {"q": 0.5}),
     "quantile_clip": ({}, {"q": 0.5, "rate": 0.4}),
