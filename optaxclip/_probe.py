@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optaxclip import _sharding
+from optaxclip._record import summary
 from optaxclip._types import Reading
 
 
@@ -76,13 +77,11 @@ def probed(derivative: Probe, prefix: str = "probe") -> dict[str, Array]:
 
 def seen(reading: Reading, probe: Probe) -> Probe:
     """What one use adds to the derivative with respect to the probe."""
-    before, after, _, share = reading.measured
-    if before.size == 0:  # no floats, so nothing was measured
-        before = after = share = jnp.zeros(1)
-    top = jnp.argmax(before)
+    numbers = summary(reading)
+    size = numbers["size_before"]
     # a constant would not be summed over examples and devices
-    once = _sharding.mapped_as(before[top], jnp.ones((), before.dtype))
-    one_use = Probe(before[top], after[top], jnp.mean(share), once)
+    once = _sharding.mapped_as(size, jnp.ones((), size.dtype))
+    one_use = Probe(size, numbers["size_after"], numbers["clipped_share"], once)
     return Probe(*map(_as_derivative, one_use, probe))
 
 

@@ -88,6 +88,30 @@ def recent_share(share: Array, step: Array, happened: Array) -> Array:
     return share + jnp.minimum(weight, 1) * (happened - share)
 
 
+def summary(reading: Reading) -> dict[str, Array]:
+    """The numbers of the largest group, and which it is; over all groups scale and clipped share.
+
+    Axes in front of `[4, groups]` stay, as those of `jax.vmap` over seeds.
+    """
+    measured = reading.measured
+    if not measured.shape[-1]:  # a tree without floats: as if it had one group of size 0
+        measured = jnp.pad(measured, [(0, 0)] * (measured.ndim - 1) + [(0, 1)])
+    before, after, limit, share = (measured[..., i, :] for i in range(4))
+    largest = jnp.argmax(before, -1)  # the first NaN, if there is one
+
+    def of_largest(values: Array) -> Array:
+        return jnp.take_along_axis(values, largest[..., None], -1)[..., 0]
+
+    return {
+        "size_before": of_largest(before),
+        "size_after": of_largest(after),
+        "limit": of_largest(limit),
+        "scale": jnp.min(jnp.where(before == 0, 1, after / jnp.where(before == 0, 1, before)), -1),
+        "clipped_share": jnp.mean(share, -1),
+        "largest": largest,
+    }
+
+
 @traced_once()
 def _column(size: Array, clipped_size: Array, limit: Array) -> Array:
     """The largest size before and after, the largest limit, and the share of sizes over it."""

@@ -21,6 +21,7 @@ from optaxclip._monitor import spikes as spikes
 from optaxclip._probe import Probe as Probe
 from optaxclip._probe import probe as probe
 from optaxclip._probe import probed as probed
+from optaxclip._record import summary
 from optaxclip._states import Labels, clips_of, distinct, guards_of, without_common
 from optaxclip._types import ClipState, Reading
 from optaxclip._watch import Watch
@@ -203,22 +204,8 @@ def _once_seen(steps: Array, value: Array, otherwise: float = jnp.nan) -> Array:
 
 
 def _of_all_groups(step: Array, reading: Reading) -> dict[str, Array]:
-    measured = reading.measured
-    if not measured.shape[-1]:  # a tree without floats: as if it had one group of size 0
-        measured = jnp.pad(measured, [(0, 0)] * (measured.ndim - 1) + [(0, 1)])
-    before, after, limit, share = (measured[..., i, :] for i in range(4))
-    largest = jnp.argmax(before, -1)  # the first NaN, if there is one
-
-    def of_largest(values: Array) -> Array:
-        return jnp.take_along_axis(values, largest[..., None], -1)[..., 0]
-
-    last = {
-        "size_before": of_largest(before),
-        "size_after": of_largest(after),
-        "limit": of_largest(limit),
-        "scale": jnp.min(jnp.where(before == 0, 1, after / jnp.where(before == 0, 1, before)), -1),
-        "clipped_share": jnp.mean(share, -1),
-    }
+    last = summary(reading)
+    largest = last.pop("largest")
     return {key: _once_seen(step, value) for key, value in last.items()} | {
         "largest": _once_seen(step, largest, -1),
         "steps": step,
