@@ -77,7 +77,7 @@ def keep_params(clip: optax.GradientTransformation) -> optax.GradientTransformat
             return inner.init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        _validate.weights_given(params)
+        _validate.params_given(params, "keep_params limits the weights after the step")
         layout = lay_out(scopes.leaf(), updates, params)
         before = layout.matching(params)
         after = list(map(_after, before, layout.gradients))

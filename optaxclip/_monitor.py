@@ -19,7 +19,7 @@ MEASURED = ("updates", "params", "ratio")
 
 
 class MonitorState(ClipState):
-    """State of a monitor: that of a clip, with a type by which `metrics` tells it apart."""
+    """A clip's state, of a type that `metrics` recognizes as a monitor's."""
 
     __slots__ = ()
 
@@ -136,7 +136,7 @@ def _watching(
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if of != "updates":
-            _validate.params_measured(of, params)
+            _validate.params_given(params, f'of="{of}" needs the parameters')
             sizes = _ratios(scope, norm, updates, params, sharded_over) if of == "ratio" else None
             measured = params if of == "params" else None
             extra_args = {**extra_args, "measured": measured, "sizes": sizes}
@@ -151,7 +151,7 @@ def _unchanged(gradient: Array, size: Array, limit: Array) -> Array:
 
 
 def _ratios(scope: Scope, norm: Norm, updates: Any, params: Any, sharded_over: Any) -> Any:
-    """The size of each group of updates over that of its parameters, as `clip` takes sizes."""
+    """Sizes of the updates divided by sizes of their parameters, in the form of `sizes=`."""
     layout = lay_out(scope, updates, params)
     above, below = (
         sizes_of(norm, layout, leaves, params, sharded_over)

@@ -61,15 +61,6 @@ REFUSALS = {
     "in_order": [
         ((1.0, 0.1), {}, ValueError, "low must be at most high, got 1.0 and 0.1; swap them")
     ],
-    "weights_given": [
-        (
-            (None,),
-            {},
-            ValueError,
-            "keep_params limits the weights after the step, got params=None; call update(updates, "
-            "state, params)",
-        )
-    ],
     "parts": [
         (
             ("w", (3,), [("attention", 1.0, 0.5)]),
@@ -769,7 +760,20 @@ REFUSALS = {
             ValueError,
             "this threshold is relative to the parameters, got params=None; call update(updates, "
             "state, params)",
-        )
+        ),
+        (
+            (None, "keep_params limits the weights after the step"),
+            {},
+            ValueError,
+            "keep_params limits the weights after the step, got params=None; call update(updates, "
+            "state, params)",
+        ),
+        (
+            (None, 'of="ratio" needs the parameters'),
+            {},
+            ValueError,
+            'of="ratio" needs the parameters, got params=None; call update(updates, state, params)',
+        ),
     ],
     "parameter": [
         (
@@ -898,14 +902,6 @@ REFUSALS = {
             "positive sizes; pass a number, a schedule, thresholds.zscore(4.0), "
             "thresholds.window_zscore(6.0) or thresholds.quantile(0.99, 1000), or set signed=True "
             "if a rule of yours does",
-        )
-    ],
-    "params_measured": [
-        (
-            ("ratio", None),
-            {},
-            ValueError,
-            'of="ratio" needs the parameters, got params=None; call update(updates, state, params)',
         )
     ],
     "no_functions": [
@@ -1103,7 +1099,6 @@ ACCEPTED = {
     "one_limit": [(("threshold", "a/b", ["a"]), {})],
     "zero_inside": [(("low", -1.0, 1), {}), (("high", 0.0, -1), {})],
     "in_order": [((0.1, 0.1), {}), ((0.1, optax.constant_schedule(0.0)), {})],
-    "weights_given": [((1.0,), {})],
     "parts": [
         (("w", (3, 2), [("attention", -2, "key", slice(1))]), {}),
         (("w", (3,), []), {}),
@@ -1180,7 +1175,7 @@ ACCEPTED = {
     ],
     "same_structure": [(({"a": [1, 2]}, jax.tree.structure({"a": 1})), {})],
     "names": [((["b", "a"], ["a", "b", "a"]), {}), (([], []), {})],
-    "params_given": [((np.ones(2),), {}), (([],), {})],
+    "params_given": [((np.ones(2),), {}), (([],), {}), ((1.0, "reason"), {}), (([], "reason"), {})],
     "parameter": [(("a", np.ones((2, 3)), (2, 3)), {}), (("a", 1.0, ()), {})],
     "same_groups": [((["a", "b"], ("a", "b")), {}), ((["a"], None), {})],
     "state_tree": [((jax.tree.structure({"a": 1}), {"a": [1, 2]}), {})],
@@ -1189,7 +1184,6 @@ ACCEPTED = {
     "not_relative": [(("threshold", fixed.constant(1.0), "loss"), {})],
     "loss": [((1.0,), {}), ((np.float32(-1), "both"), {})],
     "watched": [(("threshold", {"loss": 1.0, "norm": 1.0}, ("norm", "loss")), {})],
-    "params_measured": [(("params", np.ones(2)), {}), (("ratio", []), {})],
     "signed": [(("threshold", thresholds.zscore()), {}), (("t", fixed.constant(1.0)), {})],
     "no_functions": [(("threshold", {"a": 1.0, "b": np.float32(2)}), {})],
     "in_backward_pass": [(("threshold", thresholds.ranked(2)), {})],

@@ -11,7 +11,6 @@ from optaxclip._validate.after_step import in_order as in_order
 from optaxclip._validate.after_step import is_beyond_zero as is_beyond_zero
 from optaxclip._validate.after_step import logits as logits
 from optaxclip._validate.after_step import parts as parts
-from optaxclip._validate.after_step import weights_given as weights_given
 from optaxclip._validate.after_step import zero_inside as zero_inside
 from optaxclip._validate.arguments import boundaries as boundaries
 from optaxclip._validate.arguments import called as called
@@ -51,7 +50,6 @@ from optaxclip._validate.examples import sensitivity as sensitivity
 from optaxclip._validate.examples import weights as weights
 from optaxclip._validate.guards import loss as loss
 from optaxclip._validate.guards import not_relative as not_relative
-from optaxclip._validate.guards import params_measured as params_measured
 from optaxclip._validate.guards import signed as signed
 from optaxclip._validate.guards import watched as watched
 from optaxclip._validate.rules import absolute as absolute

@@ -52,19 +52,6 @@ def in_order(low: Any, high: Any) -> None:
         raise ValueError(f"low must be at most high, got {low} and {high}; swap them")
 
 
-def weights_given(params: Any) -> None:
-    """Checks that there are weights to keep.
-
-    Raises:
-        ValueError: `params` is None.
-    """
-    if params is None:
-        raise ValueError(
-            "keep_params limits the weights after the step, got params=None; call update(updates, "
-            "state, params)"
-        )
-
-
 def parts(path: str, shape: tuple[int, ...], given: Any) -> None:
     """Checks what `parts` returned for one leaf.
 

@@ -66,15 +66,3 @@ def loss(value: Any, watched: str = "loss") -> None:
             f"value must be one number, got an array of shape {jnp.shape(value)}; pass the mean of "
             "the loss"
         )
-
-
-def params_measured(of: str, params: Any) -> None:
-    """Checks that parameters are given to a monitor that measures them.
-
-    Raises:
-        ValueError: `params` is None.
-    """
-    if params is None:
-        raise ValueError(
-            f'of="{of}" needs the parameters, got params=None; call update(updates, state, params)'
-        )

@@ -166,17 +166,14 @@ def names(given: Iterable[str], groups: Iterable[str]) -> None:
         )
 
 
-def params_given(params: Any) -> None:
-    """Checks that parameters are given where a limit depends on them.
+def params_given(params: Any, reason: str = "this threshold is relative to the parameters") -> None:
+    """Checks that parameters are given where something depends on them.
 
     Raises:
         ValueError: `params` is None.
     """
     if params is None:
-        raise ValueError(
-            "this threshold is relative to the parameters, got params=None; call update(updates, "
-            "state, params)"
-        )
+        raise ValueError(f"{reason}, got params=None; call update(updates, state, params)")
 
 
 def one_source(measured: Any) -> None:
