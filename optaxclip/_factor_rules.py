@@ -61,7 +61,7 @@ def compute(equation: Any, inputs: list[Any]) -> Sequence[Any]:
 def _terms(make: Terms, needed: str = "", others: str = "", *, by_terms: bool = False) -> Rule:
     """Makes the rule of an operation with one output from a function that returns its terms.
 
-    With `by_terms` its numbers are those of its only term.
+    With `by_terms`, its numbers come from its only term.
     """
 
     def numbers(terms: Sequence[Any], inputs: list[Any], equation: Any) -> Array:

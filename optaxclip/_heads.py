@@ -40,7 +40,8 @@ def on_heads(
     """Clips the logits of `update(..., logits={layer: [heads]})`; scales weights by what is left.
 
     The updates are weights. A head whose clipped logit is a share gamma of its logit has its
-    weights multiplied by a power of gamma. State: that of the clip, with one group for each layer.
+    weights multiplied by a power of gamma. The state is the clip's state,
+    with one group for each layer.
     """
 
     def init(params: Any) -> Any:
